@@ -1,0 +1,295 @@
+"""What lies on disk: GPTQ folders, adapter folders, merged folders. Reads them, checks them, and writes folders whole.
+
+Touches: files. Knows nothing of GPTQModel or PEFT, loads no model, unpickles nothing.
+"""
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from LoTA import UserError
+from LoTA.packing import SUPPORTED_BITS, unpack_rows, unpack_zeros
+from LoTA.ternary import Grid, Groups, Threshold
+
+LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder that needs its offsets: stock tools refuse it
+LOTA_SUBFOLDER = "lota"             # beside the weights, since some loaders glob *.safetensors in the root
+OFFSETS_FILE = "offsets.safetensors"
+LOTA_CONFIG = "lota_config.json"
+QUANTIZE_CONFIG = "quantize_config.json"
+LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+# --- GPTQ folders -------------------------------------------------------------------------------------------------
+
+class GPTQFolder:
+    """A GPTQ checkpoint on disk, read one tensor at a time.
+
+    bits, group_size, sym, desc_act, checkpoint_format ("gptq" or "gptq_v2"): from quantize_config.json or the
+    quantization_config of config.json. files: the safetensors files; file_of: tensor name -> file.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{path} is not a folder: --quantized_model_dir wants a GPTQ model on disk")
+        self.config = read_quantization_config(self.path)
+        if self.config.get("checkpoint_format") == LOTA_FORMAT or (self.path / LOTA_SUBFOLDER).exists():
+            raise UserError(f"{path} is a merged LoTA folder, not a GPTQ model to train on or merge into")
+        self._read_index()
+
+    def _read_index(self):
+        self.bits, self.group_size = self.config["bits"], self.config["group_size"]
+        self.checkpoint_format = self.config.get("checkpoint_format") or "gptq"
+        if self.bits not in SUPPORTED_BITS:
+            raise UserError(f"{self.path} has {self.bits} bits; LoTA works on {', '.join(map(str, SUPPORTED_BITS))}")
+        if self.checkpoint_format not in ("gptq", "gptq_v2"):
+            raise UserError(f"{self.path} has checkpoint_format '{self.checkpoint_format}'; LoTA reads gptq and gptq_v2")
+        self.files = safetensors_files(self.path)
+        self.file_of = {}
+        for file in self.files:
+            with safe_open(file, "pt") as tensors:
+                self.file_of.update(dict.fromkeys(tensors.keys(), file))
+        self.modules = sorted(name.removesuffix(".qweight") for name in self.file_of if name.endswith(".qweight"))
+        if not self.modules:
+            raise UserError(f"{self.path} holds no quantized layer (no tensor named *.qweight)")
+
+    def tensor(self, name):
+        with safe_open(self.file_of[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def shape(self, name):
+        with safe_open(self.file_of[name], "pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
+    def grid(self, module):
+        """The integers of one layer as a ternary.Grid."""
+        return unpack_grid(*(self.tensor(f"{module}.{t}") for t in LAYER_TENSORS), self.bits, self.checkpoint_format)
+
+    def fingerprint(self):
+        """xxh3-128 over names and bytes of every quantized tensor: equal only for the same GPTQ weights."""
+        digest = xxhash.xxh3_128()
+        for module in self.modules:
+            for kind in LAYER_TENSORS:
+                name = f"{module}.{kind}"
+                digest.update(name.encode())
+                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class MergedFolder(GPTQFolder):
+    """A merged folder: a GPTQ folder, its LotaConfig as `lota`, and the offsets where it has them."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not (self.path / LOTA_SUBFOLDER / LOTA_CONFIG).exists():
+            raise UserError(f"{path} is no merged LoTA folder: it has no {LOTA_SUBFOLDER}/{LOTA_CONFIG}")
+        self.lota = LotaConfig.load(self.path / LOTA_SUBFOLDER)
+        self.config = read_quantization_config(self.path)
+        if self.config.get("checkpoint_format") == LOTA_FORMAT:
+            self.config["checkpoint_format"] = self.config["lota_base_format"]
+        self._read_index()
+        self.offsets_file = self.path / LOTA_SUBFOLDER / OFFSETS_FILE
+        if self.lota.residual != self.offsets_file.exists():
+            raise UserError(f"{path} is not whole: its {OFFSETS_FILE} and its {LOTA_CONFIG} disagree; merge again")
+
+    def offset_modules(self):
+        if not self.lota.residual:
+            return []
+        with safe_open(self.offsets_file, "pt") as offsets:
+            return sorted(name.removesuffix(".offset") for name in offsets.keys())
+
+    def offset(self, module):
+        """mu [groups, out] float32 of one layer, or None where the layer has no adapter or no offset is used."""
+        if not self.lota.residual:
+            return None
+        with safe_open(self.offsets_file, "pt") as offsets:
+            name = f"{module}.offset"
+            return offsets.get_tensor(name) if name in offsets.keys() else None
+
+
+def is_merged(path):
+    return (Path(path) / LOTA_SUBFOLDER / LOTA_CONFIG).exists()
+
+
+def unpack_grid(qweight, qzeros, scales, g_idx, bits, checkpoint_format, groups=None):
+    """The four tensors of a GPTQ layer as a ternary.Grid; `groups`, where they are known from before."""
+    rows, (count, cols) = g_idx.shape[0], scales.shape
+    return Grid(weight_int=unpack_rows(qweight, bits, rows), zeros=unpack_zeros(qzeros, bits, cols, checkpoint_format),
+                scales=scales, groups=groups or Groups(g_idx, count), maxq=2**bits - 1)
+
+
+def read_quantization_config(path):
+    """The GPTQ settings of a folder as a dict. Raises UserError where it is not a GPTQ model."""
+    path = Path(path)
+    if (path / QUANTIZE_CONFIG).exists():
+        config = json.loads((path / QUANTIZE_CONFIG).read_text())
+    elif (path / "config.json").exists():
+        config = json.loads((path / "config.json").read_text()).get("quantization_config") or {}
+    else:
+        raise UserError(f"{path} is not a model folder: it has neither {QUANTIZE_CONFIG} nor config.json")
+    method = config.get("quant_method") or config.get("method") or ("gptq" if "bits" in config else None)
+    if method != "gptq" or "bits" not in config:
+        raise UserError(f"{path} is not a GPTQ model (quantization method: {method or 'none'}); "
+                        "gptq_quantize.py makes one")
+    return config
+
+
+def safetensors_files(path):
+    """The weight files of a model folder: those its index names, or the one that is there."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(f.name for f in path.glob("*.safetensors"))
+    missing = [n for n in names if not (path / n).exists()]
+    if missing or not names:
+        raise UserError(f"{path} is not whole: {', '.join(missing) or 'a *.safetensors file'} is missing")
+    return [path / n for n in names]
+
+
+# --- adapter folders ----------------------------------------------------------------------------------------------
+
+@dataclass
+class LotaConfig:
+    """lota_config.json: how an adapter was trained, and so how it must be read."""
+    method: str = "LoTA"                        # LoTA or LoRA
+    omega: float | None = None
+    residual: bool = True
+    offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1
+    bits: int | None = None
+    group_size: int | None = None
+    rank: int | None = None
+    pretrained: str | None = None
+    quantized_model_dir: str | None = None
+    fingerprint: str | None = None              # of the GPTQ weights trained on; None: unknown, nothing to compare
+    data_set: str | None = None
+    seed: int | None = None
+    settings: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    format_version: int = 1
+
+    @property
+    def threshold(self):
+        return make_threshold(self.omega, self.residual, self.offset_scale)
+
+    def save(self, folder):
+        write_json(Path(folder) / LOTA_CONFIG, asdict(self))
+
+    @classmethod
+    def load(cls, folder):
+        content = json.loads((Path(folder) / LOTA_CONFIG).read_text())
+        if content.get("format_version") != cls.format_version:
+            raise UserError(f"{folder}/{LOTA_CONFIG} has format version {content.get('format_version')}; this "
+                            f"version of LoTA reads {cls.format_version}")
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in content.items() if k in known})
+
+
+def make_threshold(omega, residual, offset_scale):
+    """ternary.Threshold from the three settings as the flags name them."""
+    if offset_scale not in ("omega", "paper"):
+        raise UserError(f"--offset_scale must be omega or paper, not '{offset_scale}'")
+    kappa = (omega if offset_scale == "omega" else 1.0) if residual else None
+    return Threshold(omega=float(omega), kappa=kappa)
+
+
+ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA|LoRA)_(?P<first>[^_]+)_[^_]+_[^_]+"
+                          r"_(?P<data_set>[^_]+)")
+
+
+def read_adapter(path, omega=None):
+    """(LotaConfig, PEFT's adapter_config as a dict) of an adapter folder.
+
+    A folder without lota_config.json, such as the published scripts make, is read by its name:
+    8B_int4_LoTA_48_0.950_0.999_alpaca_...; what the name does not say comes from `omega`.
+    """
+    path = Path(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).exists():
+            raise UserError(f"{path} is not an adapter folder: it has no {name}")
+    peft_config = json.loads((path / "adapter_config.json").read_text())
+    if (path / LOTA_CONFIG).exists():
+        config = LotaConfig.load(path)
+    else:
+        named = ADAPTER_NAME.search(path.resolve().name)
+        is_lota = (named["method"] == "LoTA") if named else omega is not None
+        config = LotaConfig(
+            method="LoTA" if is_lota else "LoRA", rank=peft_config["r"],
+            omega=(float(named["first"]) if named else omega) if is_lota else None,
+            bits=int(named["bits"]) if named else None, data_set=named["data_set"] if named else None,
+            quantized_model_dir=peft_config.get("base_model_name_or_path"))
+    if config.rank != peft_config["r"]:
+        raise UserError(f"{path}: {LOTA_CONFIG} says rank {config.rank}, adapter_config.json says {peft_config['r']}")
+    return config, peft_config
+
+
+class AdapterTensors:
+    """The ternary matrices of an adapter folder, read one layer at a time. modules: the layers it has."""
+
+    PREFIX = "base_model.model."
+
+    def __init__(self, path):
+        self.file = Path(path) / "adapter_model.safetensors"
+        with safe_open(self.file, "pt") as tensors:
+            names = list(tensors.keys())
+        self.modules = sorted(n.removeprefix(self.PREFIX).removesuffix(".lora_A.weight")
+                              for n in names if n.endswith(".lora_A.weight"))
+
+    def pair(self, module):
+        """(A [in, r], B [r, out]) of one layer. Raises UserError where an entry is not -1, 0 or 1."""
+        with safe_open(self.file, "pt") as tensors:
+            pair = [tensors.get_tensor(f"{self.PREFIX}{module}.{kind}.weight").t() for kind in ("lora_A", "lora_B")]
+        for matrix, kind in zip(pair, "AB", strict=True):
+            if not bool(((matrix == 0) | (matrix.abs() == 1)).all()):
+                raise UserError(f"{self.file}: {kind} of {module} is not ternary; this is not a LoTA adapter")
+        return pair
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+def write_json(path, content):
+    """Writes JSON under a temporary name and renames it when whole: no half file ever stands at `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path, marker):
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    An existing folder is replaced only if it is empty or holds the file `marker`, which says that it is ours.
+    """
+    path = Path(path)
+    check_output_folder(path, marker)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output_folder(path, marker):
+    """Raises UserError where `path` stands and is not ours to replace."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists())):
+        raise UserError(f"{path} exists and was not made by this project; choose another output folder or remove it")

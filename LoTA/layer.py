@@ -1,0 +1,94 @@
+"""CustomLoraLinear: the PEFT layer that trains ternary adapters on a GPTQModel layer.
+
+Touches PEFT (as the layer it derives from) and GPTQModel (as the layer it wraps); registered through
+LoraConfig._register_custom_module, so both libraries stay as they were released.
+"""
+from functools import partial
+
+import torch
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from LoTA import UserError
+from LoTA.folders import unpack_grid
+from LoTA.ternary import TernaryLinear, check_settings, merge, ternarize_
+
+
+class IntLinear(nn.Linear):
+    """A ternary adapter matrix: a linear map without bias whose weight holds -1, 0, 1 in a float dtype."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+
+class CustomLoraLinear(nn.Module, LoraLayer):
+    """y = x @ s * (W_int - z + W^ + mu) + bias over a GPTQModel TorchLinear.
+
+    lora_A.weight [r, in], lora_B.weight [out, r]; see LoTA.ternary for W^ and mu. threshold: ternary.Threshold.
+    PEFT hands over `config` and keyword arguments; lora_alpha is recorded, but no scaling enters the method.
+    """
+
+    def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, *, threshold, **kwargs):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        if config.lora_dropout or config.use_dora or config.use_rslora or config.use_qalora:
+            raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: they could not be merged")
+        self.threshold = threshold
+        self._groups = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
+        check_settings(r, self.threshold.omega, self.groups().largest)
+        self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, 1.0
+        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_A[adapter_name] = IntLinear(self.in_features, r)
+        self.lora_B[adapter_name] = IntLinear(r, self.out_features)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def reset_lora_parameters(self, adapter_name, init_lora_weights=True):
+        """A: Kaiming normal, then ternarised; B: zeros. So the first forward is the quantized model, exactly."""
+        nn.init.kaiming_normal_(self.lora_A[adapter_name].weight)
+        ternarize_(self.lora_A[adapter_name].weight.data)
+        nn.init.zeros_(self.lora_B[adapter_name].weight)
+
+    def groups(self):
+        if self._groups is None:
+            self._groups = self.grid().groups
+        return self._groups
+
+    def grid(self):
+        """The base layer's integers as a ternary.Grid."""
+        base = self.get_base_layer()
+        return unpack_grid(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
+                           "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
+
+    def forward(self, x, *args, **kwargs):
+        if self.disable_adapters:
+            return self.base_layer(x)
+        lora_A, lora_B = self.adapter_pair()
+        out = TernaryLinear.apply(x, lora_A, lora_B, self.grid, self.threshold)
+        bias = self.get_base_layer().bias
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def adapter_pair(self):
+        """(A [in, r], B [r, out]) of the active adapter."""
+        name, = self.active_adapters
+        return self.lora_A[name].weight.t(), self.lora_B[name].weight.t()
+
+    @torch.no_grad()
+    def count_moved(self):
+        """(integers that the adapter moves, integers)."""
+        grid = self.grid()
+        merged, _ = merge(*self.adapter_pair(), grid, self.threshold)
+        return int((merged != grid.weight_int).sum()), merged.numel()
+
+
+def register(lora_config: LoraConfig, threshold):
+    """Makes PEFT put a CustomLoraLinear on every targeted GPTQModel layer; returns the config."""
+    lora_config._register_custom_module({TorchLinear: partial(CustomLoraLinear, threshold=threshold)})
+    return lora_config

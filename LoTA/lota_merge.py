@@ -1,0 +1,187 @@
+"""Merges a trained ternary adapter into the integers of its GPTQ model: folder in, folder out.
+
+    python -m LoTA.lota_merge --adapter ADAPTER --gptq GPTQ_MODEL --output MERGED
+
+Works layer by layer on the files: no GPU, no model is loaded, the originals are never touched. Without offsets
+(adapters trained with --residual False) the result is a plain GPTQ model; with offsets it has a checkpoint_format of
+its own, so that a stock tool refuses it rather than compute something else, and LoTA.adapter opens it.
+"""
+import argparse
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from LoTA import UserError
+from LoTA.folders import (
+    LOTA_CONFIG,
+    LOTA_FORMAT,
+    LOTA_SUBFOLDER,
+    OFFSETS_FILE,
+    QUANTIZE_CONFIG,
+    AdapterTensors,
+    GPTQFolder,
+    MergedFolder,
+    read_adapter,
+    whole_folder,
+    write_json,
+)
+from LoTA.packing import pack_rows
+from LoTA.ternary import adapted_weight, check_settings, dequantize, merge
+
+MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"
+
+
+def merge_folders(adapter_dir, gptq_dir, output, omega=None, verify=True):
+    """Merges `adapter_dir` into `gptq_dir`, writes `output`, and returns {projection: share of integers moved}.
+
+    omega is used only for an adapter that does not say its own. Raises UserError where adapter and model do not
+    belong together.
+    """
+    config, _ = read_adapter(adapter_dir, omega)
+    if config.method != "LoTA":
+        raise UserError(f"{adapter_dir} is a {config.method} adapter; only ternary adapters merge into the GPTQ grid")
+    source, adapter = GPTQFolder(gptq_dir), AdapterTensors(adapter_dir)
+    check_match(adapter_dir, config, adapter, source)
+    threshold = config.threshold
+
+    with whole_folder(output, MARKER) as folder:
+        for item in sorted(source.path.iterdir()):
+            if item.is_file():
+                shutil.copyfile(item, folder / item.name)
+        offsets, moved = {}, {}
+        for module in tqdm(adapter.modules, desc="merging", unit="layer"):
+            lora_A, lora_B = adapter.pair(module)
+            grid = source.grid(module)
+            check_settings(lora_A.shape[1], threshold.omega, grid.groups.largest)
+            merged, offset = merge(lora_A, lora_B, grid, threshold)
+            name = f"{module}.qweight"
+            overwrite_tensor(folder / source.file_of[name].name, name, pack_rows(merged, source.bits))
+            count_moved(moved, module, grid.weight_int, merged)
+            if offset is not None:
+                offsets[f"{module}.offset"] = offset
+        (folder / LOTA_SUBFOLDER).mkdir()
+        if offsets:
+            save_file(offsets, folder / LOTA_SUBFOLDER / OFFSETS_FILE)
+            set_checkpoint_format(folder, source.checkpoint_format)
+        config.quantized_model_dir = str(source.path)
+        config.training["moved"] = shares(moved)
+        config.save(folder / LOTA_SUBFOLDER)
+        if verify:
+            verify_folders(adapter, source, MergedFolder(folder), threshold)
+    return shares(moved)
+
+
+def check_match(adapter_dir, config, adapter, source):
+    """Raises UserError unless the adapter was trained on this very GPTQ model, as far as the adapter says."""
+    if config.bits is not None and config.bits != source.bits:
+        raise UserError(f"{adapter_dir} was trained on {config.bits} bits, {source.path} has {source.bits}")
+    missing = [m for m in adapter.modules if m not in source.modules]
+    if missing or not adapter.modules:
+        raise UserError(f"{adapter_dir} does not fit {source.path}: it adapts "
+                        f"{missing[0] + ', which is no quantized layer there' if missing else 'no layer'}")
+    for module in adapter.modules:
+        lora_A, lora_B = adapter.pair(module)
+        shape = (source.shape(f"{module}.g_idx")[0], source.shape(f"{module}.scales")[1])
+        if (lora_A.shape[0], lora_B.shape[1]) != shape or lora_A.shape[1] != config.rank:
+            raise UserError(f"{adapter_dir} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "
+                            f"adapter {lora_A.shape[0]} x {lora_B.shape[1]} of rank {lora_A.shape[1]}")
+    if config.fingerprint is not None and source.fingerprint() != config.fingerprint:
+        raise UserError(f"{adapter_dir} was trained on other GPTQ weights than those of {source.path} (fingerprints "
+                        f"differ); it was trained on {config.quantized_model_dir}")
+
+
+def verify_folders(adapter, source, merged, threshold):
+    """Reads the merged folder back and checks every layer: on the grid, moved by one step at most, W' as trained.
+
+    Raises RuntimeError: a failure here is a defect of this program or of the disk.
+    """
+    for module in tqdm(adapter.modules, desc="verifying", unit="layer"):
+        before, after = source.grid(module), merged.grid(module)
+        if int(after.weight_int.max()) > after.maxq:
+            raise RuntimeError(f"{module}: an integer left the grid")
+        if int((after.weight_int.short() - before.weight_int.short()).abs().max()) > 1:
+            raise RuntimeError(f"{module}: an integer moved by more than one step")
+        live = adapted_weight(*adapter.pair(module), before, threshold)
+        if not torch.equal(live, dequantize(after, merged.offset(module))):
+            raise RuntimeError(f"{module}: the merged weights differ from the trained ones")
+        if not all(torch.equal(source.tensor(f"{module}.{t}"), merged.tensor(f"{module}.{t}"))
+                   for t in ("qzeros", "scales", "g_idx")):
+            raise RuntimeError(f"{module}: a tensor that the merge must not touch was changed")
+
+
+def overwrite_tensor(file, name, tensor):
+    """Replaces the bytes of one tensor of a safetensors file in place; shape and dtype must be as they were.
+
+    A safetensors file is the header's length (8 bytes, little endian), a JSON header and the tensors' bytes:
+    https://github.com/huggingface/safetensors#format
+    """
+    with open(file, "r+b") as f:
+        header_size, = struct.unpack("<Q", f.read(8))
+        entry = json.loads(f.read(header_size))[name]
+        if entry["dtype"] != "I32" or entry["shape"] != list(tensor.shape):
+            raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected int32 {list(tensor.shape)}")
+        f.seek(8 + header_size + entry["data_offsets"][0])
+        f.write(tensor.contiguous().numpy().data)
+
+
+def set_checkpoint_format(folder, base_format):
+    """Marks a folder as one that needs its offsets, in both files that stock tools read."""
+    for name in (QUANTIZE_CONFIG, "config.json"):
+        if not (folder / name).exists():
+            continue
+        content = json.loads((folder / name).read_text())
+        quantization = content.get("quantization_config") if name == "config.json" else content
+        if quantization:
+            for key in ("checkpoint_format", "format"):
+                if key in quantization or key == "checkpoint_format":
+                    quantization[key] = LOTA_FORMAT
+            quantization["lota_base_format"] = base_format
+            write_json(folder / name, content)
+
+
+def count_moved(moved, module, before, after):
+    """Adds one layer to {projection: [integers moved, integers]}."""
+    count = moved.setdefault(module.rsplit(".", 1)[-1], [0, 0])
+    count[0] += int((before != after).sum())
+    count[1] += before.numel()
+
+
+def shares(moved):
+    """{projection: share moved}, and the share of all as "all"."""
+    total = [sum(c[i] for c in moved.values()) for i in (0, 1)]
+    return {**{name: c[0] / c[1] for name, c in moved.items()}, "all": total[0] / total[1]}
+
+
+def print_moved(moved):
+    print("share of integer weights moved by the merge")
+    for name, share in moved.items():
+        print(f"  {name:<12} {share:.4%}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m LoTA.lota_merge", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", required=True, help="the trained adapter's folder")
+    parser.add_argument("--gptq", help="the GPTQ model it was trained on [the one that the adapter names]")
+    parser.add_argument("--output", required=True, help="the merged folder to write")
+    parser.add_argument("--interval_point", type=float, default=None,
+                        help="omega, for an adapter that says it neither in lota_config.json nor in its name")
+    args = parser.parse_args()
+    try:
+        gptq = args.gptq or read_adapter(args.adapter, args.interval_point)[0].quantized_model_dir
+        if gptq is None:
+            raise UserError(f"{args.adapter} does not name its GPTQ model; name it with --gptq")
+        print_moved(merge_folders(args.adapter, gptq, args.output, args.interval_point))
+        print(f"merged and verified: {args.output}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The GPTQ grid: unpack and pack `qweight` and `qzeros`; 2, 3, 4 and 8 bits. Imports torch only.
+
+GPTQ packs along one axis as a bit stream in 32-bit words, least significant bit first: value k occupies the bits
+k*bits ... k*bits + bits - 1. So 32 values take `bits` words; at 3 bits two values of each 32 straddle two words.
+Layout: https://github.com/IST-DASLab/gptq and the checkpoint formats "gptq" and "gptq_v2" of GPTQModel.
+"""
+import torch
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+WORD = 32
+
+
+def _fields(bits):
+    """For each value of one repeating unit: (word, shift, bits that spill into the next word)."""
+    values, words = (WORD, bits) if WORD % bits else (WORD // bits, 1)
+    fields = []
+    for k in range(values):
+        word, shift = divmod(k * bits, WORD)
+        fields.append((word, shift, max(0, shift + bits - WORD)))
+    return fields, words
+
+
+def unpack_rows(packed, bits, rows):
+    """Unpacks along dim 0: int32 [ceil(rows * bits / 32), cols] -> uint8 [rows, cols], values 0 ... 2**bits - 1."""
+    fields, words = _fields(bits)
+    units, cols = packed.shape[0] // words, packed.shape[1]
+    packed = packed.view(units, words, cols)
+    mask = 2**bits - 1
+    out = torch.empty(units, len(fields), cols, dtype=torch.uint8, device=packed.device)
+    for k, (word, shift, spill) in enumerate(fields):
+        # >> on int32 copies the sign bit; the mask removes the copies except where the value itself is cut short.
+        value = packed[:, word] >> shift
+        if spill:
+            value = (value & (mask >> spill)) | (packed[:, word + 1] << (bits - spill))
+        out[:, k] = value.bitwise_and_(mask)
+    return out.view(units * len(fields), cols)[:rows]
+
+
+def pack_rows(values, bits):
+    """Inverse of unpack_rows: integers [rows, cols] in 0 ... 2**bits - 1 -> int32 [ceil(rows * bits / 32), cols].
+
+    The rows are filled up with zeros to a whole unit of words.
+    """
+    fields, words = _fields(bits)
+    rows, cols = values.shape
+    units = -(-rows // len(fields))
+    if rows != units * len(fields):
+        values = torch.cat([values, values.new_zeros(units * len(fields) - rows, cols)])
+    values = values.view(units, len(fields), cols)
+    packed = torch.zeros(units, words, cols, dtype=torch.int32, device=values.device)
+    for k, (word, shift, spill) in enumerate(fields):
+        value = values[:, k].int()
+        packed[:, word] |= value << shift
+        if spill:
+            packed[:, word + 1] |= value >> (bits - spill)
+    return packed.view(units * words, cols)
+
+
+def unpack_zeros(qzeros, bits, cols, checkpoint_format):
+    """Zero points: int32 [groups, ceil(cols * bits / 32)] -> uint8 [groups, cols].
+
+    checkpoint_format "gptq" stores z - 1, "gptq_v2" stores z. The 1 is added to the packed words, so that a zero
+    point of 0, whose subtraction borrowed from its neighbour, comes back as it was; at 3 bits, where values straddle
+    words, GPTQModel wraps each field by itself, and so does this.
+    """
+    if checkpoint_format == "gptq" and WORD % bits == 0:
+        one_in_each_field = sum(1 << shift for shift in range(0, WORD, bits))
+        qzeros = qzeros + (one_in_each_field - (1 << WORD) if one_in_each_field >= 1 << (WORD - 1)
+                           else one_in_each_field)
+    zeros = unpack_rows(qzeros.t().contiguous(), bits, cols).t().contiguous()
+    if checkpoint_format == "gptq" and WORD % bits:
+        zeros = (zeros + 1).bitwise_and_(2**bits - 1)
+    return zeros

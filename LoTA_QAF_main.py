@@ -1,0 +1,529 @@
+"""LoTA-QAF: lossless ternary adaptation for quantization-aware fine-tuning. https://arxiv.org/abs/2505.18724
+
+--mode 1 trains an adapter on a GPTQ model; --mode 2 merges it into the integer grid and evaluates.
+
+    python LoTA_QAF_main.py --mode 1 --lota_qaf True --quantized_model_dir GPTQ --pretrained MODEL \\
+        --training_data_name viggo --num_train_epochs 1
+    python LoTA_QAF_main.py --mode 2 --load_adapter ADAPTER --ft_dataset_name viggo
+"""
+import argparse
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from LoTA import UserError
+from LoTA.folders import (
+    LOTA_CONFIG,
+    AdapterTensors,
+    GPTQFolder,
+    LotaConfig,
+    MergedFolder,
+    is_merged,
+    make_threshold,
+    read_adapter,
+    write_json,
+)
+from LoTA.ternary import check_settings
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
+SPLIT_TARGETS = re.compile(r"[,\s]+")
+
+
+def setting(default, help, **kwargs):
+    """A dataclass field with its help; the default is shown behind it."""
+    shown = kwargs.pop("shown", default)
+    return field(default=default, metadata={"help": f"{help} [{shown}]", **kwargs})
+
+
+@dataclass
+class baseConfig:
+    mode: int = setting(1, "1 trains an adapter; 2 merges it and evaluates", choices=[1, 2])
+    lota_qaf: bool = setting(False, "True: ternary adapters with t-SignSGD; False: LoRA, the baseline. Mode 2 reads it "
+                                    "from the adapter")
+    residual: bool = setting(True, "use the offset factor (mu, Eq. 4); without it the merged model is a plain GPTQ "
+                                   "checkpoint")
+    offset_scale: str = setting("omega", "what mu is divided by (kappa): omega, as the published scripts do, or paper "
+                                         "(1, Eq. 4 as printed)", choices=["omega", "paper"])
+    quantized_model_dir: str | None = setting(None, "the GPTQ model's folder", shown="mode 2: the adapter's own")
+    pretrained: str | None = setting(None, "the 16-bit model, folder or hub name: the tokenizer where the GPTQ folder "
+                                           "has none, and the model of --auto_gptq none", shown="the GPTQ folder")
+    w_bits: int | None = setting(None, "bits (2, 3, 4, 8); checked against the GPTQ folder", shown="the folder's")
+    group_size: int | None = setting(None, "rows of a group; checked against the GPTQ folder", shown="the folder's")
+    sym: bool = setting(False, "the GPTQ grid is symmetric; the folder's own word counts where it says more")
+    lora_target_modules: list[str] = field(default_factory=lambda: list(TARGET_MODULES), metadata={
+        "help": f"the projections that get an adapter [{' '.join(TARGET_MODULES)}]"})
+    lora_r: int | None = setting(None, "rank (r)", shown="64 below 30B parameters, else 32")
+    lora_alpha: int | None = setting(None, "LoRA's alpha; recorded only, with LoTA", shown="2 r")
+    lora_dropout: float = setting(0.0, "dropout of the LoRA baseline; LoTA has none")
+    device_map: str = setting("auto", "where the model goes: auto (the GPU if there is one, else the CPU) or a device")
+    dtype: str = setting("bfloat16", "of the computation: bfloat16, float16 or float32",
+                         choices=["bfloat16", "float16", "float32"])
+    flash_attn: str = setting("auto", "attention implementation: sdpa, eager, flash_attention_2 ...",
+                              shown="flash_attention_2 where installed, else sdpa")
+    trust_remote_code: bool = setting(False, "run code that comes with a model")
+    data_dir: str | None = setting(None, "data on disk: a save_to_disk folder, or csv, json, jsonl files named after "
+                                         "their split", shown="the hub")
+    seed: int = setting(42, "of everything random")
+    report_to: str = setting("none", "where training metrics go besides the console: none, tensorboard, wandb ...")
+
+
+@dataclass
+class trainingConfig:
+    training_data_name: str = setting("alpaca", "what to train on: alpaca, gsm8k, sql or viggo")
+    train_ratio: float = setting(1.0, "the share of the training rows to use, in (0, 1]")
+    debug_number: int = setting(-1, "use only so many training rows; -1: all")
+    num_train_epochs: float = setting(0, "epochs; or give --max_steps")
+    max_steps: int = setting(-1, "optimizer steps (S); overrides the epochs; -1: by epochs")
+    train_batch_size: int = setting(64, "rows of a batch and device")
+    gradient_accumulation_steps: int = setting(1, "batches of an optimizer step")
+    source_max_len: int = setting(1024, "tokens of a prompt at most")
+    target_max_len: int = setting(256, "tokens of an answer at most, its end token counted in")
+    interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)", shown="0.75 r: 48 at r = 64")
+    filter_ratio: float = setting(0.95, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the gradients")
+    min_grad: float = setting(0.999, "LoTA: sigma after 80 %% of the steps")
+    filter_upper: float = setting(0.9999, "LoTA: sigma at the last step")
+    optimizer_type: str = setting("adamw_torch", "the LoRA baseline's optimizer; LoTA takes int_sign_sgd by itself",
+                                  choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
+    learning_rate: float = setting(1e-5, "LoRA baseline: learning rate")
+    weight_decay: float = setting(0.0, "LoRA baseline: weight decay")
+    max_grad_norm: float = setting(0.3, "LoRA baseline: gradients are clipped to this norm; LoTA never clips")
+    warmup_ratio: float = setting(0.03, "LoRA baseline: share of the steps in which the learning rate rises")
+    lr_scheduler_type: str = setting("constant", "LoRA baseline: learning rate schedule")
+    gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, more time")
+    logging_steps: int = setting(1, "steps between two lines of metrics")
+    save_strategy: str = setting("steps", "when to save checkpoints: steps (see --save_number), epoch or no")
+    save_number: int = setting(10, "with --save_strategy steps: how many checkpoints a run writes")
+    adapter_path: str = setting("./adapter", "where adapter folders are written")
+    adapter_ckpt: str | None = setting(None, "a checkpoint folder to resume from", shown="start anew")
+
+
+@dataclass
+class evalConfig:
+    load_adapter: str = setting("none", "the adapter's folder, or a merged folder; none: the model without adapter")
+    auto_gptq: str = setting("gptq", "without adapter: gptq evaluates --quantized_model_dir, none the 16-bit "
+                                     "--pretrained", choices=["gptq", "none"])
+    merge: bool = setting(True, "LoTA: merge the adapter into the integers first; False evaluates the layers as they "
+                                "were trained")
+    merged_path: str | None = setting(None, "where the merged model is kept", shown="a temporary folder")
+    load_ada_interval: float | None = setting(None, "omega of an adapter that says it neither in lota_config.json nor "
+                                                    "in its name", shown="0.75 r: 48 at r = 64")
+    backend: str = setting("auto", "GPTQModel's kernel for evaluation, by the name of its BACKEND")
+    ft_dataset_name: str = setting("none", "generate and score on gsm8k, sql or viggo",
+                                   choices=["none", "gsm8k", "sql", "viggo"])
+    max_new_tokens: int = setting(512, "tokens of a generated answer at most")
+    tasks: str | None = setting(None, "lm-eval tasks, comma-separated, such as mmlu", shown="none")
+    num_fewshot: int = setting(5, "lm-eval: examples before a question")
+    include_path: str | None = setting(None, "lm-eval: a folder of local task files", shown="none")
+    limit: int | None = setting(None, "evaluate only the first so many rows", shown="all")
+    eval_batch_size: int = setting(16, "rows at a time")
+    output_path: str = setting("./eval_results", "where results are written as JSON")
+    device: str | None = setting(None, "device of the evaluation", shown="--device_map's")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The examples as they stand, the options in a narrow column."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=118)
+
+
+# --- what the settings say ----------------------------------------------------------------------------------------
+
+def parse_args():
+    """(baseConfig, trainingConfig, evalConfig) from the command line, checked."""
+    from transformers import HfArgumentParser
+    parser = HfArgumentParser((baseConfig, trainingConfig, evalConfig), description=__doc__, prog="LoTA_QAF_main.py",
+                              formatter_class=HelpFormatter)
+    base, training, evaluation = parser.parse_args_into_dataclasses()
+    base.lora_target_modules = [m for name in base.lora_target_modules for m in SPLIT_TARGETS.split(name) if m]
+    return base, training, evaluation
+
+
+def resolve_gptq(base):
+    """The GPTQFolder of --quantized_model_dir; fills in w_bits, group_size and sym, or refuses what contradicts."""
+    if base.quantized_model_dir is None:
+        raise UserError("--quantized_model_dir is missing; gptq_quantize.py makes a GPTQ model")
+    folder = GPTQFolder(base.quantized_model_dir)
+    for flag, mine, theirs in (("--w_bits", base.w_bits, folder.bits),
+                               ("--group_size", base.group_size, folder.group_size)):
+        if mine is not None and mine != theirs:
+            raise UserError(f"{flag} {mine} contradicts {folder.path}, which has {theirs}")
+    base.w_bits, base.group_size, base.sym = folder.bits, folder.group_size, bool(folder.config.get("sym"))
+    return folder
+
+
+def model_size(name, folder):
+    """("8B", 8e9): from the name where it says so, else counted from the shapes on disk."""
+    named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", Path(name or folder.path).name)
+    if named:
+        return f"{named[1]}B", float(named[1]) * 1e9
+    count = 0
+    for tensor in folder.file_of:
+        kind = tensor.rsplit(".", 1)[-1]
+        shape = folder.shape(tensor)
+        if kind == "qweight":
+            count += shape[0] * 32 // folder.bits * shape[1]
+        elif kind not in ("qzeros", "scales", "g_idx"):
+            size = 1
+            for n in shape:
+                size *= n
+            count += size
+    return (f"{count / 1e9:.0f}B" if count >= 1e9 else f"{max(1, round(count / 1e6))}M"), count
+
+
+def load_tokenizer(base):
+    from transformers import AutoTokenizer
+
+    from data_print_save import prepare_tokenizer
+    for place in (base.quantized_model_dir, base.pretrained):
+        if place and ((Path(place) / "tokenizer_config.json").exists() or not Path(place).is_dir()):
+            return prepare_tokenizer(AutoTokenizer.from_pretrained(place, trust_remote_code=base.trust_remote_code))
+    raise UserError(f"no tokenizer in {base.quantized_model_dir}; name the 16-bit model with --pretrained")
+
+
+def attention(base):
+    """The attention implementation to ask for; None leaves it to the model."""
+    if base.flash_attn != "auto":
+        return base.flash_attn
+    from importlib.util import find_spec
+
+    import torch
+    return "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") else "sdpa"
+
+
+# --- mode 1 -------------------------------------------------------------------------------------------------------
+
+def train(base, training):
+    """Trains an adapter; returns its folder."""
+    folder = resolve_gptq(base)
+    size, parameters = model_size(base.pretrained, folder)
+    base.lora_r = base.lora_r or (64 if parameters < LARGE_MODEL else 32)
+    base.lora_alpha = base.lora_alpha or 2 * base.lora_r
+    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+        raise UserError("nothing to train: give --num_train_epochs or --max_steps")
+    if base.lota_qaf:
+        if base.lora_dropout:
+            raise UserError("--lora_dropout must be 0 with LoTA: what is dropped could not be merged")
+        training.interval_point = training.interval_point or 0.75 * base.lora_r
+        training.optimizer_type, training.max_grad_norm = "int_sign_sgd", 0.0
+        threshold = make_threshold(training.interval_point, base.residual, base.offset_scale)
+        try:
+            check_settings(base.lora_r, threshold.omega, 1 if folder.group_size < 0 else folder.group_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    elif training.optimizer_type == "int_sign_sgd":
+        raise UserError("--optimizer_type int_sign_sgd trains ternary adapters only: give --lota_qaf True")
+    if training.adapter_ckpt:
+        check_checkpoint(training.adapter_ckpt)
+
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    from data_print_save import check_cuda, get_Ada_path, params_print, prepare_dataset, set_seed
+    from LoTA.adapter import load_gptq
+    from t_signSGD import tSignSGD
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    check_cuda()
+    set_seed(base.seed)
+    tokenizer = load_tokenizer(base)
+    data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
+                           training.target_max_len, training.debug_number, base.data_dir)
+    params_print(base, training)
+    fingerprint = folder.fingerprint()
+
+    model = load_gptq(base.quantized_model_dir, getattr(torch, base.dtype), base.device_map, "gptq_torch",
+                      attention(base), base.trust_remote_code).model
+    model.config.use_cache = False
+    lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
+                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM,
+                             base_model_name_or_path=str(folder.path.resolve()))
+    if base.lota_qaf:
+        from LoTA.layer import CustomLoraLinear, register
+        register(lora_config, threshold)
+    try:
+        model = get_peft_model(model, lora_config)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from None
+    if base.lota_qaf:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
+        if not layers:
+            raise UserError(f"no quantized layer is named {', '.join(base.lora_target_modules)}; see "
+                            "--lora_target_modules")
+    model.print_trainable_parameters()
+
+    method = "LoTA" if base.lota_qaf else "LoRA"
+    config = LotaConfig(
+        method=method, omega=training.interval_point if base.lota_qaf else None, residual=base.residual,
+        offset_scale=base.offset_scale, bits=base.w_bits, group_size=base.group_size, rank=base.lora_r,
+        pretrained=base.pretrained, quantized_model_dir=str(folder.path.resolve()), fingerprint=fingerprint,
+        data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
+        versions={p: version(p) for p in ("torch", "transformers", "peft", "gptqmodel")})
+    numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
+               else (training.learning_rate, base.lora_r, base.lora_alpha))
+    started = datetime.now().strftime("%d_%H%M%S")
+
+    def folder_name(**ended):
+        return get_Ada_path(size, base.w_bits, method, *numbers, training.training_data_name, when=started, **ended)
+
+    running = Path(training.adapter_path) / folder_name()
+    if training.adapter_ckpt:
+        running = Path(training.adapter_ckpt).resolve().parent
+
+    class Checkpoints(TrainerCallback):
+        """Writes lota_config.json last of all into every checkpoint, so that it marks a whole one, and turns Ctrl-C
+        into a checkpoint and an orderly end."""
+
+        interrupted = False
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            def interrupt(signum, frame):
+                if self.interrupted:
+                    raise KeyboardInterrupt
+                self.interrupted = True
+                print("\ninterrupted: saving a checkpoint after this step; Ctrl-C again stops at once")
+            signal.signal(signal.SIGINT, interrupt)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.interrupted:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args, state, control, **kwargs):
+            config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    class LotaTrainer(Trainer):
+        """Trainer whose optimizer for ternary adapters is tSignSGD, over the run's real number of steps."""
+
+        def create_optimizer_and_scheduler(self, num_training_steps):
+            if not base.lota_qaf:
+                return super().create_optimizer_and_scheduler(num_training_steps)
+            adapters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            # Kept under a name of its own: accelerate wraps self.optimizer.
+            self.optimizer = self.ternary_optimizer = tSignSGD(
+                adapters, threshold_ratio=training.filter_ratio, min_grad=training.min_grad,
+                filter_upper=training.filter_upper)
+            self.lr_scheduler = self.optimizer.create_scheduler(num_training_steps)
+
+        def log(self, logs, *args, **kwargs):
+            if base.lota_qaf and "learning_rate" in logs:
+                logs.pop("learning_rate")                       # t-SignSGD has none
+                logs["sigma"] = self.ternary_optimizer.current_sigma()
+            super().log(logs, *args, **kwargs)
+
+    save_by_steps = training.save_strategy == "steps"
+    checkpoints = Checkpoints()
+    trainer = LotaTrainer(
+        model=model, train_dataset=data, callbacks=[checkpoints],
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        args=TrainingArguments(
+            output_dir=str(running), num_train_epochs=training.num_train_epochs or 1, max_steps=training.max_steps,
+            per_device_train_batch_size=training.train_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            optim="adamw_torch" if base.lota_qaf else training.optimizer_type, learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
+            warmup_steps=training.warmup_ratio, lr_scheduler_type=training.lr_scheduler_type,
+            activation_checkpointing=training.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+            train_sampling_strategy="group_by_length", logging_steps=training.logging_steps,
+            save_strategy=training.save_strategy,
+            save_steps=(1 / training.save_number if training.save_number > 1 else 1.0) if save_by_steps else 500,
+            use_cpu=next(model.parameters()).device.type == "cpu", report_to=training_reporters(base.report_to),
+            dataloader_pin_memory=torch.cuda.is_available(), seed=base.seed, data_seed=base.seed))
+    start = time.time()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.train(resume_from_checkpoint=training.adapter_ckpt)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if checkpoints.interrupted:
+        raise UserError(f"interrupted at step {trainer.state.global_step}; resume with --adapter_ckpt "
+                        f"{running / f'checkpoint-{trainer.state.global_step}'}")
+
+    runtime, peak = time.time() - start, peak_memory_mb()
+    config.training = {"runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": trainer.state.global_step,
+                       "loss": trainer.state.log_history[-1].get("train_loss")}
+    if base.lota_qaf:
+        from LoTA.lota_merge import print_moved, shares
+        moved = {}
+        for name, layer in layers.items():
+            count = moved.setdefault(name.rsplit(".", 1)[-1], [0, 0])
+            for i, n in enumerate(layer.count_moved()):
+                count[i] += n
+        config.training["moved"] = shares(moved)
+        print_moved(config.training["moved"])
+    model.save_pretrained(str(running), save_embedding_layers=False)
+    write_json(running / "log_history.json", trainer.state.log_history)
+    config.save(running)
+    final = running.parent / folder_name(runtime=runtime, peak_mb=peak)
+    os.rename(running, final)
+    print(f"adapter saved to {final}")
+    return final
+
+
+def check_checkpoint(path):
+    """Raises UserError unless `path` is a whole checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"--adapter_ckpt {path} is not a folder")
+    if not (path / LOTA_CONFIG).exists():
+        raise UserError(f"--adapter_ckpt {path} is not whole (it has no {LOTA_CONFIG}, which is written last); take "
+                        "an earlier checkpoint")
+
+
+def training_reporters(report_to):
+    return "none" if report_to == "none" else SPLIT_TARGETS.split(report_to)
+
+
+def peak_memory_mb():
+    """Peak memory of the run in MB: the GPUs' where there are any, else the process's."""
+    import torch
+    if torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**20
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# --- mode 2 -------------------------------------------------------------------------------------------------------
+
+def evaluate(base, evaluation):
+    """Merges where there is something to merge, evaluates, and returns {task: results}."""
+    if evaluation.tasks is None and evaluation.ft_dataset_name == "none" and evaluation.merged_path is None:
+        raise UserError("nothing to evaluate: give --tasks, --ft_dataset_name, or --merged_path to only merge")
+    with tempfile.TemporaryDirectory() as temporary:
+        load, name, extra = choose_model(base, evaluation, temporary)
+        if evaluation.tasks is None and evaluation.ft_dataset_name == "none":
+            return {}
+        from data_print_save import check_cuda, params_print, set_seed
+        check_cuda()
+        set_seed(base.seed)
+        params_print(base, evaluation)
+        tokenizer = load_tokenizer(base)
+        model = load()
+    results = {}
+    if evaluation.ft_dataset_name != "none":
+        from evalGSV import evalgsv
+        results[evaluation.ft_dataset_name] = evalgsv(
+            model, tokenizer, base, evaluation, subsample=evaluation.limit,
+            name=f"{name}_{evaluation.ft_dataset_name}", extra=extra)
+    if evaluation.tasks:
+        results["lm_eval"] = run_lm_eval(model, tokenizer, base, evaluation, name, extra)
+    return results
+
+
+def choose_model(base, evaluation, temporary):
+    """What the settings ask for: (a function that loads it, the name of its results, what to save with them)."""
+    import torch
+    dtype = getattr(torch, base.dtype)
+    device = evaluation.device or base.device_map
+    common = {"dtype": dtype, "attn_implementation": attention(base), "trust_remote_code": base.trust_remote_code}
+
+    def gptq(path, backend=evaluation.backend):
+        from LoTA.adapter import load_gptq
+        return load_gptq(path, device=device, backend=backend, **common).model
+
+    def lota(path):
+        from LoTA.adapter import LTA
+        return LTA(path=str(path)).load(device=device, backend=evaluation.backend, **common).model
+
+    adapter = evaluation.load_adapter
+    if adapter == "none" and evaluation.auto_gptq == "none":
+        if base.pretrained is None:
+            raise UserError("--auto_gptq none evaluates the 16-bit model: name it with --pretrained")
+        base.quantized_model_dir = None
+
+        def load_dense():
+            from transformers import AutoModelForCausalLM
+            place = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
+            return AutoModelForCausalLM.from_pretrained(base.pretrained, device_map=place, **common)
+        return load_dense, f"{Path(base.pretrained).name}_16bit", {}
+    if adapter == "none":
+        folder = resolve_gptq(base)
+        return lambda: gptq(folder.path), f"{folder.path.name}_gptq", {}
+
+    if not Path(adapter).is_dir():
+        raise UserError(f"--load_adapter {adapter} is not a folder")
+    if is_merged(adapter):
+        merged = MergedFolder(adapter)
+        base.quantized_model_dir = str(adapter)
+        return lambda: lota(adapter), f"{Path(adapter).name}_merged", {"moved": merged.lota.training.get("moved")}
+
+    config, _ = read_adapter(adapter, evaluation.load_ada_interval)
+    base.lota_qaf, base.lora_r, base.residual = config.method == "LoTA", config.rank, config.residual
+    base.offset_scale, base.pretrained = config.offset_scale, base.pretrained or config.pretrained
+    base.quantized_model_dir = base.quantized_model_dir or config.quantized_model_dir
+    folder = resolve_gptq(base)
+    name = Path(adapter).resolve().name
+    if not base.lota_qaf or not evaluation.merge:
+        if base.lota_qaf:
+            from LoTA.lota_merge import check_match
+            check_match(adapter, config, AdapterTensors(adapter), folder)
+
+        def load_live():
+            from peft import LoraConfig, PeftModel
+            lora_config = LoraConfig.from_pretrained(adapter)
+            lora_config.inference_mode = True
+            if base.lota_qaf:
+                from LoTA.layer import register
+                register(lora_config, config.threshold)
+            return PeftModel.from_pretrained(gptq(folder.path, "gptq_torch"), adapter, config=lora_config).eval()
+        return load_live, f"{name}_live", {}
+
+    from LoTA.lota_merge import merge_folders, print_moved
+    output = evaluation.merged_path or Path(temporary) / "merged"
+    moved = merge_folders(adapter, folder.path, output, evaluation.load_ada_interval)
+    print_moved(moved)
+    if evaluation.merged_path:
+        print(f"merged and verified: {output}")
+
+    return lambda: lota(output), f"{name}_merged", {"moved": moved}
+
+
+def run_lm_eval(model, tokenizer, base, evaluation, name, extra):
+    """lm-eval on --tasks: prints its table, saves and returns its results."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from data_print_save import save_results
+    tasks = [t for t in SPLIT_TARGETS.split(evaluation.tasks) if t]
+    manager = TaskManager(include_path=evaluation.include_path)
+    unknown = [t for t in tasks if t not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm-eval knows no task named {', '.join(unknown)}; local tasks come in with --include_path")
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.eval_batch_size), tasks=tasks,
+        num_fewshot=evaluation.num_fewshot, task_manager=manager, limit=evaluation.limit, random_seed=base.seed,
+        numpy_random_seed=base.seed, torch_random_seed=base.seed, fewshot_random_seed=base.seed)
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    kept = {k: results[k] for k in ("results", "groups", "versions", "n-shot", "n-samples") if k in results}
+    save_results(evaluation.output_path, f"{name}_{'_'.join(tasks)[:80]}", {**extra, **kept}, base, evaluation)
+    return results
+
+
+def main():
+    base, training, evaluation = parse_args()
+    if base.mode == 1:
+        train(base, training)
+    else:
+        evaluate(base, evaluation)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

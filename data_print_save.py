@@ -1,0 +1,268 @@
+"""Data sets and prompts, printing of settings, names of runs, saving of results.
+
+Touches: data files and the Hugging Face hub (reading), the console, result files (writing).
+Knows nothing of models.
+"""
+import random
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict, load_dataset, load_from_disk
+from transformers import set_seed as transformers_set_seed
+
+from LoTA import UserError
+from LoTA.folders import write_json
+
+IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
+
+VIGGO_FUNCTIONS = ("inform", "request", "give_opinion", "confirm", "verify_attribute", "suggest",
+                   "request_explanation", "recommend", "request_attribute")
+VIGGO_ATTRIBUTES = ("name", "release_year", "exp_release_date", "developer", "esrb", "rating", "genres",
+                    "player_perspective", "platforms", "has_multiplayer", "available_on_steam",
+                    "has_linux_release", "has_mac_release", "specifier")
+VIGGO_INSTRUCTION = (
+    "Translate the sentence about a video game into its meaning representation: one function applied to "
+    "attributes, each with its value in square brackets, as in function(attribute1[value], attribute2[value]). "
+    f"The function is one of: {', '.join(VIGGO_FUNCTIONS)}. "
+    f"The attributes, used as the sentence needs them, are: {', '.join(VIGGO_ATTRIBUTES)}. "
+    "Answer with the meaning representation only.")
+GSM8K_INSTRUCTION = "Solve the problem step by step and end with a line '#### ' followed by the number."
+SQL_INSTRUCTION = "Write a SQL query to answer the question based on the table schema."
+
+# For a tokenizer that has no chat template of its own (base models): the plain headed form that Alpaca made usual.
+FALLBACK_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}\n\n"
+    "{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
+    "{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
+
+# Where each set lives on the hub: (repository, configuration, revision, {our split: its split}).
+# sql-create-context has a single split: our train and test are cut from it below.
+HUB = {
+    "alpaca": ("yahma/alpaca-cleaned", None, None, {"train": "train"}),
+    "gsm8k": ("openai/gsm8k", "main", None, {"train": "train", "test": "test"}),
+    "sql": ("b-mc2/sql-create-context", None, None, {"all": "train"}),
+    "viggo": ("GEM/viggo", None, "refs/convert/parquet", {"train": "train", "test": "test"}),
+}
+DATA_NAMES = tuple(HUB)
+SPLIT_FILE_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
+SQL_TEST_ROWS = 1000    # the paper's number of SQL test rows
+SINGLE_FILE_TEST_SHARE = 0.2
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+def read_messages(data_name, row):
+    """One row of a data set as (messages before the answer, answer).
+
+    The messages are a system turn where the task has an instruction of its own, and a user turn. Understands the
+    columns of the published sets: alpaca instruction/input/output; gsm8k question/answer; sql messages or
+    question/context/answer; viggo mr/ref or meaning_representation/target. Raises KeyError on other columns.
+    """
+    if data_name == "alpaca":
+        user = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+        return [{"role": "user", "content": user}], row["output"]
+    if data_name == "gsm8k":
+        return _with_system(GSM8K_INSTRUCTION, row["question"]), row["answer"]
+    if data_name == "sql":
+        if "messages" in row:
+            *prompt, answer = row["messages"]
+            return prompt, answer["content"]
+        user = f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}"
+        return [{"role": "user", "content": user}], row["answer"]
+    if data_name == "viggo":
+        mr, ref = ("mr", "ref") if "mr" in row else ("meaning_representation", "target")
+        return _with_system(VIGGO_INSTRUCTION, row[ref]), row[mr]
+    raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
+
+
+def _with_system(system, user):
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def load_rows(data_name, split, data_dir=None):
+    """The raw rows of `split` ("train" or "test") as a `datasets.Dataset`.
+
+    data_dir: None loads from the hub. Else a `save_to_disk` folder, a csv/json/jsonl file, or a folder of such files
+    named after their split (train.csv, test.jsonl, valid.jsonl ...). A folder with a single file, or a single-split
+    source, is cut into fixed, disjoint train and test rows (80:20; alpaca, which has no test, is kept whole).
+    Raises UserError with what to do.
+    """
+    if data_name not in HUB:
+        raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
+    splits = _local_splits(data_dir) if data_dir else _hub_splits(data_name, split)
+    if set(splits) == {"all"}:
+        if data_name == "alpaca" and split == "train":
+            rows = splits["all"]
+        else:
+            whole = splits["all"]
+            test_size = SQL_TEST_ROWS if len(whole) > 10 * SQL_TEST_ROWS else SINGLE_FILE_TEST_SHARE
+            rows = whole.train_test_split(test_size=test_size, seed=42)[split]
+    elif split in splits:
+        rows = splits[split]
+    else:
+        raise UserError(f"{data_dir or HUB[data_name][0]} has no {split} split, only {', '.join(splits)}")
+    if len(rows) == 0:
+        raise UserError(f"the {split} split of '{data_name}' in {data_dir or HUB[data_name][0]} is empty")
+    try:
+        read_messages(data_name, rows[0])
+    except KeyError as missing:
+        raise UserError(f"the rows in {data_dir or HUB[data_name][0]} do not look like '{data_name}': column "
+                         f"{missing} is missing, found {', '.join(rows.column_names)}") from None
+    return rows
+
+
+def _hub_splits(data_name, split):
+    repository, config, revision, names = HUB[data_name]
+    ours = split if split in names else "all"
+    if ours not in names:
+        raise UserError(f"'{data_name}' has no {split} split; use it for training only")
+    return {ours: load_dataset(repository, config, revision=revision, split=names[ours])}
+
+
+def _local_splits(data_dir):
+    """{"train": ..., "test": ...} as far as they are there, or {"all": ...} for a single unsplit source."""
+    path = Path(data_dir)
+    if not path.exists():
+        raise UserError(f"--data_dir {data_dir} does not exist")
+    if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "dataset_info.json")):
+        loaded = load_from_disk(str(path))
+        if not isinstance(loaded, DatasetDict):
+            return {"all": loaded}
+        named = {ours: loaded[name] for ours, names in SPLIT_FILE_NAMES.items()
+                 for name in reversed(names) if name in loaded}
+        return named or {"all": next(iter(loaded.values()))}
+    files = [path] if path.is_file() else sorted(
+        f for f in path.iterdir() if f.suffix in (".csv", ".json", ".jsonl"))
+    if not files:
+        raise UserError(f"--data_dir {data_dir} holds no csv, json or jsonl file and no save_to_disk folder")
+    if len(files) == 1:
+        return {"all": _read_file(files[0])}
+    named = {ours: file for ours, names in SPLIT_FILE_NAMES.items()
+             for name in reversed(names) for file in files if file.stem == name}
+    if not named:
+        raise UserError(f"{data_dir} holds several files and none is named train or test: "
+                         f"{', '.join(f.name for f in files)}")
+    return {ours: _read_file(file) for ours, file in named.items()}
+
+
+def _read_file(file):
+    if file.stat().st_size == 0:
+        raise UserError(f"{file} is empty")
+    kind = "csv" if file.suffix == ".csv" else "json"
+    # A private cache folder: nothing stale is ever read and nothing is left behind.
+    with tempfile.TemporaryDirectory() as cache:
+        return load_dataset(kind, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True)
+
+
+# --- prompts and tokens -------------------------------------------------------------------------------------------
+
+def prepare_tokenizer(tokenizer):
+    """Gives a tokenizer what it lacks: a pad token (its eos token) and a chat template (FALLBACK_CHAT_TEMPLATE)."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    return tokenizer
+
+
+def render_prompt(tokenizer, messages):
+    """The text before the answer. Training and evaluation both come through here, so that the two never differ.
+
+    Templates that know no system turn get it as the head of the user turn.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as refused:
+        if messages[0]["role"] != "system":
+            raise UserError(f"the tokenizer's chat template refuses the prompt: {refused}") from refused
+        user = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        return render_prompt(tokenizer, [user, *messages[2:]])
+
+
+def encode_prompt(tokenizer, prompt, max_len=None):
+    """Token ids of a rendered prompt; the template wrote the special tokens. Over-long prompts lose their beginning,
+    never the end that asks for the answer."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids[-max_len:] if max_len else ids
+
+
+def prepare_dataset(data_name, tokenizer, train_ratio=1.0, source_max_len=1024, target_max_len=256, debug_number=-1,
+                    data_dir=None):
+    """The training split, tokenized: columns input_ids, labels, length.
+
+    Prompt tokens carry label IGNORE_INDEX. The prompt has at most `source_max_len` tokens, answer and eos together at
+    most `target_max_len`. `train_ratio` keeps the first share of the rows, `debug_number` > 0 that many rows.
+    """
+    prepare_tokenizer(tokenizer)
+    rows = load_rows(data_name, "train", data_dir)
+    if not 0 < train_ratio <= 1:
+        raise UserError(f"--train_ratio must be in (0, 1], not {train_ratio}")
+    keep = max(1, int(len(rows) * train_ratio))
+    if debug_number > 0:
+        keep = min(keep, debug_number)
+
+    def encode(row):
+        messages, answer = read_messages(data_name, row)
+        source = encode_prompt(tokenizer, render_prompt(tokenizer, messages), source_max_len)
+        target = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"][:target_max_len]
+        return {"input_ids": source + target, "labels": [IGNORE_INDEX] * len(source) + target,
+                "length": len(source) + len(target)}
+
+    return rows.select(range(keep)).map(encode, remove_columns=rows.column_names, desc=f"tokenizing {data_name}",
+                                        keep_in_memory=True)
+
+
+# --- settings, names, results -------------------------------------------------------------------------------------
+
+def set_seed(seed):
+    """Seeds random, numpy and torch."""
+    random.seed(seed)
+    transformers_set_seed(seed)
+
+
+def check_cuda():
+    """Prints what the run will compute on, and returns its torch.device."""
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            print(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        return torch.device("cuda")
+    print(f"no GPU: running on the CPU with {torch.get_num_threads()} threads")
+    return torch.device("cpu")
+
+
+def params_print(*settings):
+    """Prints dataclasses of settings, a line for each field."""
+    for group in settings:
+        print(f"--- {type(group).__name__}")
+        for name, value in vars(group).items():
+            print(f"  {name:<28} {value}")
+
+
+def get_Ada_path(size, bits, method, first, second, third, data_name, runtime=None, peak_mb=None, when=None):
+    """The name of an adapter folder, as users of the published scripts know it:
+
+        8B_int4_LoTA_48_0.950_0.999_alpaca_<runtime>_<peak MB>_<day_time>
+
+    For LoTA first, second, third are omega, filter_ratio and min_grad; for the baselines learning rate, rank, alpha.
+    A run that has not ended has no runtime and peak yet: its folder's name goes without.
+    """
+    number = "{:.3f}".format if method == "LoTA" else str
+    head = f"{first:g}" if method == "LoTA" else str(first)
+    parts = [size, f"int{bits}", method, head, number(second), number(third), data_name]
+    if runtime is not None:
+        parts += [f"{runtime:.0f}s", f"{peak_mb:.0f}MB"]
+    return "_".join([*parts, when or datetime.now().strftime("%d_%H%M%S")])
+
+
+def save_results(output_path, name, results, *settings):
+    """Saves `results` with every setting and the date in `output_path`/`name`.json; returns the path."""
+    path = Path(output_path) / f"{name}.json"
+    write_json(path, {"date": datetime.now().isoformat(timespec="seconds"),
+                      "settings": {type(s).__name__: dict(vars(s)) for s in settings}, **results})
+    print(f"results saved to {path}")
+    return path

@@ -1,0 +1,483 @@
+"""LoTA.ternary against the float64 oracle: integers equal, floats to the rounding of their dtype."""
+from dataclasses import dataclass, replace
+
+import oracle
+import pytest
+import torch
+
+from LoTA import ternary
+from LoTA.ternary import (
+    Grid,
+    Groups,
+    TernaryLinear,
+    Threshold,
+    adapted_weight,
+    adapter_gradients,
+    check_settings,
+    dequantize,
+    merge,
+    offset_factor,
+    ternarize_,
+    ternary_step,
+)
+
+BITS = (2, 3, 4, 8)
+RANK, COLS = 8, 12
+LAYOUTS = {                     # rows of each group; shuffled: as desc_act leaves them
+    "even": ([16] * 4, False),
+    "one group": ([24], False),
+    "short last": ([16, 16, 8], False),
+    "shuffled": ([16] * 4, True),
+    "shuffled, short last": ([16, 16, 8], True),
+    "uneven": ([5, 16, 9], False),
+    "uneven, shuffled": ([5, 16, 16, 9], True),
+}
+KAPPAS = {"kappa = omega": 2.0, "kappa = 1": 1.0, "no offset": None}
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}       # half an ulp, relative
+
+
+@dataclass
+class Case:
+    """One layer and adapter, as the oracle's arguments."""
+    A: torch.Tensor
+    B: torch.Tensor
+    weight_int: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
+    bits: int
+    omega: float
+    kappa: float | None
+
+    def grid(self):
+        return Grid(weight_int=self.weight_int, zeros=self.zeros, scales=self.scales,
+                    groups=Groups(self.g_idx, self.scales.shape[0]), maxq=2**self.bits - 1)
+
+    def threshold(self):
+        return Threshold(self.omega, self.kappa)
+
+    def layer(self):
+        return self.weight_int, self.scales, self.zeros, self.g_idx, self.bits, self.omega, self.kappa
+
+    def scales_of_rows(self):
+        return self.scales.double()[self.g_idx.long()]
+
+
+def make_case(bits=4, layout="even", kappa=2.0, omega=2.0, seed=0):
+    """A layer with a third of its weights at the ends of the grid, so that both ends block steps, and ties at omega."""
+    generator = torch.Generator().manual_seed(seed + 100 * bits)
+    sizes, shuffled = LAYOUTS[layout]
+    g_idx = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).int()
+    if shuffled:
+        g_idx = g_idx[torch.randperm(len(g_idx), generator=generator)]
+    maxq, shape = 2**bits - 1, (len(g_idx), COLS)
+    weight_int = torch.randint(0, maxq + 1, shape, generator=generator)
+    where = torch.rand(shape, generator=generator)
+    weight_int = weight_int.where(where > 1 / 6, 0).where(where < 5 / 6, maxq).to(torch.uint8)
+    A = torch.randint(-1, 2, (len(g_idx), RANK), generator=generator).float()
+    B = torch.randint(-1, 2, (RANK, COLS), generator=generator).float()
+    scales = (torch.rand(len(sizes), COLS, generator=generator) * 0.02 + 0.002).half()
+    zeros = torch.randint(0, maxq + 1, (len(sizes), COLS), generator=generator).to(torch.uint8)
+    case = Case(A, B, weight_int, scales, zeros, g_idx, bits, omega, kappa)
+    aux = oracle.delta_w(A, B)
+    assert ((aux > omega) & (weight_int == maxq)).any() and ((aux < -omega) & (weight_int == 0)).any()
+    step = oracle.ternary_step(aux, weight_int, omega, bits)
+    assert (step == 1).any() and (step == -1).any()
+    return case
+
+
+all_cases = [pytest.param(dict(bits=bits, layout=layout, kappa=kappa), id=f"{bits} bits, {layout}, {name}")
+             for bits in BITS for layout in LAYOUTS for name, kappa in KAPPAS.items()]
+some_cases = [pytest.param(dict(bits=bits, layout=layout, kappa=kappa), id=f"{bits} bits, {layout}, kappa {kappa}")
+              for bits, layout, kappa in [(2, "shuffled, short last", 2.0), (3, "even", 1.0), (4, "short last", 2.0),
+                                          (4, "uneven, shuffled", 1.0), (8, "shuffled", None), (2, "uneven", 2.0)]]
+
+
+def within(got, want, bound):
+    """Every entry of `got` is finite and no further from `want` than `bound`."""
+    assert got.shape == want.shape
+    error = (got.double() - want).abs()
+    assert bool((error <= bound).all()), f"error {error.max():.3g}, allowed there {bound[error == error.max()].max():.3g}"
+
+
+def weight_bound(case, dtype):
+    """Rounding of s * (W_int - z + W^ + mu), computed in float32 and stored in `dtype`; mu is at most RANK."""
+    exact = oracle.adapted_weight(case.A, case.B, *case.layer())
+    terms = case.scales_of_rows() * (2**(case.bits + 1) + 2 * RANK)
+    return exact, 4 * UNIT[torch.float32] * terms + UNIT[dtype] * exact.abs() * 1.01
+
+
+# --- worked by hand -----------------------------------------------------------------------------------------------
+
+def test_one_weight_by_hand():
+    """Numbers worked by hand from the equations, for the code and the oracle alike: Eq. 3, Eq. 4, W' and merging.
+
+    2 bits, omega = kappa = 2, one group of four rows, one column, s = 0.5, z = 1, dW = 3, 3, -3, 2 on W_int = 1, 3, 2,
+    0: the first goes up, the second is blocked, the third goes down, the fourth is at omega and stays.
+    Offset matrix 1, 3, -1, 2, mean 1.25, mu 0.625; W' = 0.5 * (W_int' - 1 + 0.625).
+    """
+    A = torch.tensor([[1, 1, 1], [1, 1, 1], [-1, -1, -1], [1, 1, 0]]).float()
+    case = Case(A, torch.ones(3, 1), torch.tensor([[1], [3], [2], [0]], dtype=torch.uint8),
+                torch.tensor([[0.5]]), torch.tensor([[1]]), torch.zeros(4, dtype=torch.int32), 2, 2.0, 2.0)
+    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+    assert integers.flatten().tolist() == [2, 3, 1, 0] and mu.flatten().tolist() == [0.625]
+    by_hand = torch.tensor([[0.8125], [1.3125], [0.3125], [-0.1875]])
+    assert torch.equal(adapted_weight(case.A, case.B, case.grid(), case.threshold()), by_hand)
+    assert torch.equal(oracle.adapted_weight(case.A, case.B, *case.layer()).float(), by_hand)
+    # x = 1, 0, 0, 2 and dL/dy = 1: H = s x = 0.5, 0, 0, 1, group sum 1.5, over kappa n = 8: 0.1875 for every row.
+    grad_A, grad_B = adapter_gradients(torch.tensor([[1.0, 0, 0, 2]]), torch.ones(1, 1), case.A, case.B, case.grid(),
+                                       case.threshold())
+    assert torch.equal(grad_A, torch.tensor([[0.6875], [0.1875], [0.1875], [1.1875]]).expand(4, 3))
+    assert grad_B.flatten().tolist() == [1.875, 1.875, 0.6875]
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ternarize(dtype):
+    """In place, the oracle's values, all three of them, in the dtype it came in."""
+    weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if dtype == torch.bfloat16:     # the threshold is rounded to bfloat16: keep the values clear of it
+        delta = 0.75 * weight.double().abs().mean()
+        weight[(weight.abs().double() / delta - 1).abs() < 0.02] = 0
+    want = oracle.ternarized(weight)
+    result = ternarize_(weight)
+    assert result is weight and weight.dtype == dtype
+    assert torch.equal(weight.float(), want) and set(weight.unique().tolist()) == {-1.0, 0.0, 1.0}
+
+
+def test_ternarize_is_strict():
+    """Entries equal to the threshold become 0: mean|w| = 2, so delta = 1.5, by hand."""
+    assert ternarize_(torch.tensor([1.5, -1.5, 2.0, -3.0])).tolist() == [0, 0, 1, -1]
+
+
+def test_check_settings():
+    """omega in the open interval (0, r); rank times rows of a group up to 2**24; the message names what is wrong."""
+    for rank, omega, largest in ((8, 0.01, 16), (8, 7.99, 16), (64, 48.0, 2**18)):
+        check_settings(rank, omega, largest)
+    for omega in (0, -1.0, 8, 9.5, float("nan")):
+        with pytest.raises(ValueError, match="interval_point"):
+            check_settings(8, omega, 16)
+    with pytest.raises(ValueError, match="rank 64"):
+        check_settings(64, 48.0, 2**18 + 1)
+
+
+@pytest.mark.parametrize("block_entries", [1, 2 * 16 * COLS, 1 << 18])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_groups(layout, block_entries, monkeypatch):
+    """Sizes, sums and blocks: every row comes once, in a block of whole groups of one size, within BLOCK_ENTRIES."""
+    monkeypatch.setattr(ternary, "BLOCK_ENTRIES", block_entries)
+    sizes, shuffled = LAYOUTS[layout]
+    g_idx = make_case(layout=layout).g_idx
+    groups = Groups(g_idx, len(sizes))
+    assert groups.count == len(sizes) and groups.sizes.tolist() == sizes and groups.largest == max(sizes)
+    assert (groups.order is not None) == shuffled
+
+    x = torch.randint(-9, 10, (len(g_idx), 5), generator=torch.Generator().manual_seed(1))
+    sums = torch.stack([x[g_idx == g].sum(0) for g in range(len(sizes))])
+    assert torch.equal(groups.sum(x), sums) and torch.equal(groups.sum(x.float()), sums.float())
+
+    seen, expected_first, blocks = [], 0, list(groups.blocks(COLS))
+    for rows, first, last, size in blocks:
+        assert first == expected_first < last
+        expected_first = last
+        indices = torch.arange(len(g_idx))[rows]
+        assert sizes[first:last] == [size] * (last - first)
+        assert g_idx[indices].tolist() == [g for g in range(first, last) for _ in range(size)]
+        assert last - first == 1 or len(indices) * COLS <= block_entries
+        seen += indices.tolist()
+    assert expected_first == len(sizes) and sorted(seen) == list(range(len(g_idx)))
+    if block_entries == 1:
+        assert len(blocks) == len(sizes)
+    if layout == "even":
+        assert len(blocks) == {1: 4, 2 * 16 * COLS: 2, 1 << 18: 1}[block_entries]
+
+
+@pytest.mark.parametrize("g_idx, count", [([0, 0, 2, 2], 3), ([0, 1, 2], 2), ([0, 0, 1], 3)])
+def test_groups_refuses_what_the_scales_do_not_have(g_idx, count):
+    """A group without rows, or rows without a group, is an error and no division by zero later."""
+    with pytest.raises(ValueError, match="g_idx"):
+        Groups(torch.tensor(g_idx), count)
+
+
+def test_groups_to_returns_itself():
+    """to() moves in place and returns the same object, its indices unchanged."""
+    groups = Groups(make_case(layout="shuffled").g_idx, 4)
+    order = groups.order.clone()
+    assert groups.to("cpu") is groups and torch.equal(groups.order, order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("omega", [0.5, 2.0, 2.25, 6.0])
+def test_ternary_step(omega, dtype):
+    """Every integer from -r to r, the oracle's step away from the grid's ends, in shape and dtype; 0 at |dW| = omega."""
+    aux = torch.arange(-RANK, RANK + 1).to(dtype)[:, None]
+    step = ternary_step(aux.clone(), omega)
+    assert step.dtype == dtype
+    assert torch.equal(step.double(), oracle.ternary_step(aux, torch.ones_like(aux), omega, 2))
+    if omega == int(omega):
+        assert not step[aux.abs() == omega].any() and bool(step[aux.abs() == omega + 1].all())
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.25, 5.6])
+@pytest.mark.parametrize("omega", [2.25, 5.6])
+def test_offset_factor(omega, kappa):
+    """(sum dW - omega sum W^) / (kappa n) to float32 rounding, with groups of unequal size."""
+    generator = torch.Generator().manual_seed(2)
+    aux_sum = torch.randint(-900, 900, (3, 7), generator=generator)
+    step_sum = torch.randint(-16, 17, (3, 7), generator=generator)
+    sizes = torch.tensor([16, 16, 5])
+    got = offset_factor(aux_sum.float(), step_sum.float(), sizes, Threshold(omega, kappa))
+    want = (aux_sum.double() - omega * step_sum.double()) / (kappa * sizes[:, None])
+    within(got, want, 4 * UNIT[torch.float32] * (aux_sum.abs() + omega * step_sum.abs()) / (kappa * sizes[:, None]))
+
+
+# --- merging and the adapted weight -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", all_cases)
+def test_merge(settings):
+    """The integers equal the oracle's, on the grid; mu to a few ulps (its numerator is exact); inputs untouched."""
+    case = make_case(**settings)
+    before = case.weight_int.clone()
+    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+    want_integers, want_mu = oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx, case.bits,
+                                          case.omega, case.kappa)
+    assert integers.dtype == torch.uint8 and torch.equal(integers.long(), want_integers)
+    assert integers.max() <= 2**case.bits - 1 and torch.equal(case.weight_int, before)
+    if case.kappa is None:
+        assert mu is None
+    else:
+        assert mu.dtype == torch.float32 and bool(want_mu.any())
+        within(mu, want_mu, 4 * UNIT[torch.float32] * want_mu.abs())
+
+
+@pytest.mark.parametrize("dtype", list(UNIT))
+@pytest.mark.parametrize("settings", all_cases)
+def test_adapted_weight(settings, dtype):
+    """W' is the oracle's, to float32 rounding of its terms and one rounding to `dtype`."""
+    case = make_case(**settings)
+    got = adapted_weight(case.A, case.B, case.grid(), case.threshold(), dtype)
+    assert got.dtype == dtype
+    within(got, *weight_bound(case, dtype))
+
+
+@pytest.mark.parametrize("omega", [1.7, 3.0, 5.6])
+def test_other_thresholds(omega):
+    """omega that float32 cannot hold, and one that only large |dW| pass: the integers and W' are still the oracle's."""
+    case = make_case(4, "shuffled, short last", omega, 2.0, seed=5)
+    case = replace(case, omega=omega)
+    integers, _ = merge(case.A, case.B, case.grid(), case.threshold())
+    assert torch.equal(integers.long(), oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx,
+                                                     case.bits, omega, omega)[0])
+    assert not torch.equal(integers, case.weight_int)
+    within(adapted_weight(case.A, case.B, case.grid(), case.threshold()), *weight_bound(case, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", list(UNIT))
+@pytest.mark.parametrize("settings", all_cases)
+def test_merging_is_lossless(settings, dtype):
+    """The merged layer's weight is the adapted weight bit for bit, in each dtype, and not the layer's weight before."""
+    case = make_case(**settings)
+    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+    merged = replace(case.grid(), weight_int=integers)
+    adapted = adapted_weight(case.A, case.B, case.grid(), case.threshold(), dtype)
+    assert torch.equal(dequantize(merged, mu, dtype), adapted)
+    assert not torch.equal(dequantize(case.grid(), mu, dtype), adapted)
+
+
+@pytest.mark.parametrize("dtype", list(UNIT))
+@pytest.mark.parametrize("settings", all_cases)
+def test_no_adapter_is_the_quantized_layer(settings, dtype):
+    """With B = 0 the adapted weight and the output are exactly those of s (W_int - z), rounded once to `dtype`.
+
+    s has 11 bits and W_int - z at most 9, so the product is exact in float32 and there is one right answer.
+    """
+    case = make_case(**settings)
+    rows = case.g_idx.long()
+    quantized = (case.scales_of_rows() * (case.weight_int.double() - case.zeros.double()[rows])).to(dtype)
+    B = torch.zeros_like(case.B)
+    assert torch.equal(adapted_weight(case.A, B, case.grid(), case.threshold(), dtype), quantized)
+    assert torch.equal(dequantize(case.grid(), None, dtype), quantized)
+    x = torch.randn(3, len(rows), generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert torch.equal(TernaryLinear.apply(x, case.A, B, case.grid, case.threshold()), x @ quantized)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_both_ends_of_the_grid_block(bits):
+    """A weight at an end that would step off it stays, and mu takes all of its dW: counted from the cases themselves."""
+    case = make_case(bits, "even", 2.0)
+    aux, maxq = oracle.delta_w(case.A, case.B), 2**bits - 1
+    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+    top, bottom = (aux > 2) & (case.weight_int == maxq), (aux < -2) & (case.weight_int == 0)
+    assert int(top.sum()) > 10 and int(bottom.sum()) > 10
+    assert bool((integers[top] == maxq).all()) and bool((integers[bottom] == 0).all())
+    free = (aux.abs() > 2) & ~top & ~bottom
+    assert torch.equal(integers.int() - case.weight_int.int(), (aux.sign() * free).int())
+    kept = torch.where(free, aux - 2 * aux.sign(), aux)
+    assert torch.equal(mu.double(), kept.view(4, 16, COLS).mean(1) / 2)      # sixteenths: exact in float32
+
+
+@pytest.mark.parametrize("omega", [1.0, 2.0, 3.0])
+def test_the_threshold_is_strict(omega):
+    """Where |dW| is omega exactly nothing moves; a threshold just below would move these weights."""
+    case = replace(make_case(4, "shuffled", None), omega=omega)
+    ties = (oracle.delta_w(case.A, case.B).abs() == omega) & (case.weight_int > 0) & (case.weight_int < 15)
+    assert int(ties.sum()) > 10
+    moved = merge(case.A, case.B, case.grid(), case.threshold())[0] != case.weight_int
+    assert not moved[ties].any() and bool(moved.any())
+    moved = merge(case.A, case.B, case.grid(), Threshold(omega - 0.01, None))[0] != case.weight_int
+    assert bool(moved[ties].all())
+
+
+@pytest.mark.parametrize("block_entries", [1, 2 * 16 * COLS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_change_no_bit(layout, block_entries, monkeypatch):
+    """Weights, integers and mu are the same bits however the rows are cut; gradients to float32 rounding."""
+    case = make_case(3, layout, 2.0)
+    generator = torch.Generator().manual_seed(4)
+    x, grad = torch.randn(5, len(case.g_idx), generator=generator), torch.randn(5, COLS, generator=generator)
+
+    def results():
+        integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+        return ((adapted_weight(case.A, case.B, case.grid(), case.threshold()), integers, mu,
+                 dequantize(replace(case.grid(), weight_int=integers), mu)),
+                adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold()))
+
+    whole, whole_gradients = results()
+    monkeypatch.setattr(ternary, "BLOCK_ENTRIES", block_entries)
+    if len(LAYOUTS[layout][0]) > 1:
+        assert len(list(case.grid().groups.blocks(COLS))) > 1
+    cut, cut_gradients = results()
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    for a, b in zip(whole_gradients, cut_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+# --- forward and backward -----------------------------------------------------------------------------------------
+
+def gradient_bounds(case, x, grad, unit):
+    """What rounding may do: `unit` times the sums of the absolute values of all that is added, a few times over."""
+    size_H = case.scales_of_rows() * (x.double().abs().t() @ grad.double().abs())
+    size = size_H
+    if case.kappa is not None:
+        size = size + oracle.group_means(size_H, case.g_idx, case.scales.shape[0])[case.g_idx.long()] / case.kappa
+    return unit * size @ case.B.double().abs().t(), unit * case.A.double().abs().t() @ size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["2 dims", "3 dims"])
+@pytest.mark.parametrize("settings", all_cases)
+def test_forward_and_gradients(settings, shape, dtype, monkeypatch):
+    """y and the gradients of x, A and B against float64 autograd through the straight-through form, in two blocks."""
+    monkeypatch.setattr(ternary, "BLOCK_ENTRIES", 2 * 16 * COLS)
+    case = make_case(**settings)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(*shape, len(case.g_idx), generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(*shape, COLS, generator=generator).to(dtype)
+    A, B = case.A.clone().requires_grad_(), case.B.clone().requires_grad_()
+    y = TernaryLinear.apply(x, A, B, case.grid, case.threshold())
+    y.backward(grad)
+
+    flat_x, flat_grad = x.detach().flatten(0, -2), grad.flatten(0, -2)
+    want_y, want_x, want_A, want_B = oracle.forward_and_gradients(flat_x, flat_grad, case.A, case.B, *case.layer())
+    exact, rounding = weight_bound(case, dtype)
+    sums = 2 * UNIT[torch.float32] * len(case.g_idx)            # adding up, in any order
+    within(y.flatten(0, -2), want_y, flat_x.double().abs() @ (rounding + sums * exact.abs())
+           + UNIT[dtype] * want_y.abs() * 1.1)
+    within(x.grad.flatten(0, -2), want_x, flat_grad.double().abs() @ (rounding + sums * exact.abs()).t()
+           + UNIT[dtype] * want_x.abs() * 1.1)
+    assert y.dtype == x.grad.dtype == dtype and y.shape == grad.shape and x.grad.shape == x.shape
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+    bound_A, bound_B = gradient_bounds(case, flat_x, flat_grad, UNIT[dtype] * 1.1 + sums)
+    within(A.grad, want_A, bound_A)
+    within(B.grad, want_B, bound_B)
+
+
+@pytest.mark.parametrize("settings", some_cases)
+def test_gradients_do_not_stop_at_the_grids_ends(settings):
+    """Straight-through everywhere: with x and dL/dy that touch one blocked weight only, its gradient is not 0."""
+    case = make_case(**settings)
+    aux = oracle.delta_w(case.A, case.B)
+    blocked = ((aux > 2) & (case.weight_int == 2**case.bits - 1)) | ((aux < -2) & (case.weight_int == 0))
+    i, j = blocked.nonzero()[0].tolist()
+    x, grad = torch.zeros(1, len(aux)), torch.zeros(1, COLS)
+    x[0, i], grad[0, j] = 1.0, 1.0
+    grad_A, _ = adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold())
+    group = int(case.g_idx[i])
+    per_row = 0 if case.kappa is None else 1 / (case.kappa * int((case.g_idx == group).sum()))
+    want = float(case.scales[group, j]) * (1 + per_row) * case.B[:, j]
+    assert bool(want.any())
+    torch.testing.assert_close(grad_A[i], want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_in_bfloat16(dtype):
+    """Adapters kept in bfloat16 hold -1, 0, 1 exactly: same output; gradients are those in float32, rounded once."""
+    case = make_case(4, "shuffled, short last", 2.0)
+    x = torch.randn(5, len(case.g_idx), generator=torch.Generator().manual_seed(7)).to(dtype)
+    results = []
+    for adapter_dtype in (torch.float32, torch.bfloat16):
+        A, B = case.A.to(adapter_dtype).requires_grad_(), case.B.to(adapter_dtype).requires_grad_()
+        y = TernaryLinear.apply(x, A, B, case.grid, case.threshold())
+        y.float().square().sum().backward()
+        assert A.grad.dtype == B.grad.dtype == adapter_dtype
+        results.append((y, A.grad.bfloat16(), B.grad.bfloat16()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("needed", ["x", "A", "B"])
+def test_only_the_gradients_asked_for(needed):
+    """Each gradient is the same bits when it is the only one asked for, and the others stay None."""
+    case = make_case(4, "short last", 2.0)
+    x = torch.randn(5, len(case.g_idx), generator=torch.Generator().manual_seed(8))
+
+    def gradients(names):
+        leaves = {"x": x.clone(), "A": case.A.clone(), "B": case.B.clone()}
+        for name in names:
+            leaves[name].requires_grad_()
+        TernaryLinear.apply(*leaves.values(), case.grid, case.threshold()).square().sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    alone, together = gradients([needed]), gradients(["x", "A", "B"])
+    assert {name for name, g in alone.items() if g is not None} == {needed}
+    assert torch.equal(alone[needed], together[needed])
+
+
+def test_nothing_of_the_weights_size_is_kept():
+    """Saved for the backward: x and the adapters, nothing else; the grid is loaded anew for the backward."""
+    case = make_case(4, "even", 2.0)
+    loads = []
+
+    def load_grid():
+        loads.append(1)
+        return case.grid()
+
+    x, A, B = torch.randn(2, len(case.g_idx)).requires_grad_(), case.A.requires_grad_(), case.B.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = TernaryLinear.apply(x, A, B, load_grid, case.threshold())
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, A, B)} and len(saved) == 3
+    assert max(t.numel() for t in saved) < len(case.g_idx) * COLS
+    kept = vars(y.grad_fn).values()
+    assert load_grid in kept and not any(isinstance(value, torch.Tensor | Grid) for value in kept)
+    assert len(loads) == 1
+    y.sum().backward()
+    assert len(loads) == 2
+
+
+def test_sums_of_a_large_group_are_exact():
+    """One group of 70,000 8-bit weights near the grid's top: the sum of W_int passes 2**24, where float32 stops
+    counting by one, and mu, whose numerator the module promises to be exact, is still the oracle's."""
+    rows = 70_000
+    check_settings(3, 1.0, rows)
+    generator = torch.Generator().manual_seed(9)
+    A = torch.randint(-1, 2, (rows, 3), generator=generator).float()
+    weight_int = torch.randint(250, 256, (rows, 2), generator=generator).to(torch.uint8)
+    B = torch.tensor([[1.0, -1], [1, -1], [1, 0]])
+    grid = Grid(weight_int, torch.zeros(1, 2).int(), torch.ones(1, 2), Groups(torch.zeros(rows).int(), 1), 255)
+    _, mu = merge(A, B, grid, Threshold(1.0, 1.0))
+    aux = oracle.delta_w(A, B)
+    step = torch.where((aux > 1) & (weight_int < 255), 1.0, 0.0) - torch.where((aux < -1) & (weight_int > 0), 1.0, 0.0)
+    assert weight_int.long().sum(0).min() > 2**24
+    want = (aux - step).mean(0, keepdim=True)
+    within(mu, want, 4 * UNIT[torch.float32] * want.abs())
