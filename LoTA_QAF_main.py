@@ -303,15 +303,20 @@ def train(base, training):
     class LotaTrainer(Trainer):
         """Trainer whose optimizer for ternary adapters is tSignSGD, over the run's real number of steps."""
 
-        def create_optimizer_and_scheduler(self, num_training_steps):
+        def create_optimizer(self, model=None):
             if not base.lota_qaf:
-                return super().create_optimizer_and_scheduler(num_training_steps)
+                return super().create_optimizer(model)
             adapters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            # Kept under a name of its own: accelerate wraps self.optimizer.
-            self.optimizer = self.ternary_optimizer = tSignSGD(
-                adapters, threshold_ratio=training.filter_ratio, min_grad=training.min_grad,
-                filter_upper=training.filter_upper)
-            self.lr_scheduler = self.optimizer.create_scheduler(num_training_steps)
+            self.optimizer = tSignSGD(adapters, threshold_ratio=training.filter_ratio, min_grad=training.min_grad,
+                                      filter_upper=training.filter_upper)
+            self.ternary_optimizer = self.optimizer             # accelerate will wrap self.optimizer
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            if not base.lota_qaf:
+                return super().create_scheduler(num_training_steps, optimizer)
+            self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
+            return self.lr_scheduler
 
         def log(self, logs, *args, **kwargs):
             if base.lota_qaf and "learning_rate" in logs:

@@ -5,6 +5,7 @@ kernel, and LTA adds the offset factor there. The integers are merged on disk be
 kernels that repack weights at loading work like the others.
 """
 import json
+import logging
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from gptqmodel import GPTQModel
 from gptqmodel.adapter.adapter import Adapter
 from gptqmodel.utils.backend import BACKEND
+from gptqmodel.utils.logger import setup_logger
 
 from LoTA import UserError
 from LoTA.folders import LOTA_FORMAT, QUANTIZE_CONFIG, MergedFolder, is_merged, read_adapter
@@ -102,6 +104,7 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
     if not torch.cuda.is_available():
         # TorchLinear compiles its dequantization at the first forward: 30 s on a CPU for nothing gained.
         torch.compiler.set_stance("force_eager")
+    setup_logger().setLevel(logging.WARNING)
     wide = dtype == torch.float32
     try:
         kernel = BACKEND.GPTQ_TORCH if wide else BACKEND(backend.lower())

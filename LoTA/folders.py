@@ -50,7 +50,7 @@ class GPTQFolder:
         if self.bits not in SUPPORTED_BITS:
             raise UserError(f"{self.path} has {self.bits} bits; LoTA works on {', '.join(map(str, SUPPORTED_BITS))}")
         if self.checkpoint_format not in ("gptq", "gptq_v2"):
-            raise UserError(f"{self.path} has checkpoint_format '{self.checkpoint_format}'; LoTA reads gptq and gptq_v2")
+            raise UserError(f"{self.path} has checkpoint_format '{self.checkpoint_format}'; LoTA reads gptq, gptq_v2")
         self.files = safetensors_files(self.path)
         self.file_of = {}
         for file in self.files:

@@ -11,7 +11,6 @@ import json
 import shutil
 import struct
 import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file

@@ -21,8 +21,10 @@ def _fields(bits):
 
 
 def unpack_rows(packed, bits, rows):
-    """Unpacks along dim 0: int32 [ceil(rows * bits / 32), cols] -> uint8 [rows, cols], values 0 ... 2**bits - 1."""
+    """Unpacks along dim 0: int32 [>= ceil(rows * bits / 32), cols] -> uint8 [rows, cols], values 0 ... 2**bits - 1."""
     fields, words = _fields(bits)
+    if packed.shape[0] % words:
+        packed = torch.cat([packed, packed.new_zeros(-packed.shape[0] % words, packed.shape[1])])
     units, cols = packed.shape[0] // words, packed.shape[1]
     packed = packed.view(units, words, cols)
     mask = 2**bits - 1
@@ -37,9 +39,9 @@ def unpack_rows(packed, bits, rows):
 
 
 def pack_rows(values, bits):
-    """Inverse of unpack_rows: integers [rows, cols] in 0 ... 2**bits - 1 -> int32 [ceil(rows * bits / 32), cols].
+    """Inverse of unpack_rows: integers [rows, cols] in 0 ... 2**bits - 1 -> int32 [words, cols].
 
-    The rows are filled up with zeros to a whole unit of words.
+    words = ceil(rows * bits / 32), at 3 bits rounded up to a multiple of 3; the rest is filled with zeros.
     """
     fields, words = _fields(bits)
     rows, cols = values.shape
@@ -64,9 +66,7 @@ def unpack_zeros(qzeros, bits, cols, checkpoint_format):
     words, GPTQModel wraps each field by itself, and so does this.
     """
     if checkpoint_format == "gptq" and WORD % bits == 0:
-        one_in_each_field = sum(1 << shift for shift in range(0, WORD, bits))
-        qzeros = qzeros + (one_in_each_field - (1 << WORD) if one_in_each_field >= 1 << (WORD - 1)
-                           else one_in_each_field)
+        qzeros = qzeros + sum(1 << shift for shift in range(0, WORD, bits))
     zeros = unpack_rows(qzeros.t().contiguous(), bits, cols).t().contiguous()
     if checkpoint_format == "gptq" and WORD % bits:
         zeros = (zeros + 1).bitwise_and_(2**bits - 1)

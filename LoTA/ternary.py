@@ -150,7 +150,7 @@ def _adapted_blocks(lora_A, lora_B, grid, threshold):
         stepped = stepped.add_(weight_int).clamp_(0, grid.maxq)
         offset = None
         if aux_sum is not None:
-            ternary_sum = stepped.sum(1) - weight_int.sum(1)
+            ternary_sum = (stepped - weight_int).sum(1)
             offset = offset_factor(aux_sum[first:last], ternary_sum, grid.groups.sizes[first:last], threshold)
         yield rows, first, last, stepped, offset
 
@@ -238,6 +238,7 @@ class TernaryLinear(torch.autograd.Function):
     def backward(ctx, grad_output):
         x, lora_A, lora_B = ctx.saved_tensors
         grid, threshold = ctx.load_grid(), ctx.threshold
+        grad_output = grad_output.to(x.dtype)           # they differ under autocast
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_output @ adapted_weight(lora_A, lora_B, grid, threshold, x.dtype).t()

@@ -50,11 +50,11 @@ def delta_w(A, B):
 def ternary_step(aux, weight_int, omega, bits):
     """Eq. 3: the step of each weight, none where it would leave the grid."""
     step = torch.zeros(aux.shape, dtype=torch.float64)
-    for i in range(aux.shape[0]):
-        for j in range(aux.shape[1]):
-            if aux[i, j] > omega and weight_int[i, j] < 2**bits - 1:
+    for i, (aux_row, integers) in enumerate(zip(aux.tolist(), weight_int.tolist(), strict=True)):
+        for j, (change, integer) in enumerate(zip(aux_row, integers, strict=True)):
+            if change > omega and integer < 2**bits - 1:
                 step[i, j] = 1
-            elif aux[i, j] < -omega and weight_int[i, j] > 0:
+            elif change < -omega and integer > 0:
                 step[i, j] = -1
     return step
 

@@ -1,0 +1,337 @@
+"""t-SignSGD against the float64 oracle, whose quantile is torch.quantile: every entry after every step, exactly."""
+import io
+import math
+import warnings
+
+import oracle
+import pytest
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from t_signSGD import order_statistic, sigma, tSignSGD
+
+SHAPES = ((8, 40), (24, 8), (1, 7), (3, 1001))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def ternary_parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
+    generator = seeded(seed)
+    return [torch.nn.Parameter(torch.randint(-1, 2, shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_gradients(parameters, t, kind="normal"):
+    """The gradients of step t, a function of t alone, so that a resumed run gets the same ones."""
+    generator = seeded(1000 + t)
+    for p in parameters:
+        if kind == "normal":
+            g = torch.randn(p.shape, generator=generator) * 0.01
+        elif kind == "ties":                # a few values many times over, 0 among them
+            g = torch.randint(-3, 4, p.shape, generator=generator) * 0.25
+        elif kind == "tiny":                # most of them below tau, some above
+            g = torch.randn(p.shape, generator=generator) * 1e-9
+        elif kind == "large":               # beyond the spike norm
+            g = torch.randn(p.shape, generator=generator) * 100
+        else:
+            g = torch.zeros(p.shape)
+        p.grad = g.to(p.dtype)
+
+
+def values(parameters):
+    return [p.detach().clone() for p in parameters]
+
+
+def gradients(parameters):
+    return [p.grad.clone() for p in parameters]
+
+
+# --- the schedule -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("t, want", [(1, 0.95 + 0.049 / 80), (40, 0.9745), (80, 0.999), (81, 0.999 + 0.0009 / 20),
+                                     (90, 0.99945), (99, 0.999 + 0.0009 * 19 / 20), (100, 0.9999), (150, 0.9999)])
+def test_sigma_at_named_points(t, want):
+    """Start, middle, turn, middle of the last phase, end and beyond of 100 steps, worked by hand."""
+    assert sigma(t, 100, 0.95, 0.999, 0.9999) == pytest.approx(want, rel=1e-14)
+    assert oracle.sigma(t, 100) == pytest.approx(want, rel=1e-14)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 33, 300])
+def test_sigma_over_whole_runs(steps):
+    """Every step of short and long runs is the oracle's; with these settings it rises from step to step to the end."""
+    levels = [sigma(t, steps, 0.5, 0.9, 0.99) for t in range(1, steps + 1)]
+    assert levels == [pytest.approx(oracle.sigma(t, steps, 0.5, 0.9, 0.99), rel=1e-14) for t in range(1, steps + 1)]
+    assert levels == sorted(set(levels)) and levels[-1] == 0.99
+
+
+def test_current_sigma_follows_the_steps():
+    """current_sigma() is that of the last step taken, with the defaults 0.95, 0.999, 0.9999; constant unscheduled."""
+    parameters = ternary_parameters([(4, 4)])
+    free, scheduled = tSignSGD(parameters), tSignSGD(parameters)
+    scheduled.create_scheduler(10)
+    for t in range(1, 13):
+        set_gradients(parameters, t)
+        free.step()
+        scheduled.step()
+        assert scheduled.current_sigma() == pytest.approx(oracle.sigma(t, 10), rel=1e-14)
+        assert free.current_sigma() == 0.95
+    assert scheduled.current_sigma() == 0.9999
+
+
+# --- the order statistic ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [0.07, 0.29, 0.5, 0.9, 0.95, 0.951225, 0.999, 0.9999, 0.99995])
+def test_order_statistic_bounds_the_quantile(level, dtype):
+    """For many sizes, with and without ties: an entry of the tensor on either side of float64 torch.quantile, so that
+    "above it" and "at or above it" choose the very same entries as the interpolated quantile does.
+
+    Left out are ranks a rounding away from a whole number (0.07 * 100): there float64 interpolation gives the entry
+    itself, though the quantile lies just beyond it.
+    """
+    for size in [*range(1, 65), 101, 1000, 1001, 4096, 20001]:
+        rank = level * (size - 1)
+        if 0 < abs(rank - round(rank)) < 1e-9:
+            continue
+        for entries in (torch.randn(size, generator=seeded(size)).abs(), torch.arange(size) % 5,
+                        torch.randperm(size, generator=seeded(size))):
+            entries = entries.to(dtype)
+            quantile = torch.quantile(entries.double(), level)
+            below, above = order_statistic(entries, level, math.floor), order_statistic(entries, level, math.ceil)
+            assert below.dtype == dtype and below in entries and above in entries
+            assert torch.equal(entries > below, entries.double() > quantile), size
+            assert torch.equal(entries >= above, entries.double() >= quantile), size
+
+
+def test_order_statistic_of_two_dims_by_hand():
+    """0 ... 10 in a matrix: the 0.95 quantile is 9.5, between 9 and 10; at a whole rank both sides are the entry."""
+    entries = torch.tensor([[10.0, 3, 0, 7, 1, 9, 2, 8, 4, 6, 5]])
+    assert order_statistic(entries, 0.95, math.floor) == 9 and order_statistic(entries, 0.95, math.ceil) == 10
+    assert order_statistic(entries, 0.5, math.floor) == order_statistic(entries, 0.5, math.ceil) == 5
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "ties", "tiny", "large", "zero"])
+@pytest.mark.parametrize("start", [0.5, 0.95])
+def test_steps_are_the_oracles(start, kind, dtype):
+    """40 steps through both phases: all entries equal the oracle's after each, stay in -1, 0, 1, and are counted."""
+    steps, parameters = 40, ternary_parameters(dtype=dtype)
+    optimizer = tSignSGD(parameters, threshold_ratio=start, min_grad=0.97, filter_upper=0.999)
+    optimizer.create_scheduler(steps)
+    moved = clipped = 0
+    for t in range(1, steps + 1):
+        set_gradients(parameters, t, kind)
+        before, grads = values(parameters), gradients(parameters)
+        optimizer.step()
+        level = oracle.sigma(t, steps, start, 0.97, 0.999)
+        want = oracle.sign_step(before, grads, level, t > 0.8 * steps)
+        for p, old, new, g in zip(parameters, before, want, grads, strict=True):
+            assert p.dtype == dtype and torch.equal(p.detach().double(), new), f"step {t}"
+            assert torch.equal(p.grad, g)
+            assert set(p.detach().flatten().tolist()) <= {-1.0, 0.0, 1.0}
+            changed = int((p != old).sum())
+            assert int(optimizer.flipped[p]) == changed
+            moved += changed
+            above = g.double().abs() > max(1e-9, torch.quantile(g.double().abs(), level).item())
+            clipped += int((above & (old.double() == -g.double().sign())).sum())
+    if kind == "zero":
+        assert moved == 0
+    else:
+        assert moved > 0 and clipped > 0
+
+
+@pytest.mark.parametrize("value, moves", [(0.9e-9, False), (1.1e-9, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tau(dtype, value, moves):
+    """A gradient that stands out moves its entry only beyond tau = 1e-9: the rest, and the quantile, is 0."""
+    p = torch.nn.Parameter(torch.zeros(100, dtype=dtype))
+    p.grad = torch.zeros(100, dtype=dtype)
+    p.grad[7], p.grad[8] = value, -value
+    tSignSGD([p]).step()
+    assert p.detach().nonzero().flatten().tolist() == ([7, 8] if moves else [])
+    assert (p[7] == -1 and p[8] == 1) == moves
+
+
+@pytest.mark.parametrize("start", [0.95, 0.8])
+def test_share_of_entries_that_move(start):
+    """Of 1,001 different gradients exactly those above the quantile's rank move: 50 at 0.95, 200 at 0.8, by hand."""
+    p = torch.nn.Parameter(torch.zeros(1001))
+    p.grad = torch.arange(1.0, 1002)[torch.randperm(1001, generator=seeded(0))]
+    optimizer = tSignSGD([p], threshold_ratio=start)
+    optimizer.step()
+    count = round((1 - start) * 1000)
+    assert torch.equal(p.detach() == -1, p.grad > 1001 - count)
+    assert int(optimizer.flipped[p]) == count == int((p != 0).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_entries_than_torch_quantile_takes(dtype):
+    """2**24 + 3 entries of 251 sizes: exactly those above the quantile move, counted apart from any sort."""
+    size, kinds = 2**24 + 3, 251
+    magnitude = torch.arange(size) * 7919 % kinds
+    p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+    p.grad = torch.where(torch.arange(size) % 3 == 0, -magnitude, magnitude).to(dtype)
+    up_to = torch.bincount(magnitude, minlength=kinds).cumsum(0)       # entries of at most each size
+    rank = math.floor(0.95 * (size - 1))
+    quantile = int((up_to <= rank).sum())                               # the entry of that rank: all near it are equal
+    assert up_to[quantile] > rank + 1 and 0 < quantile < kinds - 1
+    tSignSGD([p]).step()
+    assert torch.equal(p.detach(), torch.where(magnitude > quantile, -p.grad.sign(), 0))
+    assert int((p != 0).sum()) == size - int(up_to[quantile])
+
+
+@pytest.mark.parametrize("norm, phase_over, spared", [(10.5, True, True), (9.5, True, False), (10.5, False, False)])
+def test_spike_rule(norm, phase_over, spared):
+    """In the last phase only, and only with a global norm beyond 10 (shared by two tensors, neither of which
+    passes it alone), entries at or above the 0.99995 quantile stay: of 40,001 different gradients the three largest."""
+    parameters = [torch.nn.Parameter(torch.zeros(40001)) for _ in range(2)]
+    for p in parameters:
+        g = torch.arange(1.0, 40002)[torch.randperm(40001, generator=seeded(1))]
+        p.grad = g * (norm / 2**0.5 / g.norm())
+    optimizer = tSignSGD(parameters, 0.99, 0.99, 0.99)
+    optimizer.create_scheduler(10)
+    optimizer.param_groups[0]["step"] = 8 if phase_over else 7
+    before, grads = values(parameters), gradients(parameters)
+    optimizer.step()
+    for p, want in zip(parameters, oracle.sign_step(before, grads, 0.99, phase_over), strict=True):
+        assert torch.equal(p.detach().double(), want)
+        top = p.grad.argsort(descending=True)
+        assert not p[top[400:]].any() and bool((p[top[3:400]] == -1).all())
+        assert bool((p[top[:3]] == (0 if spared else -1)).all())
+
+
+def test_no_spike_rule_without_a_schedule():
+    """Until create_scheduler() there is no last phase: the largest gradients move, however large they are."""
+    p = torch.nn.Parameter(torch.zeros(101))
+    p.grad = torch.arange(101.0)
+    tSignSGD([p]).step()
+    assert p.detach().nonzero().flatten().tolist() == [96, 97, 98, 99, 100]
+
+
+def test_parameters_without_gradients_and_closures():
+    """A parameter without a gradient stays; the closure runs with gradients on and its loss comes back."""
+    parameters = ternary_parameters([(6, 6), (5, 5)])
+    before = values(parameters)
+    optimizer = tSignSGD(parameters, threshold_ratio=0.5)
+
+    def closure():
+        loss = (parameters[0] * torch.arange(36.0).view(6, 6)).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == (before[0] * torch.arange(36.0).view(6, 6)).sum()
+    assert torch.equal(parameters[1], before[1]) and not torch.equal(parameters[0], before[0])
+    want, = oracle.sign_step(before[:1], [parameters[0].grad], 0.5, False)
+    assert torch.equal(parameters[0].detach().double(), want)
+
+
+# --- what it refuses ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_are_not_finite(dtype, value):
+    """The error names the tensor, and neither it nor any other has moved; the step does not count."""
+    parameters = ternary_parameters([(8, 8), (8, 9), (9, 8)], dtype)
+    optimizer = tSignSGD([(f"layers.{i}.lora_A.weight", p) for i, p in enumerate(parameters)], threshold_ratio=0.5)
+    optimizer.create_scheduler(10)
+    set_gradients(parameters, 1)
+    optimizer.step()
+    set_gradients(parameters, 2)
+    parameters[1].grad[3, 3] = value
+    before = values(parameters)
+    with pytest.raises(FloatingPointError, match=r"layers\.1\.lora_A\.weight.*step 2"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    set_gradients(parameters, 2)
+    grads = gradients(parameters)
+    optimizer.step()
+    want = oracle.sign_step(before, grads, oracle.sigma(2, 10, 0.5), False)
+    assert all(torch.equal(p.detach().double(), w) for p, w in zip(parameters, want, strict=True))
+
+
+def test_unnamed_parameters_are_counted_in_errors():
+    """Without names the error gives the position."""
+    parameters = ternary_parameters([(2, 2), (2, 3)])
+    set_gradients(parameters, 1)
+    parameters[1].grad[0] = math.nan
+    with pytest.raises(FloatingPointError, match="parameter 1 "):
+        tSignSGD(parameters).step()
+
+
+@pytest.mark.parametrize("name", ["threshold_ratio", "min_grad", "filter_upper"])
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5])
+def test_levels_outside_0_and_1(name, value):
+    """Each level must lie in the open interval (0, 1), and the error says which does not."""
+    with pytest.raises(ValueError, match=name):
+        tSignSGD(ternary_parameters(), **{name: value})
+
+
+def test_int_params():
+    """Parameters that int_params does not name are refused, also where they equal one that it names."""
+    parameters = ternary_parameters([(2, 2), (2, 2)])
+    tSignSGD(parameters, int_params=parameters)
+    tSignSGD(parameters[:1], int_params=parameters)
+    with pytest.raises(ValueError, match="ternary"):
+        tSignSGD(parameters, int_params=[parameters[0], torch.nn.Parameter(parameters[1].detach().clone())])
+
+
+# --- torch's machinery --------------------------------------------------------------------------------------------
+
+def test_create_scheduler():
+    """A scheduler of torch's own kind, constant, without a warning about the order of calls; its state survives."""
+    parameters = ternary_parameters()
+    optimizer = tSignSGD(parameters)
+    scheduler = optimizer.create_scheduler(5)
+    assert isinstance(scheduler, LRScheduler) and scheduler.optimizer is optimizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in range(1, 6):
+            set_gradients(parameters, t)
+            optimizer.step()
+            scheduler.step()
+            assert scheduler.get_last_lr() == [1.0]
+    again = tSignSGD(ternary_parameters()).create_scheduler(5)
+    again.load_state_dict(scheduler.state_dict())
+    assert again.last_epoch == 5
+    for steps in (0, -3):
+        with pytest.raises(ValueError, match=str(steps)):
+            optimizer.create_scheduler(steps)
+
+
+def run(parameters, optimizer, first, last):
+    for t in range(first, last + 1):
+        set_gradients(parameters, t, "normal")
+        optimizer.step()
+    return values(parameters)
+
+
+@pytest.mark.parametrize("schedule_first", [True, False])
+@pytest.mark.parametrize("stop", [7, 17])
+def test_a_resumed_run_goes_on_where_it_was(stop, schedule_first):
+    """Saved to bytes in either phase and loaded into a new optimizer, with its scheduler made or not, every entry and
+    sigma go on as in an uninterrupted run; without the state they would not."""
+    levels = dict(threshold_ratio=0.6, min_grad=0.9, filter_upper=0.99)
+    parameters = ternary_parameters()
+    optimizer = tSignSGD(parameters, **levels)
+    optimizer.create_scheduler(20)
+    halfway = run(parameters, optimizer, 1, stop)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    whole = run(parameters, optimizer, stop + 1, 20)
+
+    def resumed(load):
+        copies = [torch.nn.Parameter(p.clone()) for p in halfway]
+        other = tSignSGD(copies, **levels)
+        if schedule_first or not load:
+            other.create_scheduler(20)
+        if load:
+            file.seek(0)
+            other.load_state_dict(torch.load(file, weights_only=True))
+            assert other.current_sigma() == pytest.approx(oracle.sigma(stop, 20, 0.6, 0.9, 0.99), rel=1e-14)
+        return run(copies, other, stop + 1, 20)
+
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed(True), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(whole, resumed(False), strict=True))
