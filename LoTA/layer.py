@@ -13,7 +13,7 @@ from torch import nn
 
 from LoTA import UserError
 from LoTA.folders import unpack_grid
-from LoTA.ternary import TernaryLinear, check_settings, merge, ternarize_
+from LoTA.ternary import TernaryLinear, adapted_weight, check_settings, merge, ternarize_
 
 
 class IntLinear(nn.Linear):
@@ -37,6 +37,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
             raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: they could not be merged")
         self.threshold = threshold
         self._groups = None
+        self._evaluated = None          # (what it was made from, W'): see adapted_weight
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
@@ -64,14 +65,19 @@ class CustomLoraLinear(nn.Module, LoraLayer):
     def grid(self):
         """The base layer's integers as a ternary.Grid."""
         base = self.get_base_layer()
+        if self._groups is not None:
+            self._groups.to(base.qweight.device)
         return unpack_grid(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
                            "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
 
     def forward(self, x, *args, **kwargs):
         if self.disable_adapters:
             return self.base_layer(x)
-        lora_A, lora_B = self.adapter_pair()
-        out = TernaryLinear.apply(x, lora_A, lora_B, self.grid, self.threshold)
+        if torch.is_grad_enabled():
+            self._evaluated = None
+            out = TernaryLinear.apply(x, *self.adapter_pair(), self.grid, self.threshold)
+        else:
+            out = x @ self.adapted_weight(x.dtype)
         bias = self.get_base_layer().bias
         return out if bias is None else out + bias.to(out.dtype)
 
@@ -79,6 +85,17 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         """(A [in, r], B [r, out]) of the active adapter."""
         name, = self.active_adapters
         return self.lora_A[name].weight.t(), self.lora_B[name].weight.t()
+
+    def adapted_weight(self, dtype):
+        """W' for evaluation, kept from call to call until the adapter changes: generating a text is many calls.
+
+        It is as large as the 16-bit layer; to evaluate in the memory of the quantized model, merge.
+        """
+        lora_A, lora_B = self.adapter_pair()
+        made_from = (lora_A._version, lora_B._version, lora_A.data_ptr(), lora_A.device, dtype)
+        if self._evaluated is None or self._evaluated[0] != made_from:
+            self._evaluated = made_from, adapted_weight(lora_A, lora_B, self.grid(), self.threshold, dtype)
+        return self._evaluated[1]
 
     @torch.no_grad()
     def count_moved(self):

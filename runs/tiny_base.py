@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
 
@@ -76,7 +77,7 @@ def main():
         model=model, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
         args=TrainingArguments(
             output_dir=args.output, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.1,
+            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=args.weight_decay,
             adam_beta2=0.98, max_grad_norm=1.0, train_sampling_strategy="group_by_length", save_strategy="no",
             logging_steps=50, report_to="none", seed=args.seed)).train()
     model.to(torch.bfloat16).save_pretrained(args.output)

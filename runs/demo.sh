@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The whole road on a laptop without a GPU, in about ten minutes with the environment, six without:
+# a tiny 16-bit model -> GPTQ 2-bit -> ternary adapters (mode 1) -> merge and evaluation (mode 2) -> one table.
+# Nothing is downloaded but the packages. Results stay in work/demo.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+work=${LOTA_WORK:-work/demo}
+rm -rf "$work"
+start=$SECONDS
+
+step() { echo; echo "=== $* ($((SECONDS - start)) s)"; }
+main() { python LoTA_QAF_main.py --data_dir "$work/data" --dtype float32 --report_to none "$@"; }
+evaluate() { main --mode 2 --ft_dataset_name viggo --max_new_tokens 96 --eval_batch_size 100 \
+                  --output_path "$work/results" "$@"; }
+
+step "1. a data set, made up here: sentences and their meaning representations"
+python runs/demo_data.py --output "$work/data"
+
+step "2. a tiny Llama, trained from scratch on it: the 16-bit model"
+python runs/tiny_base.py --data_name viggo --data_dir "$work/data" --output "$work/base" \
+    --hidden_size 128 --intermediate_size 352 --layers 3 --heads 4 --vocab_size 600 --epochs 8 --batch_size 32
+
+step "3. GPTQ quantizes it to 2 bits, one scale and zero for 64 rows"
+python gptq_quantize.py --model "$work/base" --bits 2 --group_size 32 --calibration viggo --data_dir "$work/data" \
+    --samples 64 --output_dir "$work/gptq"
+gptq=$(echo "$work"/gptq/int2_*)
+
+step "4. mode 1: ternary adapters with t-SignSGD"
+main --mode 1 --lota_qaf True --quantized_model_dir "$gptq" --pretrained "$work/base" --training_data_name viggo \
+    --max_steps 80 --train_batch_size 64 --lora_r 16 --interval_point 8 --gradient_checkpointing False \
+    --save_number 2 --logging_steps 10 --adapter_path "$work/adapter"
+adapter=$(echo "$work"/adapter/*LoTA*)
+
+step "5. mode 2: the 16-bit model, the GPTQ model, the adapter live, the adapter merged"
+evaluate --auto_gptq none --pretrained "$work/base"
+evaluate --quantized_model_dir "$gptq"
+evaluate --load_adapter "$adapter" --merge False
+evaluate --load_adapter "$adapter" --merged_path "$work/merged"
+
+step "6. the table"
+python runs/compare.py --results "$work/results" --adapter "$adapter" --merged "$work/merged"
+echo "done in $((SECONDS - start)) s after the environment stood; everything is in $work"
