@@ -95,7 +95,8 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
 
     dtype float32, which no GPTQModel kernel is declared for, loads in float16, whose scales are those on disk, and
     widens afterwards; backend is then the plain torch one. device: None takes the GPU if there is one, "auto" spreads
-    over several. backend: a name of gptqmodel's BACKEND.
+    over several. backend: a name of gptqmodel's BACKEND; on a CPU "auto" is the plain torch one, since the others
+    compile themselves for minutes first.
     """
     if device in (None, "auto"):
         place = {"device_map": "auto"} if torch.cuda.is_available() else {"device": "cpu"}
@@ -104,6 +105,7 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
     if not torch.cuda.is_available():
         # TorchLinear compiles its dequantization at the first forward: 30 s on a CPU for nothing gained.
         torch.compiler.set_stance("force_eager")
+        backend = "gptq_torch" if backend == "auto" else backend
     setup_logger().setLevel(logging.WARNING)
     wide = dtype == torch.float32
     try:

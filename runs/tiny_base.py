@@ -79,7 +79,8 @@ def main():
             output_dir=args.output, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=args.weight_decay,
             adam_beta2=0.98, max_grad_norm=1.0, train_sampling_strategy="group_by_length", save_strategy="no",
-            logging_steps=50, report_to="none", seed=args.seed)).train()
+            logging_steps=50, report_to="none", seed=args.seed,
+            dataloader_pin_memory=torch.cuda.is_available())).train()
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"saved to {args.output}")

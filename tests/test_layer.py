@@ -1,0 +1,242 @@
+"""The PEFT layer and LTA on real GPTQModel models: against GPTQModel's own weights, the oracle, and each other."""
+import copy
+
+import oracle
+import pytest
+import torch
+from conftest import run_main
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from LoTA import UserError, lota_merge
+from LoTA.adapter import LTA, load_gptq
+from LoTA.folders import GPTQFolder, LotaConfig, MergedFolder
+from LoTA.layer import CustomLoraLinear, register
+from LoTA.ternary import Groups, Threshold
+
+RANK, OMEGA = 8, 2.0
+MODELS = [(2,), (3, "--desc_act"), (4, "--sym"), (8,)]
+
+
+@pytest.fixture(params=MODELS, ids=lambda p: "-".join(map(str, p)))
+def gptq(request, quantize):
+    return quantize(*request.param)
+
+
+def load(folder):
+    return load_gptq(folder, torch.float32, backend="gptq_torch").model
+
+
+def with_adapter(folder, residual=True, randomize=True, **lora):
+    """A live PEFT model on `folder` whose adapters hold random ternary entries."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj", "down_proj"], **lora)
+    model = get_peft_model(load(folder), register(config, Threshold(OMEGA, OMEGA if residual else None)))
+    if randomize:
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data.copy_(torch.randint(-1, 2, p.shape))
+    return model.eval()
+
+
+def save(model, folder, gptq, residual=True):
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    source = GPTQFolder(gptq)
+    LotaConfig(omega=OMEGA, residual=residual, bits=source.bits, group_size=source.group_size, rank=RANK,
+               quantized_model_dir=str(gptq), fingerprint=source.fingerprint()).save(folder)
+    return folder
+
+
+def layers(model):
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
+
+
+def logits(model):
+    torch.manual_seed(1)
+    ids = torch.randint(5, 300, (3, 17))
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+def test_our_unpacking_is_gptqmodels(gptq):
+    """s (W_int - z) of every layer, from disk and from the live module, equals GPTQModel's dequantization."""
+    from LoTA.ternary import dequantize
+    model, folder = load(gptq), GPTQFolder(gptq)
+    for name in folder.modules:
+        want = model.get_submodule(name).dequantize_weight().float()
+        torch.testing.assert_close(dequantize(folder.grid(name)), want, rtol=1e-6, atol=0)
+
+
+def test_the_first_forward_is_the_quantized_model(gptq):
+    """B starts at zero: not one logit differs beyond the rounding of another order of the same products."""
+    plain, fresh = load(gptq), with_adapter(gptq, randomize=False)
+    assert all((m.lora_B["default"].weight == 0).all() for m in layers(fresh).values())
+    A = next(iter(layers(fresh).values())).lora_A["default"].weight
+    assert set(A.unique().tolist()) == {-1.0, 0.0, 1.0} and 0.3 < A.abs().mean() < 0.8
+    torch.testing.assert_close(logits(fresh), logits(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_against_the_oracle(gptq):
+    """Output and gradients of a layer inside PEFT, from the integers that are on disk."""
+    model, folder = with_adapter(gptq), GPTQFolder(gptq)
+    for name, layer in layers(model).items():
+        bits, qweight, g_idx = folder.bits, folder.tensor(f"{name}.qweight"), folder.tensor(f"{name}.g_idx")
+        weight_int = oracle.unpack_columns(qweight, bits, len(g_idx))
+        zeros = layer.grid().zeros                                          # checked by test_our_unpacking
+        x, grad = torch.randn(2, 5, len(g_idx), requires_grad=True), torch.randn(2, 5, qweight.shape[1])
+        y = layer(x)
+        y.backward(grad)
+        want = oracle.forward_and_gradients(
+            x.flatten(0, 1), grad.flatten(0, 1), layer.lora_A["default"].weight.t(), layer.lora_B["default"].weight.t(),
+            weight_int, folder.tensor(f"{name}.scales"), zeros, g_idx, bits, OMEGA, OMEGA)
+        got = (y.flatten(0, 1), x.grad.flatten(0, 1), layer.lora_A["default"].weight.grad.t(),
+               layer.lora_B["default"].weight.grad.t())
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)   # the way of evaluation
+
+
+def test_evaluation_sees_a_changed_adapter(quantize):
+    """The weight kept for evaluation is made anew when the adapter changes."""
+    layer = next(iter(layers(with_adapter(quantize(2))).values()))
+    x = torch.randn(4, layer.in_features)
+    with torch.no_grad():
+        before = layer(x)
+        layer.lora_B["default"].weight.zero_()
+        after = layer(x)
+        want = layer.get_base_layer()(x)
+    torch.testing.assert_close(after, want, rtol=1e-5, atol=1e-5)
+    assert (before - after).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_live_equals_merged(gptq, tmp_path, residual):
+    """Integers bit for bit (the merge verifies itself), packed so that GPTQModel reads them; logits to rounding."""
+    model = with_adapter(gptq, residual)
+    adapter = save(model, tmp_path / "adapter", gptq, residual)
+    moved = lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+    assert 0 < moved["all"] < 1
+    merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
+    want, got = logits(model), logits(merged)
+    assert (want - logits(load(gptq))).abs().max() > 0.01                   # the adapter does something
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+    folder = MergedFolder(tmp_path / "merged")
+    for name, layer in layers(model).items():
+        grid = folder.grid(name)
+        module = merged.get_submodule(name)
+        plain = module.dequantize_weight() / grid.scales.float()[grid.groups.g_idx] + grid.zeros[grid.groups.g_idx]
+        assert torch.equal(plain.round().to(torch.uint8), grid.weight_int)
+        assert (module.adapter is not None) == residual
+        assert layer.count_moved()[0] == int((grid.weight_int != GPTQFolder(gptq).grid(name).weight_int).sum())
+
+
+def test_lta_on_an_adapter_is_the_merged_folder(quantize, tmp_path):
+    """path may be the adapter itself: same logits, bit for bit, and its base is found in lota_config.json."""
+    gptq = quantize(2)
+    adapter = save(with_adapter(gptq), tmp_path / "adapter", gptq)
+    lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+    one = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
+    two = LTA(rank=RANK, threshold=OMEGA, residual=True, path=str(adapter)).load(dtype=torch.float32).model
+    assert torch.equal(logits(one), logits(two))
+    with pytest.raises(UserError, match="rank"):
+        LTA(rank=RANK + 1, path=str(adapter)).load()
+    with pytest.raises(UserError, match="threshold"):
+        LTA(threshold=3.0, path=str(tmp_path / "merged")).load()
+
+
+@pytest.mark.parametrize("backend", ["auto", "gptq_torch_aten"])
+def test_merged_on_gptqmodels_kernels_in_16_bit(quantize, tmp_path, backend):
+    """4 bits in bfloat16 on the plain kernel, and on one that repacks the integers for torch's int4 operator."""
+    gptq = quantize(4, "--sym")
+    model = with_adapter(gptq)
+    lota_merge.merge_folders(save(model, tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+    merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.bfloat16, backend=backend).model
+    want = logits(model)
+    assert (logits(merged).float() - want).abs().max() < 0.03 * want.abs().max()
+
+
+def test_a_merged_folder_with_offsets_is_refused_by_stock_tools(quantize, tmp_path):
+    """Neither transformers nor GPTQModel may compute something else: both raise."""
+    from gptqmodel import GPTQModel
+    from transformers import AutoModelForCausalLM
+    gptq = quantize(2)
+    lota_merge.merge_folders(save(with_adapter(gptq), tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+    with pytest.raises(ValueError, match="lota_gptq"):
+        GPTQModel.load(str(tmp_path / "merged"), device="cpu")
+    with pytest.raises(ValueError, match="lota_gptq"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
+
+
+def test_a_merged_folder_without_offsets_is_opened_by_stock_tools(quantize, tmp_path):
+    """transformers and GPTQModel read it as any GPTQ model and compute what the live model computes."""
+    from transformers import AutoModelForCausalLM
+    gptq = quantize(2)
+    model = with_adapter(gptq, residual=False)
+    lota_merge.merge_folders(save(model, tmp_path / "adapter", gptq, False), gptq, tmp_path / "merged")
+    want = logits(model)
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), want, rtol=1e-4, atol=2e-4)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu", dtype=torch.float16)
+    assert (logits(stock).float() - want).abs().max() < 0.01 * want.abs().max()        # float16's rounding
+
+
+def test_adapter_survives_saving_and_loading(quantize, tmp_path):
+    gptq = quantize(2)
+    model = with_adapter(gptq)
+    adapter = save(model, tmp_path / "adapter", gptq)
+    config = register(LoraConfig.from_pretrained(adapter), Threshold(OMEGA, OMEGA))
+    again = PeftModel.from_pretrained(load(gptq), adapter, config=config).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("shape", [(5, 70), (2, 3, 70), (1, 70)])
+@pytest.mark.parametrize("order", ["ordered", "shuffled", "uneven"])
+def test_apply_adds_group_sums_times_offset(shape, order):
+    """x @ (s mu)[g_idx], by the dense matrix that it stands for; the last group is short."""
+    torch.manual_seed(0)
+    g_idx = torch.arange(70) // 32
+    if order == "uneven":
+        g_idx = torch.tensor([0] * 5 + [1] * 40 + [2] * 25)
+    if order != "ordered":
+        g_idx = g_idx[torch.randperm(70)]
+    mu, scales, x, out = torch.randn(3, 12), torch.rand(3, 12), torch.randn(shape), torch.randn(*shape[:-1], 12)
+    layer = LTA()
+    layer.set_offset(mu, scales, g_idx)
+    want = out.double() + x.double() @ (scales * mu).double()[g_idx]
+    got = copy.deepcopy(layer).apply(x=x, out=out.clone())
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_settings_out_of_range_are_refused(quantize):
+    """omega outside (0, r), a rank beyond exact sums, variants of LoRA that cannot be merged."""
+    model = load(quantize(2))
+    for omega in (0.0, 8.0):
+        with pytest.raises(ValueError, match="must lie in"):
+            get_peft_model(copy.deepcopy(model), register(LoraConfig(r=8, target_modules=["q_proj"]),
+                                                          Threshold(omega, 1.0)))
+    with pytest.raises(ValueError, match="too large"):
+        get_peft_model(copy.deepcopy(model), register(LoraConfig(r=2**20, target_modules=["q_proj"]),
+                                                      Threshold(4.0, 1.0)))
+    with pytest.raises(UserError, match="lora_dropout"):
+        get_peft_model(copy.deepcopy(model), register(LoraConfig(r=8, target_modules=["q_proj"], lora_dropout=0.1),
+                                                      Threshold(4.0, 1.0)))
+
+
+def test_groups_refuse_an_index_that_does_not_fit():
+    with pytest.raises(ValueError, match="g_idx"):
+        Groups(torch.tensor([0, 0, 2, 2]), 3)
+
+
+def test_quantize_names_and_marks_its_folder(quantize, base_model, tmp_path):
+    """Bits and group size can be read off the folder's name; a folder that is not ours is not replaced."""
+    import gptq_quantize
+    folder = quantize(3, "--desc_act")
+    assert folder.name == f"int3_32_{base_model.name}"
+    read = GPTQFolder(folder)
+    assert (read.bits, read.group_size, read.config["desc_act"], read.config["sym"]) == (3, 32, True, False)
+    g_idx = read.tensor("model.layers.0.self_attn.q_proj.g_idx")
+    assert not torch.equal(g_idx, g_idx.sort().values)                       # desc_act really shuffled the rows
+    theirs = tmp_path / folder.name
+    theirs.mkdir()
+    (theirs / "notes").write_text("mine")
+    with pytest.raises(UserError, match="not made by this project"):
+        run_main(gptq_quantize, "--model", base_model, "--bits", 3, "--group_size", 32, "--output_dir", tmp_path)
