@@ -3,13 +3,14 @@
 Touches: data files and the Hugging Face hub (reading), the console, result files (writing).
 Knows nothing of models.
 """
+import csv
+import json
 import random
-import tempfile
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import set_seed as transformers_set_seed
 
 from LoTA import UserError
@@ -48,7 +49,7 @@ HUB = {
     "viggo": ("GEM/viggo", None, "refs/convert/parquet", {"train": "train", "test": "test"}),
 }
 DATA_NAMES = tuple(HUB)
-SPLIT_FILE_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
 SQL_TEST_ROWS = 1000    # the paper's number of SQL test rows
 SINGLE_FILE_TEST_SHARE = 0.2
 
@@ -56,31 +57,39 @@ SINGLE_FILE_TEST_SHARE = 0.2
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 def read_messages(data_name, row):
-    """One row of a data set as (messages before the answer, answer).
+    """One row of a data set as (messages before the answer, answer). Raises UserError where either is missing.
 
     The messages are a system turn where the task has an instruction of its own, and a user turn. Understands the
     columns of the published sets: alpaca instruction/input/output; gsm8k question/answer; sql messages or
     question/context/answer; viggo mr/ref or meaning_representation/target. Raises KeyError on other columns.
     """
     if data_name == "alpaca":
-        user = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
-        return [{"role": "user", "content": user}], row["output"]
-    if data_name == "gsm8k":
-        return _with_system(GSM8K_INSTRUCTION, row["question"]), row["answer"]
-    if data_name == "sql":
-        if "messages" in row:
-            *prompt, answer = row["messages"]
-            return prompt, answer["content"]
-        user = f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}"
-        return [{"role": "user", "content": user}], row["answer"]
-    if data_name == "viggo":
+        user, answer = row["instruction"], row["output"]
+        messages = [_user(f"{user}\n\n{row['input']}" if row.get("input") else user)]
+    elif data_name == "gsm8k":
+        messages, answer = [_system(GSM8K_INSTRUCTION), _user(row["question"])], row["answer"]
+    elif data_name == "sql" and "messages" in row:
+        *messages, last = row["messages"]
+        answer = last["content"]
+    elif data_name == "sql":
+        messages = [_user(f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}")]
+        answer = row["answer"]
+    elif data_name == "viggo":
         mr, ref = ("mr", "ref") if "mr" in row else ("meaning_representation", "target")
-        return _with_system(VIGGO_INSTRUCTION, row[ref]), row[mr]
-    raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
+        messages, answer = [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
+    else:
+        raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
+    if not isinstance(answer, str) or not all(isinstance(m["content"], str) for m in messages):
+        raise UserError(f"a row of '{data_name}' has no question or no answer: {str(dict(row))[:200]}")
+    return messages, answer
 
 
-def _with_system(system, user):
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+def _system(text):
+    return {"role": "system", "content": text}
+
+
+def _user(text):
+    return {"role": "user", "content": text}
 
 
 def load_rows(data_name, split, data_dir=None):
@@ -93,25 +102,24 @@ def load_rows(data_name, split, data_dir=None):
     """
     if data_name not in HUB:
         raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
+    source = data_dir or HUB[data_name][0]
     splits = _local_splits(data_dir) if data_dir else _hub_splits(data_name, split)
-    if set(splits) == {"all"}:
-        if data_name == "alpaca" and split == "train":
-            rows = splits["all"]
-        else:
-            whole = splits["all"]
-            test_size = SQL_TEST_ROWS if len(whole) > 10 * SQL_TEST_ROWS else SINGLE_FILE_TEST_SHARE
-            rows = whole.train_test_split(test_size=test_size, seed=42)[split]
-    elif split in splits:
-        rows = splits[split]
-    else:
-        raise UserError(f"{data_dir or HUB[data_name][0]} has no {split} split, only {', '.join(splits)}")
+    wanted = "all" if set(splits) == {"all"} else split
+    if wanted not in splits:
+        raise UserError(f"{source} has no {split} split, only {', '.join(splits)}")
+    rows = _read_file(splits[wanted]) if isinstance(splits[wanted], Path) else splits[wanted]
     if len(rows) == 0:
-        raise UserError(f"the {split} split of '{data_name}' in {data_dir or HUB[data_name][0]} is empty")
+        raise UserError(f"the {wanted} split of '{data_name}' in {source} is empty")
     try:
         read_messages(data_name, rows[0])
     except KeyError as missing:
-        raise UserError(f"the rows in {data_dir or HUB[data_name][0]} do not look like '{data_name}': column "
-                         f"{missing} is missing, found {', '.join(rows.column_names)}") from None
+        raise UserError(f"the rows in {source} do not look like '{data_name}': column {missing} is missing, found "
+                        f"{', '.join(rows.column_names)}") from None
+    if wanted == "all" and not (data_name == "alpaca" and split == "train"):
+        if len(rows) < 2:
+            raise UserError(f"{source} has one row only: too few to be cut into train and test")
+        test_size = SQL_TEST_ROWS if len(rows) > 10 * SQL_TEST_ROWS else SINGLE_FILE_TEST_SHARE
+        rows = rows.train_test_split(test_size=test_size, seed=42)[split]
     return rows
 
 
@@ -124,44 +132,60 @@ def _hub_splits(data_name, split):
 
 
 def _local_splits(data_dir):
-    """{"train": ..., "test": ...} as far as they are there, or {"all": ...} for a single unsplit source."""
+    """{"train": ..., "test": ...} as far as they are there, or {"all": ...} for a single unsplit source; the values
+    are data sets, or files still to be read."""
     path = Path(data_dir)
     if not path.exists():
         raise UserError(f"--data_dir {data_dir} does not exist")
     if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "dataset_info.json")):
-        loaded = load_from_disk(str(path))
+        try:
+            loaded = load_from_disk(str(path))
+        except IndexError:                              # how datasets answers to splits without rows
+            raise UserError(f"the data set saved in {data_dir} is empty") from None
         if not isinstance(loaded, DatasetDict):
             return {"all": loaded}
-        named = {ours: loaded[name] for ours, names in SPLIT_FILE_NAMES.items()
-                 for name in reversed(names) if name in loaded}
-        return named or {"all": next(iter(loaded.values()))}
-    files = [path] if path.is_file() else sorted(
-        f for f in path.iterdir() if f.suffix in (".csv", ".json", ".jsonl"))
+        return _by_split(loaded) or {"all": next(iter(loaded.values()))}
+    files = [f for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in READERS]
     if not files:
         raise UserError(f"--data_dir {data_dir} holds no csv, json or jsonl file and no save_to_disk folder")
     if len(files) == 1:
-        return {"all": _read_file(files[0])}
-    named = {ours: file for ours, names in SPLIT_FILE_NAMES.items()
-             for name in reversed(names) for file in files if file.stem == name}
+        return {"all": files[0]}
+    named = _by_split({f.stem: f for f in reversed(files)})
     if not named:
         raise UserError(f"{data_dir} holds several files and none is named train or test: "
-                         f"{', '.join(f.name for f in files)}")
-    return {ours: _read_file(file) for ours, file in named.items()}
+                        f"{', '.join(f.name for f in files)}")
+    return named
+
+
+def _by_split(found):
+    """{"train": ..., "test": ...} out of {name: ...}; the first known name of a split wins."""
+    return {ours: found[name] for ours, names in SPLIT_NAMES.items() for name in reversed(names) if name in found}
+
+
+# Plain readers, for they leave text as it is: "None", "7" or a date in an answer is not a null, a number, a time.
+READERS = {".csv": lambda f: list(csv.DictReader(f)), ".json": json.load,
+           ".jsonl": lambda f: [json.loads(line) for line in f if line.strip()]}
 
 
 def _read_file(file):
-    if file.stat().st_size == 0:
+    try:
+        with open(file, newline="", encoding="utf-8") as f:
+            rows = READERS[file.suffix](f)
+    except (ValueError, csv.Error) as error:            # ValueError: what json and the decoding raise
+        raise UserError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file} is not a list of records")
+    if not rows:
         raise UserError(f"{file} is empty")
-    kind = "csv" if file.suffix == ".csv" else "json"
-    # A private cache folder: nothing stale is ever read and nothing is left behind.
-    with tempfile.TemporaryDirectory() as cache:
-        return load_dataset(kind, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True)
+    return Dataset.from_list(rows)
 
 
 # --- prompts and tokens -------------------------------------------------------------------------------------------
 
 def prepare_tokenizer(tokenizer):
     """Gives a tokenizer what it lacks: a pad token (its eos token) and a chat template (FALLBACK_CHAT_TEMPLATE)."""
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no eos token, which ends every answer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:

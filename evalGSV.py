@@ -31,8 +31,8 @@ def _gsm8k_answer(text):
     """What follows the last ####, as a number where it is one; None without ####."""
     if "####" not in text:
         return None
-    answer = text.rsplit("####", 1)[1].strip()
-    answer = re.sub(r"[,$\s]", "", answer.split("\n")[0]).rstrip(".")
+    answer = text.rsplit("####", 1)[1].strip().split("\n")[0]
+    answer = answer.replace(",", "").replace("$", "").rstrip(".").strip()
     try:
         return float(answer)
     except ValueError:
@@ -51,7 +51,7 @@ def confidence_interval(correct, total, z=1.96):
     share = correct / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.inference_mode()
@@ -65,8 +65,10 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens):
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt").to(model.device)
-            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
-                                 temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
+            # Plain greedy decoding, whatever the model's own generation_config.json asks for.
+            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=None,
+                                 top_p=None, top_k=None, repetition_penalty=1.0, no_repeat_ngram_size=0,
+                                 use_cache=True, pad_token_id=tokenizer.pad_token_id,
                                  eos_token_id=tokenizer.eos_token_id)
             new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
             for i, text in zip(rows, new, strict=True):

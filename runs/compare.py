@@ -77,7 +77,8 @@ def main():
     for kind in ROWS:
         r = results[kind]
         low, high = r["interval_95"]
-        print(f"| {NAMES[kind]:<22} | {r['accuracy']:8.1%} | {low:6.1%} to {high:6.1%}  | {r['correct']:4} of {r['rows']:4}|")
+        share, count = f"{r['accuracy']:8.1%}", f"{r['correct']:4} of {r['rows']:4}"
+        print(f"| {NAMES[kind]:<22} | {share} | {low:6.1%} to {high:6.1%}  | {count}|")
     print()
     print(f"share of integer weights moved by the merge: {results['merged']['moved']['all']:.4%}")
     print(f"largest difference between live and merged logits: {difference:.2e} (largest logit: {size:.1f})")

@@ -9,7 +9,7 @@ import csv
 import random
 from pathlib import Path
 
-FIRST = "Amber Broken Cobalt Distant Ember Frozen Golden Hollow Iron Jade Lunar Misty Northern Opal Painted Quiet".split()
+FIRST = "Amber Broken Cobalt Distant Ember Frozen Golden Hollow Iron Jade Lunar Misty Northern Opal Painted".split()
 SECOND = "Archive Bastion Circuit Dynasty Engine Frontier Garden Harbor Island Junction Kingdom Lantern Meadow".split()
 GENRES = ["puzzle", "racing", "strategy", "role-playing", "simulation", "shooter", "platformer", "adventure"]
 PLATFORMS = ["PC", "PlayStation", "Xbox", "Nintendo Switch"]

@@ -73,14 +73,14 @@ def main():
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens, {len(data)} rows, "
           f"{sum(data['length']) / len(data):.0f} tokens a row")
-    Trainer(
-        model=model, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
-        args=TrainingArguments(
-            output_dir=args.output, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=args.weight_decay,
-            adam_beta2=0.98, max_grad_norm=1.0, train_sampling_strategy="group_by_length", save_strategy="no",
-            logging_steps=50, report_to="none", seed=args.seed,
-            dataloader_pin_memory=torch.cuda.is_available())).train()
+    settings = TrainingArguments(
+        output_dir=args.output, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
+        weight_decay=args.weight_decay, adam_beta2=0.98, max_grad_norm=1.0, logging_steps=50, save_strategy="no",
+        train_sampling_strategy="group_by_length", report_to="none", seed=args.seed,
+        dataloader_pin_memory=torch.cuda.is_available())
+    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    Trainer(model=model, train_dataset=data, data_collator=collator, args=settings).train()
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"saved to {args.output}")

@@ -509,7 +509,7 @@ def test_empty_saved_data_set(tmp_path):
     empty = Dataset.from_dict({"question": [], "answer": []})
     DatasetDict({"train": empty, "test": empty}).save_to_disk(str(tmp_path))
     for split in ("train", "test"):
-        with pytest.raises(UserError, match=f"the {split} split of 'gsm8k' .* is empty"):
+        with pytest.raises(UserError, match="is empty"):
             load_rows("gsm8k", split, str(tmp_path))
 
 

@@ -1,0 +1,317 @@
+"""The command line from end to end on a tiny GPTQ model: train, resume, interrupt, merge, evaluate, and refuse."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run_main
+from safetensors.torch import load_file
+
+import LoTA_QAF_main
+from LoTA import UserError
+from LoTA.folders import GPTQFolder, LotaConfig, MergedFolder
+
+TRAIN = ("--mode", 1, "--lota_qaf", True, "--training_data_name", "viggo", "--lora_r", 8, "--interval_point", 4,
+         "--train_batch_size", 16, "--dtype", "float32", "--save_number", 2, "--logging_steps", 2)
+EVALUATE = ("--mode", 2, "--ft_dataset_name", "viggo", "--dtype", "float32", "--max_new_tokens", 40,
+            "--eval_batch_size", 16)
+
+
+def main(*arguments):
+    return run_main(LoTA_QAF_main, *arguments)
+
+
+@pytest.fixture(scope="session")
+def gptq(quantize):
+    return quantize(2)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, gptq, base_model, demo_data):
+    """An adapter folder made by mode 1, eight steps."""
+    folder = tmp_path_factory.mktemp("adapters")
+    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
+         "--adapter_path", folder)
+    adapter, = folder.iterdir()
+    return adapter
+
+
+def evaluate(demo_data, output, *arguments):
+    """Mode 2; the JSON file it wrote."""
+    before = set(output.glob("*.json"))
+    main(*EVALUATE, "--data_dir", demo_data, "--output_path", output, *arguments)
+    file, = set(output.glob("*.json")) - before
+    return json.loads(file.read_text())
+
+
+def test_the_adapter_folder(trained, gptq):
+    """Named as users know it; ternary matrices that training moved; everything recorded."""
+    parts = trained.name.split("_")
+    assert parts[1:7] == ["int2", "LoTA", "4", "0.950", "0.999", "viggo"] and parts[0].endswith("M")
+    tensors = load_file(trained / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 7
+    assert all(set(t.unique().tolist()) <= {-1.0, 0.0, 1.0} for t in tensors.values())
+    assert all(t.abs().sum() > 0 for n, t in tensors.items() if "lora_B" in n)      # B started at zero
+    config = LotaConfig.load(trained)
+    assert (config.method, config.omega, config.residual, config.rank, config.bits) == ("LoTA", 4.0, True, 8, 2)
+    assert (config.group_size, config.offset_scale, config.seed, config.data_set) == (32, "omega", 42, "viggo")
+    assert config.fingerprint == GPTQFolder(gptq).fingerprint()
+    assert config.training["steps"] == 8 and 0 <= config.training["moved"]["all"] < 1
+    assert json.loads((trained / "log_history.json").read_text())[-2]["sigma"] == 0.9999
+
+
+def test_only_the_adapter_is_saved_and_checkpoints_are_whole(trained):
+    names = sorted(p.name for p in trained.iterdir() if p.is_dir())
+    assert names == ["checkpoint-4", "checkpoint-8"]
+    for name in names:
+        assert (trained / name / "lota_config.json").exists() and (trained / name / "optimizer.pt").exists()
+
+
+def test_resuming_goes_on_where_it_was(trained, tmp_path, gptq, base_model, demo_data):
+    """A run resumed at step 4 ends with the very adapter of the run that was not interrupted: sigma, batches, all."""
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copytree(trained / "checkpoint-4", copy / "checkpoint-4")
+    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
+         "--adapter_path", tmp_path, "--adapter_ckpt", copy / "checkpoint-4")
+    resumed, = tmp_path.glob("*LoTA*")
+    one, two = load_file(trained / "adapter_model.safetensors"), load_file(resumed / "adapter_model.safetensors")
+    at_4 = load_file(trained / "checkpoint-4/adapter_model.safetensors")
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert any(not torch.equal(one[n], at_4[n]) for n in one)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(trained, tmp_path, gptq, base_model, demo_data):
+    broken = shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    (broken / "lota_config.json").unlink()
+    with pytest.raises(UserError, match="not whole"):
+        main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
+             "--max_steps", 8, "--adapter_path", tmp_path, "--adapter_ckpt", broken)
+
+
+def test_live_and_merged_give_the_same_predictions(trained, demo_data, tmp_path):
+    live = evaluate(demo_data, tmp_path, "--load_adapter", trained, "--merge", False)
+    merged = evaluate(demo_data, tmp_path, "--load_adapter", trained, "--merged_path", tmp_path / "merged")
+    again = evaluate(demo_data, tmp_path / "again", "--load_adapter", tmp_path / "merged")
+    with open(demo_data / "test.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    for results in (live, merged, again):
+        assert [p["label"] for p in results["predictions"]] == [r["mr"] for r in rows]
+        assert all(r["ref"] in p["prompt"] for p, r in zip(results["predictions"], rows, strict=True))
+        assert results["accuracy"] == sum(p["correct"] for p in results["predictions"]) / 40
+        assert results["settings"]["baseConfig"]["lora_r"] == (None if results is again else 8)
+    texts = [[p["prediction"] for p in r["predictions"]] for r in (live, merged, again)]
+    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 5
+    assert merged["moved"] == LotaConfig.load(trained).training["moved"]
+
+
+def test_models_without_adapter(gptq, base_model, demo_data, tmp_path):
+    """The 16-bit model and the bare GPTQ model answer for themselves."""
+    dense = evaluate(demo_data, tmp_path, "--auto_gptq", "none", "--pretrained", base_model)
+    bare = evaluate(demo_data, tmp_path, "--quantized_model_dir", gptq)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base_model), AutoTokenizer.from_pretrained(base_model)
+    for item in dense["predictions"][:5]:
+        ids = tokenizer(item["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        assert tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip() == item["prediction"]
+    assert [p["prediction"] for p in bare["predictions"]] != [p["prediction"] for p in dense["predictions"]]
+
+
+def test_without_offset_the_merged_model_is_plain_gptq(gptq, base_model, demo_data, tmp_path):
+    """--residual False with kappa as in the paper, from training to stock GPTQModel."""
+    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 6,
+         "--adapter_path", tmp_path / "a", "--residual", False, "--interval_point", 1, "--save_strategy", "no")
+    adapter, = (tmp_path / "a").iterdir()
+    live = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merge", False)
+    merged = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merged_path", tmp_path / "merged")
+    (tmp_path / "plain").mkdir()
+    for file in (tmp_path / "merged").iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path / "plain")
+    bare = evaluate(demo_data, tmp_path, "--quantized_model_dir", tmp_path / "plain")
+    texts = [[p["prediction"] for p in r["predictions"]] for r in (live, merged, bare)]
+    assert texts[0] == texts[1] == texts[2]
+    assert merged["moved"]["all"] > 0 and not MergedFolder(tmp_path / "merged").offset_modules()
+
+
+def test_lora_baseline(gptq, base_model, demo_data, tmp_path):
+    """--lota_qaf False: a 16-bit LoRA on the GPTQ model, trained, saved, evaluated live, never merged."""
+    main(*TRAIN, "--lota_qaf", False, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir",
+         demo_data, "--max_steps", 4, "--adapter_path", tmp_path / "a", "--learning_rate", 1e-3)
+    adapter, = (tmp_path / "a").iterdir()
+    assert "_int2_LoRA_0.001_8_16_viggo_" in adapter.name
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert any(((t != 0) & (t.abs() != 1)).any() for t in tensors.values())
+    results = evaluate(demo_data, tmp_path, "--load_adapter", adapter)
+    assert results["rows"] == 40 and results["settings"]["baseConfig"]["lota_qaf"] is False
+    from LoTA.lota_merge import merge_folders
+    with pytest.raises(UserError, match="LoRA adapter"):
+        merge_folders(adapter, gptq, tmp_path / "merged")
+
+
+def test_lm_eval_on_a_local_task(gptq, trained, tmp_path, capsys):
+    """A multiple-choice task in MMLU's shape, offline: accuracies as computed from the model's own likelihoods."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    questions = [{"question": f"What follows the number {n}?", "choice0": str(n - 1), "choice1": str(n + 1),
+                  "choice2": str(n + 5), "choice3": str(2 * n), "answer": 1} for n in range(3, 15)]
+    (tasks / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tasks / "local_mmlu.yaml").write_text(f"""
+task: local_mmlu
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    dev: {tasks}/questions.jsonl
+    test: {tasks}/questions.jsonl
+test_split: test
+fewshot_split: dev
+fewshot_config:
+  sampler: first_n
+output_type: multiple_choice
+doc_to_text: |-
+  {{{{question}}}}
+  A. {{{{choice0}}}}
+  B. {{{{choice1}}}}
+  C. {{{{choice2}}}}
+  D. {{{{choice3}}}}
+  Answer:
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+""")
+    main("--mode", 2, "--load_adapter", trained, "--tasks", "local_mmlu", "--include_path", tasks, "--num_fewshot", 1,
+         "--dtype", "float32", "--output_path", tmp_path, "--eval_batch_size", 4)
+    assert "local_mmlu" in capsys.readouterr().out
+    saved = json.loads(next(tmp_path.glob("*local_mmlu.json")).read_text())
+    got = saved["results"]["local_mmlu"]["acc,none"]
+
+    from transformers import AutoTokenizer
+
+    from LoTA.adapter import LTA
+    model = LTA(path=str(trained)).load(dtype=torch.float32).model
+    tokenizer, right = AutoTokenizer.from_pretrained(gptq), 0
+
+    def text(q):
+        return (f"{q['question']}\nA. {q['choice0']}\nB. {q['choice1']}\nC. {q['choice2']}\nD. {q['choice3']}\n"
+                "Answer:")
+    for q in questions:
+        context = f"{text(questions[0])} B\n\n{text(q)}"
+        scores = []
+        for choice in "ABCD":
+            ids = tokenizer(context + f" {choice}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            start = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+            with torch.inference_mode():
+                logits = model(input_ids=ids).logits.log_softmax(-1)
+            scores.append(sum(logits[0, i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])))
+        right += scores.index(max(scores)) == 1
+    assert got == right / len(questions)
+    assert saved["n-shot"] == {"local_mmlu": 1}
+
+
+def start(*arguments, **kwargs):
+    return subprocess.Popen([sys.executable, "LoTA_QAF_main.py", *map(str, arguments)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint_to_resume_from(gptq, base_model, demo_data, tmp_path):
+    """SIGINT in the middle of training: a checkpoint, one line that names it, status 1; and it resumes."""
+    common = (*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
+              "--adapter_path", tmp_path)
+    process = start(*common, "--max_steps", 2000, "--save_number", 1)
+    seen = []
+    for line in process.stdout:                 # training has begun when the first metrics are there
+        seen.append(line)
+        if "'loss'" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, "".join(seen) + out + err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: interrupted at step ") and "Traceback" not in err
+    checkpoint = last.split()[-1]
+    assert os.path.exists(os.path.join(checkpoint, "lota_config.json"))
+    done = int(checkpoint.rsplit("-", 1)[1])
+    main(*common, "--max_steps", done + 1, "--adapter_ckpt", checkpoint)
+    adapter, = tmp_path.glob("*LoTA*")
+    assert LotaConfig.load(adapter).training["steps"] == done + 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_its_name(gptq, base_model, demo_data, tmp_path, monkeypatch):
+    import t_signSGD
+    step = t_signSGD.tSignSGD.step
+
+    def poisoned(self, closure=None):
+        self.param_groups[0]["params"][3].grad[0, 0] = float("nan")
+        return step(self, closure)
+    monkeypatch.setattr(t_signSGD.tSignSGD, "step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"layers\.0\..*lora_B\.default\.weight"):
+        main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
+             "--max_steps", 2, "--adapter_path", tmp_path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--quantized_model_dir", "no_such_folder"), "no_such_folder is not a folder"),
+    ((), "--quantized_model_dir is missing"),
+    (("--quantized_model_dir", "{base}"), "not a GPTQ model"),
+    (("--quantized_model_dir", "{gptq}", "--w_bits", 4), "--w_bits 4 contradicts"),
+    (("--quantized_model_dir", "{gptq}", "--group_size", 64), "--group_size 64 contradicts"),
+    (("--quantized_model_dir", "{gptq}", "--interval_point", 8), "must lie in"),
+    (("--quantized_model_dir", "{gptq}", "--interval_point", -1), "must lie in"),
+    (("--quantized_model_dir", "{gptq}", "--lora_r", 2**20), "too large"),
+    (("--quantized_model_dir", "{gptq}", "--lora_dropout", 0.1), "--lora_dropout must be 0"),
+    (("--quantized_model_dir", "{gptq}", "--max_steps", -1), "nothing to train"),
+    (("--quantized_model_dir", "{gptq}", "--training_data_name", "imdb"), "unknown data set 'imdb'"),
+    (("--quantized_model_dir", "{gptq}", "--training_data_name", "gsm8k"), "do not look like 'gsm8k'"),
+    (("--quantized_model_dir", "{gptq}", "--data_dir", "no_such_data"), "no_such_data does not exist"),
+    (("--quantized_model_dir", "{gptq}", "--lora_target_modules", "c_attn"), "--lora_target_modules"),
+    (("--quantized_model_dir", "{gptq}", "--adapter_ckpt", "nowhere"), "nowhere is not a folder"),
+    (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
+    (("--mode", 2), "nothing to evaluate"),
+    (("--mode", 2, "--ft_dataset_name", "viggo", "--load_adapter", "nowhere"), "nowhere is not a folder"),
+    (("--mode", 2, "--ft_dataset_name", "viggo", "--load_adapter", "{base}"), "not an adapter folder"),
+    (("--mode", 2, "--ft_dataset_name", "viggo", "--auto_gptq", "none"), "name it with --pretrained"),
+    (("--mode", 2, "--tasks", "no_such_task", "--quantized_model_dir", "{gptq}"), "no_such_task"),
+    (("--mode", 2, "--ft_dataset_name", "viggo", "--quantized_model_dir", "{gptq}", "--backend", "abacus",
+      "--dtype", "bfloat16"), "--backend abacus"),
+])
+def test_mistakes_get_a_clear_error(arguments, message, gptq, base_model, demo_data, tmp_path):
+    """A UserError that names what is wrong; nothing is written."""
+    filled = [str(a).format(gptq=gptq, base=base_model) for a in arguments]
+    defaults = (*TRAIN, "--data_dir", demo_data, "--max_steps", 2, "--adapter_path", tmp_path / "a", "--output_path",
+                tmp_path / "e")
+    with pytest.raises(UserError, match=message):
+        main(*defaults, *filled)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_on_the_command_line_are_one_line_and_status_1(tmp_path):
+    """No traceback, and it answers before anything heavy is imported."""
+    begin = time.time()
+    process = start("--mode", 1, "--lota_qaf", True, "--quantized_model_dir", tmp_path / "nowhere")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count("\n") == 1 and err.startswith("error: ") and "nowhere" in err
+    assert time.time() - begin < 60
+
+
+def test_help_explains_every_flag(capsys):
+    """Every field of the three dataclasses, with its default in brackets."""
+    with pytest.raises(SystemExit):
+        main("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    from dataclasses import fields
+    for group in (LoTA_QAF_main.baseConfig, LoTA_QAF_main.trainingConfig, LoTA_QAF_main.evalConfig):
+        for f in fields(group):
+            assert f"--{f.name}" in text, f.name
+            assert f.metadata["help"].rstrip().endswith("]"), f.name
+    for symbol in ("omega", "sigma", "mu, Eq. 4", "rank (r)", "kappa"):
+        assert symbol in text
