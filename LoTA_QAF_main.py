@@ -324,7 +324,6 @@ def train(base, training):
                 logs["sigma"] = self.ternary_optimizer.current_sigma()
             super().log(logs, *args, **kwargs)
 
-    save_by_steps = training.save_strategy == "steps"
     checkpoints = Checkpoints()
     trainer = LotaTrainer(
         model=model, train_dataset=data, callbacks=[checkpoints],
@@ -340,7 +339,8 @@ def train(base, training):
             activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
             train_sampling_strategy="group_by_length", logging_steps=training.logging_steps,
             save_strategy=training.save_strategy,
-            save_steps=(1 / training.save_number if training.save_number > 1 else 1.0) if save_by_steps else 500,
+            # A share of the run's steps; a last checkpoint at its end comes by itself.
+            save_steps=1 / training.save_number if training.save_number > 1 else 10**9,
             use_cpu=next(model.parameters()).device.type == "cpu", report_to=training_reporters(base.report_to),
             dataloader_pin_memory=torch.cuda.is_available(), seed=base.seed, data_seed=base.seed))
     start = time.time()

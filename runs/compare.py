@@ -22,7 +22,7 @@ from LoTA.folders import read_adapter
 from LoTA.layer import register
 
 ROWS = ("16bit", "gptq", "live", "merged")
-NAMES = {"16bit": "16-bit model", "gptq": "GPTQ model", "live": "GPTQ + adapter, live", "merged": "merged into the grid"}
+NAMES = {"16bit": "16-bit model", "gptq": "GPTQ model", "live": "GPTQ + adapter, live", "merged": "merged"}
 
 
 def read_results(folder):

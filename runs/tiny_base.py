@@ -58,8 +58,8 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=1500)
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.1)
+    parser.add_argument("--learning_rate", type=float, default=6e-4)
+    parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
 

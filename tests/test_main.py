@@ -116,7 +116,8 @@ def test_models_without_adapter(gptq, base_model, demo_data, tmp_path):
     dense = evaluate(demo_data, tmp_path, "--auto_gptq", "none", "--pretrained", base_model)
     bare = evaluate(demo_data, tmp_path, "--quantized_model_dir", gptq)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base_model), AutoTokenizer.from_pretrained(base_model)
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
     for item in dense["predictions"][:5]:
         ids = tokenizer(item["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
         out = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
