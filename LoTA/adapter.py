@@ -106,7 +106,8 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
         # TorchLinear compiles its dequantization at the first forward: 30 s on a CPU for nothing gained.
         torch.compiler.set_stance("force_eager")
         backend = "gptq_torch" if backend == "auto" else backend
-    setup_logger().setLevel(logging.WARNING)
+    for logger in (setup_logger(), logging.getLogger("tokenicer")):
+        logger.setLevel(logging.WARNING)
     wide = dtype == torch.float32
     try:
         kernel = BACKEND.GPTQ_TORCH if wide else BACKEND(backend.lower())
