@@ -57,31 +57,49 @@ SINGLE_FILE_TEST_SHARE = 0.2
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 def read_messages(data_name, row):
-    """One row of a data set as (messages before the answer, answer). Raises UserError where either is missing.
+    """One row of a data set as (messages before the answer, answer). Raises UserError where a part is missing.
 
     The messages are a system turn where the task has an instruction of its own, and a user turn. Understands the
     columns of the published sets: alpaca instruction/input/output; gsm8k question/answer; sql messages or
-    question/context/answer; viggo mr/ref or meaning_representation/target. Raises KeyError on other columns.
+    question/context/answer; viggo mr/ref or meaning_representation/target.
     """
-    if data_name == "alpaca":
-        user, answer = row["instruction"], row["output"]
-        messages = [_user(f"{user}\n\n{row['input']}" if row.get("input") else user)]
-    elif data_name == "gsm8k":
-        messages, answer = [_system(GSM8K_INSTRUCTION), _user(row["question"])], row["answer"]
-    elif data_name == "sql" and "messages" in row:
-        *messages, last = row["messages"]
-        answer = last["content"]
-    elif data_name == "sql":
-        messages = [_user(f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}")]
-        answer = row["answer"]
-    elif data_name == "viggo":
-        mr, ref = ("mr", "ref") if "mr" in row else ("meaning_representation", "target")
-        messages, answer = [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
-    else:
+    if data_name not in HUB:
         raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
+    try:
+        messages, answer = READ_ROW[data_name](row)
+    except KeyError as missing:
+        raise UserError(f"the rows do not look like '{data_name}': column {missing} is missing, found "
+                        f"{', '.join(map(str, row))}") from None
+    except (IndexError, TypeError, ValueError) as error:
+        raise UserError(f"a row of '{data_name}' cannot be read ({error}): {str(dict(row))[:200]}") from None
     if not isinstance(answer, str) or not all(isinstance(m["content"], str) for m in messages):
         raise UserError(f"a row of '{data_name}' has no question or no answer: {str(dict(row))[:200]}")
     return messages, answer
+
+
+def _read_alpaca(row):
+    user = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+    return [_user(user)], row["output"]
+
+
+def _read_gsm8k(row):
+    return [_system(GSM8K_INSTRUCTION), _user(row["question"])], row["answer"]
+
+
+def _read_sql(row):
+    if "messages" in row:
+        *messages, last = row["messages"]
+        return messages, last["content"]
+    user = f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}"
+    return [_user(user)], row["answer"]
+
+
+def _read_viggo(row):
+    mr, ref = ("mr", "ref") if "mr" in row else ("meaning_representation", "target")
+    return [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
+
+
+READ_ROW = {"alpaca": _read_alpaca, "gsm8k": _read_gsm8k, "sql": _read_sql, "viggo": _read_viggo}
 
 
 def _system(text):
@@ -112,9 +130,8 @@ def load_rows(data_name, split, data_dir=None):
         raise UserError(f"the {wanted} split of '{data_name}' in {source} is empty")
     try:
         read_messages(data_name, rows[0])
-    except KeyError as missing:
-        raise UserError(f"the rows in {source} do not look like '{data_name}': column {missing} is missing, found "
-                        f"{', '.join(rows.column_names)}") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     if wanted == "all" and not (data_name == "alpaca" and split == "train"):
         if len(rows) < 2:
             raise UserError(f"{source} has one row only: too few to be cut into train and test")
@@ -171,13 +188,15 @@ def _read_file(file):
     try:
         with open(file, newline="", encoding="utf-8") as f:
             rows = READERS[file.suffix](f)
-    except (ValueError, csv.Error) as error:            # ValueError: what json and the decoding raise
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{file} is not a list of records")
+        if not rows:
+            raise UserError(f"{file} is empty")
+        return Dataset.from_list(rows)
+    except UserError:
+        raise
+    except (ValueError, TypeError, csv.Error) as error:     # what json, the decoding and mixed columns raise
         raise UserError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file} is not a list of records")
-    if not rows:
-        raise UserError(f"{file} is empty")
-    return Dataset.from_list(rows)
 
 
 # --- prompts and tokens -------------------------------------------------------------------------------------------

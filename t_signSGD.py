@@ -50,7 +50,7 @@ class tSignSGD(Optimizer):
             ternary = {id(p) for p in int_params}
             if any(id(p) not in ternary for group in self.param_groups for p in group["params"]):
                 raise ValueError("tSignSGD trains ternary parameters only; params holds others")
-        self.flipped = {}       # parameter -> entries moved in the last step, 0-dim tensors on its device
+        self.flipped = {}       # parameter -> entries that moved in the last step, 0-dim tensors on its device
 
     def create_scheduler(self, num_training_steps):
         """Fixes the run's real number of optimizer steps; returns the constant learning-rate scheduler that
@@ -60,6 +60,14 @@ class tSignSGD(Optimizer):
         for group in self.param_groups:
             group["num_training_steps"] = num_training_steps
         return LambdaLR(self, lambda _: 1.0)
+
+    def load_state_dict(self, state_dict):
+        """Takes the step count from the state. The number of steps too, unless create_scheduler() was called before:
+        a run resumed with another length follows the schedule of its own length."""
+        own = [group["num_training_steps"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, num_training_steps in zip(self.param_groups, own, strict=True):
+            group["num_training_steps"] = num_training_steps or group["num_training_steps"]
 
     def current_sigma(self):
         """sigma_t of the last step taken."""
@@ -83,28 +91,28 @@ class tSignSGD(Optimizer):
         for group in self.param_groups:
             group["step"] += 1
             level = self._sigma(group)
-            last_phase = (group["num_training_steps"] is not None
-                          and group["step"] > FIRST_PHASE * group["num_training_steps"])
+            spike = (group["num_training_steps"] is not None and norm > SPIKE_NORM
+                     and group["step"] > FIRST_PHASE * group["num_training_steps"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 size = p.grad.abs()
                 moves = size > order_statistic(size, level, math.floor).clamp(min=TAU)
-                if last_phase:
-                    moves &= (size < order_statistic(size, SPIKE_QUANTILE, math.ceil)) | (norm <= SPIKE_NORM)
+                if spike:
+                    moves &= size < order_statistic(size, SPIKE_QUANTILE, math.ceil)
                 before = p.clone()
                 p.sub_(p.grad.sign() * moves).clamp_(-1, 1)
                 self.flipped[p] = (p != before).sum()
         return loss
 
     def _checked_norm(self):
-        """The global norm of all gradients, a 0-dim tensor."""
+        """The global norm of all gradients, a float."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
-            return torch.zeros(())
+            return 0.0
         norms = torch._foreach_norm([g.float() for g in gradients])
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-        if not torch.isfinite(norm):
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
+        if not math.isfinite(norm):
             for group in self.param_groups:
                 names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
                 for name, p in zip(names, group["params"], strict=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import safe_open
+from tqdm import tqdm
 
 from LoTA import UserError
 from LoTA.packing import SUPPORTED_BITS, unpack_rows, unpack_zeros
@@ -45,12 +46,15 @@ class GPTQFolder:
         self._read_index()
 
     def _read_index(self):
-        self.bits, self.group_size = self.config["bits"], self.config["group_size"]
+        self.bits, self.group_size = self.config["bits"], self.config.get("group_size", -1)
         self.checkpoint_format = self.config.get("checkpoint_format") or "gptq"
         if self.bits not in SUPPORTED_BITS:
             raise UserError(f"{self.path} has {self.bits} bits; LoTA works on {', '.join(map(str, SUPPORTED_BITS))}")
         if self.checkpoint_format not in ("gptq", "gptq_v2"):
             raise UserError(f"{self.path} has checkpoint_format '{self.checkpoint_format}'; LoTA reads gptq, gptq_v2")
+        if self.config.get("dynamic") or self.config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
+            raise UserError(f"{self.path} packs its layers in a way that LoTA does not read: settings of single layers "
+                            "(dynamic), or words other than int32 (pack_dtype)")
         self.files = safetensors_files(self.path)
         self.file_of = {}
         for file in self.files:
@@ -59,6 +63,10 @@ class GPTQFolder:
         self.modules = sorted(name.removesuffix(".qweight") for name in self.file_of if name.endswith(".qweight"))
         if not self.modules:
             raise UserError(f"{self.path} holds no quantized layer (no tensor named *.qweight)")
+        for module in self.modules:
+            for kind in LAYER_TENSORS:
+                if f"{module}.{kind}" not in self.file_of:
+                    raise UserError(f"{self.path} is not whole: {module}.{kind} is missing")
 
     def tensor(self, name):
         with safe_open(self.file_of[name], "pt") as tensors:
@@ -75,7 +83,7 @@ class GPTQFolder:
     def fingerprint(self):
         """xxh3-128 over names and bytes of every quantized tensor: equal only for the same GPTQ weights."""
         digest = xxhash.xxh3_128()
-        for module in self.modules:
+        for module in tqdm(self.modules, desc="fingerprinting the GPTQ weights", unit="layer", leave=False):
             for kind in LAYER_TENSORS:
                 name = f"{module}.{kind}"
                 digest.update(name.encode())
@@ -93,7 +101,7 @@ class MergedFolder(GPTQFolder):
         self.lota = LotaConfig.load(self.path / LOTA_SUBFOLDER)
         self.config = read_quantization_config(self.path)
         if self.config.get("checkpoint_format") == LOTA_FORMAT:
-            self.config["checkpoint_format"] = self.config["lota_base_format"]
+            self.config["checkpoint_format"] = self.lota.base_format
         self._read_index()
         self.offsets_file = self.path / LOTA_SUBFOLDER / OFFSETS_FILE
         if self.lota.residual != self.offsets_file.exists():
@@ -129,9 +137,9 @@ def read_quantization_config(path):
     """The GPTQ settings of a folder as a dict. Raises UserError where it is not a GPTQ model."""
     path = Path(path)
     if (path / QUANTIZE_CONFIG).exists():
-        config = json.loads((path / QUANTIZE_CONFIG).read_text())
+        config = read_json(path / QUANTIZE_CONFIG)
     elif (path / "config.json").exists():
-        config = json.loads((path / "config.json").read_text()).get("quantization_config") or {}
+        config = read_json(path / "config.json").get("quantization_config") or {}
     else:
         raise UserError(f"{path} is not a model folder: it has neither {QUANTIZE_CONFIG} nor config.json")
     method = config.get("quant_method") or config.get("method") or ("gptq" if "bits" in config else None)
@@ -141,11 +149,24 @@ def read_quantization_config(path):
     return config
 
 
+def set_checkpoint_format(folder, checkpoint_format):
+    """Rewrites both files of a model folder that stock tools read so that they name `checkpoint_format`."""
+    for name in (QUANTIZE_CONFIG, "config.json"):
+        if (folder / name).exists():
+            content = read_json(folder / name)
+            quantization = content.get("quantization_config") if name == "config.json" else content
+            if quantization:
+                quantization["checkpoint_format"] = checkpoint_format
+                if "format" in quantization:            # GPTQModel's newer name of the same
+                    quantization["format"] = checkpoint_format
+                write_json(folder / name, content)
+
+
 def safetensors_files(path):
     """The weight files of a model folder: those its index names, or the one that is there."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     else:
         names = sorted(f.name for f in path.glob("*.safetensors"))
     missing = [n for n in names if not (path / n).exists()]
@@ -169,6 +190,7 @@ class LotaConfig:
     pretrained: str | None = None
     quantized_model_dir: str | None = None
     fingerprint: str | None = None              # of the GPTQ weights trained on; None: unknown, nothing to compare
+    base_format: str | None = None              # in a merged folder: the checkpoint_format its integers are in
     data_set: str | None = None
     seed: int | None = None
     settings: dict = field(default_factory=dict)
@@ -185,7 +207,7 @@ class LotaConfig:
 
     @classmethod
     def load(cls, folder):
-        content = json.loads((Path(folder) / LOTA_CONFIG).read_text())
+        content = read_json(Path(folder) / LOTA_CONFIG)
         if content.get("format_version") != cls.format_version:
             raise UserError(f"{folder}/{LOTA_CONFIG} has format version {content.get('format_version')}; this "
                             f"version of LoTA reads {cls.format_version}")
@@ -205,29 +227,39 @@ ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA
                           r"_(?P<data_set>[^_]+)")
 
 
-def read_adapter(path, omega=None):
+def read_adapter(path, omega=None, residual=None):
     """(LotaConfig, PEFT's adapter_config as a dict) of an adapter folder.
 
-    A folder without lota_config.json, such as the published scripts make, is read by its name:
-    8B_int4_LoTA_48_0.950_0.999_alpaca_...; what the name does not say comes from `omega`.
+    A folder without lota_config.json, such as the published scripts make, is read by its name, or its parent's for a
+    checkpoint: 8B_int4_LoTA_48_0.950_0.999_alpaca_... Where no name says it, ternary matrices mean LoTA, with `omega`
+    (0.75 r where it is None) and `residual` (True where it is None).
     """
     path = Path(path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (path / name).exists():
             raise UserError(f"{path} is not an adapter folder: it has no {name}")
-    peft_config = json.loads((path / "adapter_config.json").read_text())
+    peft_config = read_json(path / "adapter_config.json")
+    rank = peft_config.get("r")
+    if not isinstance(rank, int):
+        raise UserError(f"{path} is not a LoRA or LoTA adapter: its adapter_config.json has no rank")
     if (path / LOTA_CONFIG).exists():
         config = LotaConfig.load(path)
-    else:
-        named = ADAPTER_NAME.search(path.resolve().name)
-        is_lota = (named["method"] == "LoTA") if named else omega is not None
-        config = LotaConfig(
-            method="LoTA" if is_lota else "LoRA", rank=peft_config["r"],
-            omega=(float(named["first"]) if named else omega) if is_lota else None,
-            bits=int(named["bits"]) if named else None, data_set=named["data_set"] if named else None,
-            quantized_model_dir=peft_config.get("base_model_name_or_path"))
-    if config.rank != peft_config["r"]:
-        raise UserError(f"{path}: {LOTA_CONFIG} says rank {config.rank}, adapter_config.json says {peft_config['r']}")
+        if config.rank != rank:
+            raise UserError(f"{path}: {LOTA_CONFIG} says rank {config.rank}, adapter_config.json says {rank}")
+        return config, peft_config
+    folder = path.resolve()
+    named = ADAPTER_NAME.match(folder.name) or ADAPTER_NAME.match(folder.parent.name)
+    config = LotaConfig(rank=rank, quantized_model_dir=peft_config.get("base_model_name_or_path"),
+                        residual=residual is None or residual)
+    if named:
+        config.bits, config.data_set, config.method = int(named["bits"]), named["data_set"], named["method"]
+    elif not AdapterTensors(path).is_ternary():
+        config.method = "LoRA"
+    if config.method == "LoTA":
+        try:
+            config.omega = float(named["first"]) if named else omega or 0.75 * rank
+        except ValueError:
+            raise UserError(f"{path}: no omega in the folder's name at '{named['first']}'") from None
     return config, peft_config
 
 
@@ -243,6 +275,19 @@ class AdapterTensors:
         self.modules = sorted(n.removeprefix(self.PREFIX).removesuffix(".lora_A.weight")
                               for n in names if n.endswith(".lora_A.weight"))
 
+    def shapes(self, module):
+        """((in, r), (r, out)) of one layer."""
+        with safe_open(self.file, "pt") as tensors:
+            return tuple(tuple(reversed(tensors.get_slice(f"{self.PREFIX}{module}.{kind}.weight").get_shape()))
+                         for kind in ("lora_A", "lora_B"))
+
+    def is_ternary(self):
+        """Whether the first layer's matrices hold -1, 0, 1 only."""
+        try:
+            return bool(self.modules) and self.pair(self.modules[0]) is not None
+        except UserError:
+            return False
+
     def pair(self, module):
         """(A [in, r], B [r, out]) of one layer. Raises UserError where an entry is not -1, 0 or 1."""
         with safe_open(self.file, "pt") as tensors:
@@ -253,7 +298,14 @@ class AdapterTensors:
         return pair
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+# --- reading and writing ------------------------------------------------------------------------------------------------------
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not whole: {error}") from None
+
 
 def write_json(path, content):
     """Writes JSON under a temporary name and renames it when whole: no half file ever stands at `path`."""
@@ -282,7 +334,12 @@ def whole_folder(path, marker):
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.rename(path, old)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            if old.exists():
+                os.rename(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -98,11 +98,10 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return self._evaluated[1]
 
     @torch.no_grad()
-    def count_moved(self):
-        """(integers that the adapter moves, integers)."""
+    def merged_integers(self):
+        """(W_int, W_int + W^), uint8 [in, out]: what the adapter makes of the layer's integers."""
         grid = self.grid()
-        merged, _ = merge(*self.adapter_pair(), grid, self.threshold)
-        return int((merged != grid.weight_int).sum()), merged.numel()
+        return grid.weight_int, merge(*self.adapter_pair(), grid, self.threshold)[0]
 
 
 def register(lora_config: LoraConfig, threshold):

@@ -10,25 +10,24 @@ import argparse
 import json
 import shutil
 import struct
-import sys
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from LoTA import UserError
+from LoTA import UserError, run_script
 from LoTA.folders import (
     LOTA_CONFIG,
     LOTA_FORMAT,
     LOTA_SUBFOLDER,
     OFFSETS_FILE,
-    QUANTIZE_CONFIG,
     AdapterTensors,
     GPTQFolder,
     MergedFolder,
+    check_output_folder,
     read_adapter,
+    set_checkpoint_format,
     whole_folder,
-    write_json,
 )
 from LoTA.packing import pack_rows
 from LoTA.ternary import adapted_weight, check_settings, dequantize, merge
@@ -36,13 +35,14 @@ from LoTA.ternary import adapted_weight, check_settings, dequantize, merge
 MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"
 
 
-def merge_folders(adapter_dir, gptq_dir, output, omega=None, verify=True):
+def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, verify=True):
     """Merges `adapter_dir` into `gptq_dir`, writes `output`, and returns {projection: share of integers moved}.
 
-    omega is used only for an adapter that does not say its own. Raises UserError where adapter and model do not
-    belong together.
+    omega and residual are used only for an adapter that does not say its own. Raises UserError where adapter and
+    model do not belong together.
     """
-    config, _ = read_adapter(adapter_dir, omega)
+    check_output_folder(output, MARKER)
+    config, _ = read_adapter(adapter_dir, omega, residual)
     if config.method != "LoTA":
         raise UserError(f"{adapter_dir} is a {config.method} adapter; only ternary adapters merge into the GPTQ grid")
     source, adapter = GPTQFolder(gptq_dir), AdapterTensors(adapter_dir)
@@ -50,9 +50,8 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, verify=True):
     threshold = config.threshold
 
     with whole_folder(output, MARKER) as folder:
-        for item in sorted(source.path.iterdir()):
-            if item.is_file():
-                shutil.copyfile(item, folder / item.name)
+        for item in tqdm([f for f in sorted(source.path.iterdir()) if f.is_file()], desc="copying", unit="file"):
+            shutil.copyfile(item, folder / item.name)
         offsets, moved = {}, {}
         for module in tqdm(adapter.modules, desc="merging", unit="layer"):
             lora_A, lora_B = adapter.pair(module)
@@ -60,15 +59,16 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, verify=True):
             check_settings(lora_A.shape[1], threshold.omega, grid.groups.largest)
             merged, offset = merge(lora_A, lora_B, grid, threshold)
             name = f"{module}.qweight"
-            overwrite_tensor(folder / source.file_of[name].name, name, pack_rows(merged, source.bits))
+            packed = pack_rows(merged, source.bits)[:source.shape(name)[0]]
+            overwrite_tensor(folder / source.file_of[name].name, name, packed)
             count_moved(moved, module, grid.weight_int, merged)
             if offset is not None:
                 offsets[f"{module}.offset"] = offset
         (folder / LOTA_SUBFOLDER).mkdir()
         if offsets:
             save_file(offsets, folder / LOTA_SUBFOLDER / OFFSETS_FILE)
-            set_checkpoint_format(folder, source.checkpoint_format)
-        config.quantized_model_dir = str(source.path)
+            set_checkpoint_format(folder, LOTA_FORMAT)
+        config.quantized_model_dir, config.base_format = str(source.path.resolve()), source.checkpoint_format
         config.training["moved"] = shares(moved)
         config.save(folder / LOTA_SUBFOLDER)
         if verify:
@@ -77,19 +77,21 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, verify=True):
 
 
 def check_match(adapter_dir, config, adapter, source):
-    """Raises UserError unless the adapter was trained on this very GPTQ model, as far as the adapter says."""
-    if config.bits is not None and config.bits != source.bits:
-        raise UserError(f"{adapter_dir} was trained on {config.bits} bits, {source.path} has {source.bits}")
+    """Raises UserError unless the adapter fits this GPTQ model, and was trained on it as far as the adapter says."""
     missing = [m for m in adapter.modules if m not in source.modules]
     if missing or not adapter.modules:
         raise UserError(f"{adapter_dir} does not fit {source.path}: it adapts "
                         f"{missing[0] + ', which is no quantized layer there' if missing else 'no layer'}")
     for module in adapter.modules:
-        lora_A, lora_B = adapter.pair(module)
+        (rows, rank), (_, cols) = adapter.shapes(module)
         shape = (source.shape(f"{module}.g_idx")[0], source.shape(f"{module}.scales")[1])
-        if (lora_A.shape[0], lora_B.shape[1]) != shape or lora_A.shape[1] != config.rank:
+        if (rows, cols) != shape or rank != config.rank:
             raise UserError(f"{adapter_dir} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "
-                            f"adapter {lora_A.shape[0]} x {lora_B.shape[1]} of rank {lora_A.shape[1]}")
+                            f"adapter {rows} x {cols} of rank {rank}")
+    for what, trained, given in (("bits", config.bits, source.bits),
+                                 ("rows in a group", config.group_size, source.group_size)):
+        if trained is not None and trained != given:
+            raise UserError(f"{adapter_dir} was trained on {trained} {what}, {source.path} has {given}")
     if config.fingerprint is not None and source.fingerprint() != config.fingerprint:
         raise UserError(f"{adapter_dir} was trained on other GPTQ weights than those of {source.path} (fingerprints "
                         f"differ); it was trained on {config.quantized_model_dir}")
@@ -129,21 +131,6 @@ def overwrite_tensor(file, name, tensor):
         f.write(tensor.contiguous().numpy().data)
 
 
-def set_checkpoint_format(folder, base_format):
-    """Marks a folder as one that needs its offsets, in both files that stock tools read."""
-    for name in (QUANTIZE_CONFIG, "config.json"):
-        if not (folder / name).exists():
-            continue
-        content = json.loads((folder / name).read_text())
-        quantization = content.get("quantization_config") if name == "config.json" else content
-        if quantization:
-            for key in ("checkpoint_format", "format"):
-                if key in quantization or key == "checkpoint_format":
-                    quantization[key] = LOTA_FORMAT
-            quantization["lota_base_format"] = base_format
-            write_json(folder / name, content)
-
-
 def count_moved(moved, module, before, after):
     """Adds one layer to {projection: [integers moved, integers]}."""
     count = moved.setdefault(module.rsplit(".", 1)[-1], [0, 0])
@@ -172,15 +159,12 @@ def main():
     parser.add_argument("--interval_point", type=float, default=None,
                         help="omega, for an adapter that says it neither in lota_config.json nor in its name")
     args = parser.parse_args()
-    try:
-        gptq = args.gptq or read_adapter(args.adapter, args.interval_point)[0].quantized_model_dir
-        if gptq is None:
-            raise UserError(f"{args.adapter} does not name its GPTQ model; name it with --gptq")
-        print_moved(merge_folders(args.adapter, gptq, args.output, args.interval_point))
-        print(f"merged and verified: {args.output}")
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    gptq = args.gptq or read_adapter(args.adapter, args.interval_point)[0].quantized_model_dir
+    if gptq is None:
+        raise UserError(f"{args.adapter} does not name its GPTQ model; name it with --gptq")
+    print_moved(merge_folders(args.adapter, gptq, args.output, args.interval_point))
+    print(f"merged and verified: {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

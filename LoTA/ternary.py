@@ -1,4 +1,4 @@
-"""The method of LoTA-QAF as functions of tensors: ternary adapters on a GPTQ layer. Imports torch only.
+"""The method of LoTA-QAF as functions of tensors: ternary adapters on a GPTQ layer. Needs torch only.
 
 Chen et al., "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-Tuning", https://arxiv.org/abs/2505.18724
 
@@ -19,8 +19,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from LoTA import UserError
+
 EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32
-BLOCK_ENTRIES = 1 << 18             # entries of one working block: 1 MiB of float32, about an L2 cache
+# Entries of one working block: on a CPU 1 MiB of float32, about an L2 cache; on a GPU few and large launches.
+BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 # --- initialisation -----------------------------------------------------------------------------------------------
@@ -33,11 +36,11 @@ def ternarize_(weight):
 
 
 def check_settings(rank, omega, largest_group):
-    """Raises ValueError where omega or the rank leave the range in which the method is defined and exact."""
+    """Raises UserError where omega or the rank leave the range in which the method is defined and exact."""
     if not 0 < omega < rank:
-        raise ValueError(f"omega (--interval_point) must lie in (0, r): it is {omega:g}, the rank is {rank}")
+        raise UserError(f"omega (--interval_point) must lie in (0, r): it is {omega:g}, the rank is {rank}")
     if rank * largest_group > EXACT_IN_FLOAT32:
-        raise ValueError(f"rank {rank} is too large: sums of {rank} x {largest_group} ternary products are exact in "
+        raise UserError(f"rank {rank} is too large: sums of {rank} x {largest_group} ternary products are exact in "
                          f"float32 up to {EXACT_IN_FLOAT32} only")
 
 
@@ -56,7 +59,7 @@ class Groups:
         self.count, self.g_idx = count, g_idx
         self.sizes = torch.bincount(g_idx, minlength=count)
         if len(self.sizes) != count or int(self.sizes.min()) == 0:
-            raise ValueError(f"g_idx names {len(self.sizes.nonzero())} groups where the scales have {count}")
+            raise UserError(f"g_idx names {len(self.sizes.nonzero())} groups where the scales have {count}")
         self.order = None if bool((g_idx[1:] >= g_idx[:-1]).all()) else torch.argsort(g_idx, stable=True)
         sizes = self.sizes.tolist()
         self.size = sizes[0] if all(n == sizes[0] for n in sizes[:-1]) and sizes[-1] <= sizes[0] else None
@@ -70,7 +73,8 @@ class Groups:
 
         rows indexes dim 0 of an [in, ...] tensor; every group of the block has `size` rows.
         """
-        step = max(1, BLOCK_ENTRIES // (self.size * cols)) if self.size else 1
+        entries = BLOCK_ENTRIES.get(self.g_idx.device.type, BLOCK_ENTRIES["cuda"])
+        step = max(1, entries // (self.size * cols)) if self.size else 1
         first = 0
         while first < self.count:
             last = min(first + step, self.count)

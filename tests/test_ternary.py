@@ -168,7 +168,7 @@ def test_check_settings():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_groups(layout, block_entries, monkeypatch):
     """Sizes, sums and blocks: every row comes once, in a block of whole groups of one size, within BLOCK_ENTRIES."""
-    monkeypatch.setattr(ternary, "BLOCK_ENTRIES", block_entries)
+    monkeypatch.setitem(ternary.BLOCK_ENTRIES, "cpu", block_entries)
     sizes, shuffled = LAYOUTS[layout]
     g_idx = make_case(layout=layout).g_idx
     groups = Groups(g_idx, len(sizes))
@@ -346,7 +346,7 @@ def test_blocks_change_no_bit(layout, block_entries, monkeypatch):
                 adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold()))
 
     whole, whole_gradients = results()
-    monkeypatch.setattr(ternary, "BLOCK_ENTRIES", block_entries)
+    monkeypatch.setitem(ternary.BLOCK_ENTRIES, "cpu", block_entries)
     if len(LAYOUTS[layout][0]) > 1:
         assert len(list(case.grid().groups.blocks(COLS))) > 1
     cut, cut_gradients = results()
@@ -371,7 +371,7 @@ def gradient_bounds(case, x, grad, unit):
 @pytest.mark.parametrize("settings", all_cases)
 def test_forward_and_gradients(settings, shape, dtype, monkeypatch):
     """y and the gradients of x, A and B against float64 autograd through the straight-through form, in two blocks."""
-    monkeypatch.setattr(ternary, "BLOCK_ENTRIES", 2 * 16 * COLS)
+    monkeypatch.setitem(ternary.BLOCK_ENTRIES, "cpu", 2 * 16 * COLS)
     case = make_case(**settings)
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(*shape, len(case.g_idx), generator=generator).to(dtype).requires_grad_()
