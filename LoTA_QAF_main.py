@@ -10,26 +10,29 @@ import argparse
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-from LoTA import UserError
+from LoTA import UserError, run_script
 from LoTA.folders import (
     LOTA_CONFIG,
     AdapterTensors,
     GPTQFolder,
     LotaConfig,
     MergedFolder,
+    check_model_name,
+    check_output_folder,
     is_merged,
     make_threshold,
     read_adapter,
     write_json,
 )
+from LoTA.lota_merge import MARKER, check_match, count_moved, merge_folders, print_moved, shares
 from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,7 +70,8 @@ class baseConfig:
     dtype: str = setting("bfloat16", "of the computation: bfloat16, float16 or float32",
                          choices=["bfloat16", "float16", "float32"])
     flash_attn: str = setting("auto", "attention implementation: sdpa, eager, flash_attention_2 ...",
-                              shown="flash_attention_2 where installed, else sdpa")
+                              shown="flash_attention_2 where installed, else sdpa", choices=[
+                                  "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
     trust_remote_code: bool = setting(False, "run code that comes with a model")
     data_dir: str | None = setting(None, "data on disk: a save_to_disk folder, or csv, json, jsonl files named after "
                                          "their split", shown="the hub")
@@ -99,7 +103,8 @@ class trainingConfig:
     lr_scheduler_type: str = setting("constant", "LoRA baseline: learning rate schedule")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, more time")
     logging_steps: int = setting(1, "steps between two lines of metrics")
-    save_strategy: str = setting("steps", "when to save checkpoints: steps (see --save_number), epoch or no")
+    save_strategy: str = setting("steps", "when to save checkpoints: steps (see --save_number), epoch or no",
+                                 choices=["steps", "epoch", "no"])
     save_number: int = setting(10, "with --save_strategy steps: how many checkpoints a run writes")
     adapter_path: str = setting("./adapter", "where adapter folders are written")
     adapter_ckpt: str | None = setting(None, "a checkpoint folder to resume from", shown="start anew")
@@ -114,7 +119,7 @@ class evalConfig:
                                 "were trained")
     merged_path: str | None = setting(None, "where the merged model is kept", shown="a temporary folder")
     load_ada_interval: float | None = setting(None, "omega of an adapter that says it neither in lota_config.json nor "
-                                                    "in its name", shown="0.75 r: 48 at r = 64")
+                                                    "in its name, nor in its parent's", shown="0.75 r: 48 at r = 64")
     backend: str = setting("auto", "GPTQModel's kernel for evaluation, by the name of its BACKEND")
     ft_dataset_name: str = setting("none", "generate and score on gsm8k, sql or viggo",
                                    choices=["none", "gsm8k", "sql", "viggo"])
@@ -193,10 +198,9 @@ def attention(base):
     """The attention implementation to ask for; None leaves it to the model."""
     if base.flash_attn != "auto":
         return base.flash_attn
-    from importlib.util import find_spec
-
     import torch
-    return "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") else "sdpa"
+    can_flash = torch.cuda.is_available() and find_spec("flash_attn") and base.dtype != "float32"
+    return "flash_attention_2" if can_flash else "sdpa"
 
 
 # --- mode 1 -------------------------------------------------------------------------------------------------------
@@ -205,69 +209,20 @@ def train(base, training):
     """Trains an adapter; returns its folder."""
     folder = resolve_gptq(base)
     size, parameters = model_size(base.pretrained, folder)
-    base.lora_r = base.lora_r or (64 if parameters < LARGE_MODEL else 32)
-    base.lora_alpha = base.lora_alpha or 2 * base.lora_r
-    if training.num_train_epochs <= 0 and training.max_steps <= 0:
-        raise UserError("nothing to train: give --num_train_epochs or --max_steps")
-    if base.lota_qaf:
-        if base.lora_dropout:
-            raise UserError("--lora_dropout must be 0 with LoTA: what is dropped could not be merged")
-        training.interval_point = training.interval_point or 0.75 * base.lora_r
-        training.optimizer_type, training.max_grad_norm = "int_sign_sgd", 0.0
-        threshold = make_threshold(training.interval_point, base.residual, base.offset_scale)
-        try:
-            check_settings(base.lora_r, threshold.omega, 1 if folder.group_size < 0 else folder.group_size)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    elif training.optimizer_type == "int_sign_sgd":
-        raise UserError("--optimizer_type int_sign_sgd trains ternary adapters only: give --lota_qaf True")
-    if training.adapter_ckpt:
-        check_checkpoint(training.adapter_ckpt)
+    if base.lora_r is None:
+        base.lora_r = 64 if parameters < LARGE_MODEL else 32
+    if base.lora_alpha is None:
+        base.lora_alpha = 2 * base.lora_r
+    check_training(base, training, folder)
+    threshold = make_threshold(training.interval_point, base.residual, base.offset_scale) if base.lota_qaf else None
 
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
     from data_print_save import check_cuda, get_Ada_path, params_print, prepare_dataset, set_seed
-    from LoTA.adapter import load_gptq
     from t_signSGD import tSignSGD
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    check_cuda()
-    set_seed(base.seed)
-    tokenizer = load_tokenizer(base)
-    data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
-                           training.target_max_len, training.debug_number, base.data_dir)
-    params_print(base, training)
-    fingerprint = folder.fingerprint()
-
-    model = load_gptq(base.quantized_model_dir, getattr(torch, base.dtype), base.device_map, "gptq_torch",
-                      attention(base), base.trust_remote_code).model
-    model.config.use_cache = False
-    lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
-                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM,
-                             base_model_name_or_path=str(folder.path.resolve()))
-    if base.lota_qaf:
-        from LoTA.layer import CustomLoraLinear, register
-        register(lora_config, threshold)
-    try:
-        model = get_peft_model(model, lora_config)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules: {str(error).splitlines()[0]}") from None
-    if base.lota_qaf:
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
-        if not layers:
-            raise UserError(f"no quantized layer is named {', '.join(base.lora_target_modules)}; see "
-                            "--lora_target_modules")
-    model.print_trainable_parameters()
-
     method = "LoTA" if base.lota_qaf else "LoRA"
-    config = LotaConfig(
-        method=method, omega=training.interval_point if base.lota_qaf else None, residual=base.residual,
-        offset_scale=base.offset_scale, bits=base.w_bits, group_size=base.group_size, rank=base.lora_r,
-        pretrained=base.pretrained, quantized_model_dir=str(folder.path.resolve()), fingerprint=fingerprint,
-        data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
-        versions={p: version(p) for p in ("torch", "transformers", "peft", "gptqmodel")})
     numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
                else (training.learning_rate, base.lora_r, base.lora_alpha))
     started = datetime.now().strftime("%d_%H%M%S")
@@ -276,8 +231,38 @@ def train(base, training):
         return get_Ada_path(size, base.w_bits, method, *numbers, training.training_data_name, when=started, **ended)
 
     running = Path(training.adapter_path) / folder_name()
+    arguments = trainer_arguments(base, training, running)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    check_cuda()
+    set_seed(base.seed)
+    tokenizer = load_tokenizer(base)
+    data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
+                           training.target_max_len, training.debug_number, base.data_dir)
+    params_print(base, training)
+    config = LotaConfig(
+        method=method, omega=training.interval_point if base.lota_qaf else None, residual=base.residual,
+        offset_scale=base.offset_scale, bits=base.w_bits, group_size=base.group_size, rank=base.lora_r,
+        pretrained=absolute(base.pretrained), quantized_model_dir=absolute(folder.path),
+        fingerprint=folder.fingerprint(), data_set=training.training_data_name, seed=base.seed,
+        settings={**vars(base), **vars(training)},
+        versions={p: version(p) for p in ("torch", "transformers", "peft", "gptqmodel")})
     if training.adapter_ckpt:
-        running = Path(training.adapter_ckpt).resolve().parent
+        check_checkpoint(training.adapter_ckpt, config)
+
+    from LoTA.adapter import load_gptq
+    model = load_gptq(base.quantized_model_dir, getattr(torch, base.dtype), base.device_map, "gptq_torch",
+                      attention(base), base.trust_remote_code).model
+    model.config.use_cache = False
+    if not any(name.rsplit(".", 1)[-1] in base.lora_target_modules for name in folder.modules):
+        raise UserError(f"--lora_target_modules {' '.join(base.lora_target_modules)}: the model has no such layer")
+    lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
+                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM)
+    if base.lota_qaf:
+        from LoTA.layer import CustomLoraLinear, register
+        register(lora_config, threshold)
+    model = get_peft_model(model, lora_config)
+    model.print_trainable_parameters()
 
     class Checkpoints(TrainerCallback):
         """Writes lota_config.json last of all into every checkpoint, so that it marks a whole one, and turns Ctrl-C
@@ -322,27 +307,12 @@ def train(base, training):
             if base.lota_qaf and "learning_rate" in logs:
                 logs.pop("learning_rate")                       # t-SignSGD has none
                 logs["sigma"] = self.ternary_optimizer.current_sigma()
+                logs["flipped"] = sum(int(n) for n in self.ternary_optimizer.flipped.values())
             super().log(logs, *args, **kwargs)
 
     checkpoints = Checkpoints()
-    trainer = LotaTrainer(
-        model=model, train_dataset=data, callbacks=[checkpoints],
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
-        args=TrainingArguments(
-            output_dir=str(running), num_train_epochs=training.num_train_epochs or 1, max_steps=training.max_steps,
-            per_device_train_batch_size=training.train_batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            optim="adamw_torch" if base.lota_qaf else training.optimizer_type, learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
-            warmup_steps=training.warmup_ratio, lr_scheduler_type=training.lr_scheduler_type,
-            activation_checkpointing=training.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-            train_sampling_strategy="group_by_length", logging_steps=training.logging_steps,
-            save_strategy=training.save_strategy,
-            # A share of the run's steps; a last checkpoint at its end comes by itself.
-            save_steps=1 / training.save_number if training.save_number > 1 else 10**9,
-            use_cpu=next(model.parameters()).device.type == "cpu", report_to=training_reporters(base.report_to),
-            dataloader_pin_memory=torch.cuda.is_available(), seed=base.seed, data_seed=base.seed))
+    trainer = LotaTrainer(model=model, train_dataset=data, args=arguments, callbacks=[checkpoints],
+                          data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8))
     start = time.time()
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -357,12 +327,10 @@ def train(base, training):
     config.training = {"runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": trainer.state.global_step,
                        "loss": trainer.state.log_history[-1].get("train_loss")}
     if base.lota_qaf:
-        from LoTA.lota_merge import print_moved, shares
         moved = {}
-        for name, layer in layers.items():
-            count = moved.setdefault(name.rsplit(".", 1)[-1], [0, 0])
-            for i, n in enumerate(layer.count_moved()):
-                count[i] += n
+        for name, layer in model.named_modules():
+            if isinstance(layer, CustomLoraLinear):
+                count_moved(moved, name, *layer.merged_integers())
         config.training["moved"] = shares(moved)
         print_moved(config.training["moved"])
     model.save_pretrained(str(running), save_embedding_layers=False)
@@ -374,18 +342,89 @@ def train(base, training):
     return final
 
 
-def check_checkpoint(path):
-    """Raises UserError unless `path` is a whole checkpoint."""
+def check_training(base, training, folder):
+    """Fills in what LoTA fixes by itself; raises UserError where the settings cannot be trained with."""
+    from data_print_save import DATA_NAMES
+    if training.training_data_name not in DATA_NAMES:
+        raise UserError(f"unknown data set '{training.training_data_name}'; choose from {', '.join(DATA_NAMES)}")
+    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+        raise UserError("nothing to train: give --num_train_epochs or --max_steps")
+    for flag in ("train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len", "save_number"):
+        if getattr(training, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {getattr(training, flag)}")
+    if training.adapter_ckpt and not Path(training.adapter_ckpt).is_dir():
+        raise UserError(f"--adapter_ckpt {training.adapter_ckpt} is not a folder")
+    if base.lora_r < 1:
+        raise UserError(f"--lora_r must be at least 1, not {base.lora_r}")
+    if base.dtype == "float16":
+        raise UserError("training in float16 is not supported, its gradients overflow: use bfloat16 or float32")
+    if training.optimizer_type == "paged_adamw_32bit" and not base.lota_qaf and not find_spec("bitsandbytes"):
+        raise UserError("--optimizer_type paged_adamw_32bit needs bitsandbytes: pip install bitsandbytes")
+    if not base.lota_qaf:
+        if training.optimizer_type == "int_sign_sgd":
+            raise UserError("--optimizer_type int_sign_sgd trains ternary adapters only: give --lota_qaf True")
+        return
+    if base.lora_dropout:
+        raise UserError("--lora_dropout must be 0 with LoTA: what is dropped could not be merged")
+    for flag in ("filter_ratio", "min_grad", "filter_upper"):
+        if not 0 < getattr(training, flag) < 1:
+            raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")
+    if training.interval_point is None:
+        training.interval_point = 0.75 * base.lora_r
+    training.optimizer_type, training.max_grad_norm = "int_sign_sgd", 0.0
+    check_settings(base.lora_r, training.interval_point, max(1, folder.group_size))
+
+
+def trainer_arguments(base, training, output_dir):
+    """transformers' TrainingArguments. Raises UserError where transformers refuses a setting."""
+    import torch
+    from transformers import TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
+    report_to = [r for r in SPLIT_TARGETS.split(base.report_to) if r and r != "none"]
+    missing = [r for r in report_to if r not in get_available_reporting_integrations()]
+    if missing:
+        raise UserError(f"--report_to {missing[0]} is not installed: pip install {missing[0]}")
+    on_cpu = not torch.cuda.is_available() or base.device_map == "cpu"
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(output_dir), num_train_epochs=training.num_train_epochs or 1, max_steps=training.max_steps,
+            per_device_train_batch_size=training.train_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            optim="adamw_torch" if base.lota_qaf else training.optimizer_type, learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
+            warmup_steps=training.warmup_ratio, lr_scheduler_type=training.lr_scheduler_type,
+            activation_checkpointing=training.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+            train_sampling_strategy="group_by_length", logging_steps=training.logging_steps,
+            save_strategy=training.save_strategy,
+            # A share of the run's steps; a last checkpoint at its end comes by itself.
+            save_steps=1 / training.save_number if training.save_number > 1 else 10**9,
+            use_cpu=on_cpu, report_to=report_to or "none", dataloader_pin_memory=not on_cpu, seed=base.seed,
+            data_seed=base.seed)
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    # The model is where GPTQModel put it, on one GPU or spread over several: never copied to all of them.
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1
+    return arguments
+
+
+def absolute(name):
+    """A local folder as an absolute path; a name on the hub, or None, as it is."""
+    return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
+
+
+def check_checkpoint(path, config):
+    """Raises UserError unless `path` is a whole checkpoint of a run with these settings."""
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"--adapter_ckpt {path} is not a folder")
     if not (path / LOTA_CONFIG).exists():
         raise UserError(f"--adapter_ckpt {path} is not whole (it has no {LOTA_CONFIG}, which is written last); take "
                         "an earlier checkpoint")
-
-
-def training_reporters(report_to):
-    return "none" if report_to == "none" else SPLIT_TARGETS.split(report_to)
+    saved = LotaConfig.load(path)
+    for what in ("method", "rank", "omega", "residual", "offset_scale", "bits", "fingerprint"):
+        if getattr(saved, what) != getattr(config, what):
+            raise UserError(f"--adapter_ckpt {path} cannot be resumed with these settings: its {what} is "
+                            f"{getattr(saved, what)}, not {getattr(config, what)}")
 
 
 def peak_memory_mb():
@@ -401,48 +440,57 @@ def peak_memory_mb():
 
 def evaluate(base, evaluation):
     """Merges where there is something to merge, evaluates, and returns {task: results}."""
-    if evaluation.tasks is None and evaluation.ft_dataset_name == "none" and evaluation.merged_path is None:
+    only_merge = evaluation.tasks is None and evaluation.ft_dataset_name == "none"
+    if only_merge and evaluation.merged_path is None:
         raise UserError("nothing to evaluate: give --tasks, --ft_dataset_name, or --merged_path to only merge")
+    if evaluation.eval_batch_size < 1 or evaluation.max_new_tokens < 1:
+        raise UserError("--eval_batch_size and --max_new_tokens must be at least 1")
+    # What can be wrong is looked at before anything is merged or loaded.
+    if evaluation.ft_dataset_name != "none":
+        from data_print_save import load_rows
+        load_rows(evaluation.ft_dataset_name, "test", base.data_dir)
+    tasks = lm_eval_tasks(evaluation)
     with tempfile.TemporaryDirectory() as temporary:
         load, name, extra = choose_model(base, evaluation, temporary)
-        if evaluation.tasks is None and evaluation.ft_dataset_name == "none":
+        if only_merge:
             return {}
         from data_print_save import check_cuda, params_print, set_seed
         check_cuda()
         set_seed(base.seed)
-        params_print(base, evaluation)
         tokenizer = load_tokenizer(base)
+        params_print(base, evaluation)
         model = load()
-    results = {}
+    results, when = {}, datetime.now().strftime("%d_%H%M%S")
     if evaluation.ft_dataset_name != "none":
         from evalGSV import evalgsv
         results[evaluation.ft_dataset_name] = evalgsv(
             model, tokenizer, base, evaluation, subsample=evaluation.limit,
-            name=f"{name}_{evaluation.ft_dataset_name}", extra=extra)
-    if evaluation.tasks:
-        results["lm_eval"] = run_lm_eval(model, tokenizer, base, evaluation, name, extra)
+            name=f"{name}_{evaluation.ft_dataset_name}_{when}", extra=extra)
+    if tasks:
+        results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, base, evaluation, name, when, extra)
     return results
 
 
 def choose_model(base, evaluation, temporary):
-    """What the settings ask for: (a function that loads it, the name of its results, what to save with them)."""
-    import torch
-    dtype = getattr(torch, base.dtype)
-    device = evaluation.device or base.device_map
-    common = {"dtype": dtype, "attn_implementation": attention(base), "trust_remote_code": base.trust_remote_code}
+    """What the settings ask for: (a function that loads it, the name of its results, what to save with them).
 
-    def gptq(path, backend=evaluation.backend):
-        from LoTA.adapter import load_gptq
-        return load_gptq(path, device=device, backend=backend, **common).model
+    Merges here, so that what is refused is refused before anything is loaded.
+    """
+    import torch
+    device = evaluation.device or base.device_map
+    common = {"dtype": getattr(torch, base.dtype), "attn_implementation": attention(base),
+              "trust_remote_code": base.trust_remote_code}
+    kernel = {"device": device, "backend": evaluation.backend, **common}
 
     def lota(path):
         from LoTA.adapter import LTA
-        return LTA(path=str(path)).load(device=device, backend=evaluation.backend, **common).model
+        return LTA(path=str(path)).load(**kernel).model
 
     adapter = evaluation.load_adapter
     if adapter == "none" and evaluation.auto_gptq == "none":
         if base.pretrained is None:
             raise UserError("--auto_gptq none evaluates the 16-bit model: name it with --pretrained")
+        check_model_name("--pretrained", base.pretrained)
         base.quantized_model_dir = None
 
         def load_dense():
@@ -452,7 +500,11 @@ def choose_model(base, evaluation, temporary):
         return load_dense, f"{Path(base.pretrained).name}_16bit", {}
     if adapter == "none":
         folder = resolve_gptq(base)
-        return lambda: gptq(folder.path), f"{folder.path.name}_gptq", {}
+
+        def load_bare():
+            from LoTA.adapter import load_gptq
+            return load_gptq(folder.path, **kernel).model
+        return load_bare, f"{folder.path.name}_gptq", {}
 
     if not Path(adapter).is_dir():
         raise UserError(f"--load_adapter {adapter} is not a folder")
@@ -461,59 +513,62 @@ def choose_model(base, evaluation, temporary):
         base.quantized_model_dir = str(adapter)
         return lambda: lota(adapter), f"{Path(adapter).name}_merged", {"moved": merged.lota.training.get("moved")}
 
-    config, _ = read_adapter(adapter, evaluation.load_ada_interval)
+    config, _ = read_adapter(adapter, evaluation.load_ada_interval, base.residual)
     base.lota_qaf, base.lora_r, base.residual = config.method == "LoTA", config.rank, config.residual
     base.offset_scale, base.pretrained = config.offset_scale, base.pretrained or config.pretrained
     base.quantized_model_dir = base.quantized_model_dir or config.quantized_model_dir
     folder = resolve_gptq(base)
     name = Path(adapter).resolve().name
     if not base.lota_qaf or not evaluation.merge:
-        if base.lota_qaf:
-            from LoTA.lota_merge import check_match
-            check_match(adapter, config, AdapterTensors(adapter), folder)
+        check_match(adapter, config, AdapterTensors(adapter), folder)
 
-        def load_live():
-            from peft import LoraConfig, PeftModel
-            lora_config = LoraConfig.from_pretrained(adapter)
-            lora_config.inference_mode = True
-            if base.lota_qaf:
-                from LoTA.layer import register
-                register(lora_config, config.threshold)
-            return PeftModel.from_pretrained(gptq(folder.path, "gptq_torch"), adapter, config=lora_config).eval()
-        return load_live, f"{name}_live", {}
+        def load_unmerged():
+            from LoTA.adapter import load_live
+            return load_live(adapter, folder.path, evaluation.load_ada_interval, **kernel)
+        return load_unmerged, f"{name}_live", {}
 
-    from LoTA.lota_merge import merge_folders, print_moved
     output = evaluation.merged_path or Path(temporary) / "merged"
-    moved = merge_folders(adapter, folder.path, output, evaluation.load_ada_interval)
+    check_output_folder(output, MARKER)
+    moved = merge_folders(adapter, folder.path, output, evaluation.load_ada_interval, base.residual)
     print_moved(moved)
     if evaluation.merged_path:
         print(f"merged and verified: {output}")
-
     return lambda: lota(output), f"{name}_merged", {"moved": moved}
 
 
-def run_lm_eval(model, tokenizer, base, evaluation, name, extra):
-    """lm-eval on --tasks: prints its table, saves and returns its results."""
+def lm_eval_tasks(evaluation):
+    """The names in --tasks, or []. Raises UserError where lm-eval does not know one."""
+    tasks = [t for t in SPLIT_TARGETS.split(evaluation.tasks or "") if t]
+    if evaluation.include_path and not Path(evaluation.include_path).is_dir():
+        raise UserError(f"--include_path {evaluation.include_path} is not a folder")
+    if tasks:
+        from lm_eval.tasks import TaskManager
+        known = TaskManager(include_path=evaluation.include_path).all_tasks
+        unknown = [t for t in tasks if t not in known]
+        if unknown:
+            raise UserError(f"lm-eval knows no task named {', '.join(unknown)}; local tasks come in with "
+                            "--include_path")
+    return tasks
+
+
+def run_lm_eval(model, tokenizer, tasks, base, evaluation, name, when, extra):
+    """lm-eval on `tasks`: prints its table, saves and returns its results."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     from data_print_save import save_results
-    tasks = [t for t in SPLIT_TARGETS.split(evaluation.tasks) if t]
-    manager = TaskManager(include_path=evaluation.include_path)
-    unknown = [t for t in tasks if t not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"lm-eval knows no task named {', '.join(unknown)}; local tasks come in with --include_path")
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.eval_batch_size), tasks=tasks,
-        num_fewshot=evaluation.num_fewshot, task_manager=manager, limit=evaluation.limit, random_seed=base.seed,
-        numpy_random_seed=base.seed, torch_random_seed=base.seed, fewshot_random_seed=base.seed)
+        num_fewshot=evaluation.num_fewshot, task_manager=TaskManager(include_path=evaluation.include_path),
+        limit=evaluation.limit, random_seed=base.seed, numpy_random_seed=base.seed,
+        torch_random_seed=base.seed, fewshot_random_seed=base.seed)
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     kept = {k: results[k] for k in ("results", "groups", "versions", "n-shot", "n-samples") if k in results}
-    save_results(evaluation.output_path, f"{name}_{'_'.join(tasks)[:80]}", {**extra, **kept}, base, evaluation)
+    save_results(evaluation.output_path, f"{name}_{'_'.join(tasks)[:80]}_{when}", {**extra, **kept}, base, evaluation)
     return results
 
 
@@ -526,9 +581,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    run_script(main)

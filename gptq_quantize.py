@@ -8,17 +8,17 @@ setting is asymmetric, 1,024 samples of C4, group 64 up to 14B and 128 above.
 """
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
-from LoTA import UserError
-from LoTA.folders import check_output_folder, whole_folder, write_json
+from LoTA import UserError, run_script
+from LoTA.folders import check_model_name, check_output_folder, whole_folder, write_json
 from LoTA.packing import SUPPORTED_BITS
 
 PROVENANCE = "lota_quantize.json"       # what made the folder; also marks it as ours to replace
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
-SMALL_MODEL = 200e6                     # parameters up to which packing in plain Python beats compiling the packer
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)        # those that GPTQModel takes
+SMALL_MODEL = 400e6                     # bytes up to which packing in plain Python beats compiling the packer
 
 
 def parse_args():
@@ -26,7 +26,8 @@ def parse_args():
     parser.add_argument("--model", required=True, help="the 16-bit model: a folder or a hub name")
     parser.add_argument("--output_dir", required=True, help="where the folder int{bits}_{group}_{name} is written")
     parser.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS, help="bits of an integer weight [4]")
-    parser.add_argument("--group_size", type=int, default=64, help="input rows that share a scale and zero [64]")
+    parser.add_argument("--group_size", type=int, default=64, choices=GROUP_SIZES,
+                        help="input rows that share a scale and zero; -1: all of them [64]")
     parser.add_argument("--sym", action="store_true", help="symmetric grid: a fixed zero point [asymmetric]")
     parser.add_argument("--desc_act", action="store_true", help="quantize columns by falling activation [in order]")
     parser.add_argument("--calibration", default="c4",
@@ -56,7 +57,10 @@ def calibration_texts(args, tokenizer):
         texts = [row["text"] for row in rows.take(args.samples)]
     elif Path(source).is_file():
         lines = [line for line in Path(source).read_text().splitlines() if line.strip()]
-        texts = [json.loads(line)["text"] for line in lines] if source.endswith(".jsonl") else lines
+        try:
+            texts = [json.loads(line)["text"] for line in lines] if source.endswith(".jsonl") else lines
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--calibration {source}: a line is no JSON object with a 'text': {error}") from None
     else:
         raise UserError(f"--calibration {source} is neither c4, a file, nor one of {', '.join(DATA_NAMES)}")
     if not texts:
@@ -69,12 +73,9 @@ def main():
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model.rsplit("/", 1)[-1]
     output = Path(args.output_dir) / f"int{args.bits}_{args.group_size}_{name}"
     check_output_folder(output, PROVENANCE)
-    if args.group_size < 1:
-        raise UserError(f"--group_size must be positive, not {args.group_size}")
-    if Path(args.model).is_dir() and not (Path(args.model) / "config.json").exists():
-        raise UserError(f"{args.model} is not a model folder: it has no config.json")
-    if not Path(args.model).is_dir() and (args.model.startswith((".", "/")) or args.model.count("/") != 1):
-        raise UserError(f"--model {args.model} does not exist")
+    check_model_name("--model", args.model)
+    small = Path(args.model).is_dir() and sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors")) \
+        < SMALL_MODEL
 
     # Late, so that --help and mistakes answer at once.
     import torch
@@ -93,11 +94,9 @@ def main():
     print(f"{len(samples)} calibration samples, {sum(len(s['input_ids']) for s in samples)} tokens")
 
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=args.sym, desc_act=args.desc_act,
-                            device=str(device), offload_to_disk=False)
+                            device=str(device), offload_to_disk=not small, pack_impl="original" if small else "auto")
     start = time.time()
     model = GPTQModel.load(args.model, config, trust_remote_code=args.trust_remote_code)
-    if sum(p.numel() for p in model.model.parameters()) < SMALL_MODEL:
-        config.pack_impl = "original"
     model.quantize(samples, batch_size=args.batch_size, tokenizer=tokenizer, backend=BACKEND.GPTQ_TORCH)
     with whole_folder(output, PROVENANCE) as folder:
         model.save(str(folder))
@@ -108,7 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

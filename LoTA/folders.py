@@ -122,6 +122,15 @@ class MergedFolder(GPTQFolder):
             return offsets.get_tensor(name) if name in offsets.keys() else None
 
 
+def check_model_name(flag, name):
+    """Raises UserError unless `name` is a model folder, or looks like a name on the hub (owner/model or model)."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{flag} {name} is not a model folder: it has no config.json")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{flag} {name} does not exist")
+
+
 def is_merged(path):
     return (Path(path) / LOTA_SUBFOLDER / LOTA_CONFIG).exists()
 
@@ -298,7 +307,7 @@ class AdapterTensors:
         return pair
 
 
-# --- reading and writing ------------------------------------------------------------------------------------------------------
+# --- reading and writing ----------------------------------------------------------------------------------------------
 
 def read_json(path):
     try:

@@ -13,36 +13,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from peft import LoraConfig, PeftModel
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from LoTA.adapter import LTA, load_gptq
+from LoTA.adapter import LTA, load_live
 from LoTA.folders import read_adapter
-from LoTA.layer import register
 
 ROWS = ("16bit", "gptq", "live", "merged")
 NAMES = {"16bit": "16-bit model", "gptq": "GPTQ model", "live": "GPTQ + adapter, live", "merged": "merged"}
 
 
-def read_results(folder):
-    """{kind: results} of the newest JSON file of each kind."""
+def read_results(folder, adapter):
+    """{kind: results} of the newest JSON file of each kind; live and merged of this adapter."""
     found = {}
     for file in sorted(Path(folder).glob("*.json"), key=lambda f: f.stat().st_mtime):
         for kind in ROWS:
-            if f"_{kind}_" in file.name:
+            if f"_{kind}_" in file.name and (kind in ("16bit", "gptq") or file.name.startswith(Path(adapter).name)):
                 found[kind] = json.loads(file.read_text())
     missing = [kind for kind in ROWS if kind not in found]
     if missing:
         sys.exit(f"error: {folder} has no results of mode 2 for: {', '.join(missing)}")
     return found
-
-
-def live_model(adapter):
-    config, _ = read_adapter(adapter)
-    lora_config = register(LoraConfig.from_pretrained(adapter), config.threshold)
-    base = load_gptq(config.quantized_model_dir, torch.float32, backend="gptq_torch").model
-    return PeftModel.from_pretrained(base, adapter, config=lora_config).eval()
 
 
 @torch.inference_mode()
@@ -64,11 +55,12 @@ def main():
     parser.add_argument("--merged", required=True)
     parser.add_argument("--rows", type=int, default=100, help="test rows whose logits are compared [100]")
     args = parser.parse_args()
-    results = read_results(args.results)
+    results = read_results(args.results, args.adapter)
     tokenizer = AutoTokenizer.from_pretrained(args.merged)
     merged = LTA(path=args.merged).load(dtype=torch.float32).model
+    live = load_live(args.adapter, read_adapter(args.adapter)[0].quantized_model_dir, dtype=torch.float32)
     items = results["merged"]["predictions"]
-    difference, size = largest_logit_difference(live_model(args.adapter), merged, tokenizer, items[:args.rows])
+    difference, size = largest_logit_difference(live, merged, tokenizer, items[:args.rows])
     differing = sum(a["prediction"] != b["prediction"] for a, b in zip(results["live"]["predictions"], items,
                                                                        strict=True))
     print()

@@ -90,7 +90,7 @@ def demo_data(tmp_path_factory):
     """The demo's data set, small: a folder with train.csv and test.csv."""
     import demo_data
     folder = tmp_path_factory.mktemp("data")
-    run_main(demo_data, "--output", folder, "--train_rows", 400, "--test_rows", 40)
+    run_main(demo_data, "--output", folder, "--train_rows", 1000, "--test_rows", 40)
     return folder
 
 
@@ -100,8 +100,8 @@ def base_model(tmp_path_factory, demo_data):
     import tiny_base
     folder = tmp_path_factory.mktemp("base")
     run_main(tiny_base, "--data_name", "viggo", "--data_dir", demo_data, "--output", folder, "--hidden_size", 64,
-             "--intermediate_size", 160, "--layers", 2, "--heads", 2, "--vocab_size", 400, "--epochs", 6,
-             "--batch_size", 16)
+             "--intermediate_size", 160, "--layers", 2, "--heads", 2, "--vocab_size", 400, "--epochs", 10,
+             "--batch_size", 16, "--learning_rate", 2e-3)
     return folder
 
 

@@ -75,12 +75,14 @@ def test_only_the_adapter_is_saved_and_checkpoints_are_whole(trained):
 
 def test_resuming_goes_on_where_it_was(trained, tmp_path, gptq, base_model, demo_data):
     """A run resumed at step 4 ends with the very adapter of the run that was not interrupted: sigma, batches, all."""
-    copy = tmp_path / "run"
-    copy.mkdir()
-    shutil.copytree(trained / "checkpoint-4", copy / "checkpoint-4")
+    home = tmp_path / "home"                    # a checkpoint may lie anywhere; nothing around it is touched
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    shutil.copytree(trained / "checkpoint-4", home / "checkpoint-4")
     main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
-         "--adapter_path", tmp_path, "--adapter_ckpt", copy / "checkpoint-4")
-    resumed, = tmp_path.glob("*LoTA*")
+         "--adapter_path", tmp_path / "a", "--adapter_ckpt", home / "checkpoint-4")
+    assert sorted(p.name for p in home.iterdir()) == ["checkpoint-4", "thesis.txt"]
+    resumed, = (tmp_path / "a").iterdir()
     one, two = load_file(trained / "adapter_model.safetensors"), load_file(resumed / "adapter_model.safetensors")
     at_4 = load_file(trained / "checkpoint-4/adapter_model.safetensors")
     assert all(torch.equal(one[n], two[n]) for n in one)
@@ -93,6 +95,74 @@ def test_a_checkpoint_that_is_not_whole_is_refused(trained, tmp_path, gptq, base
     with pytest.raises(UserError, match="not whole"):
         main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
              "--max_steps", 8, "--adapter_path", tmp_path, "--adapter_ckpt", broken)
+
+
+@pytest.mark.parametrize("arguments, what", [
+    (("--interval_point", 3), "omega"), (("--lora_r", 12), "rank"), (("--residual", False), "residual"),
+    (("--offset_scale", "paper"), "offset_scale"), (("--lota_qaf", False), "method")])
+def test_a_checkpoint_of_other_settings_is_refused(arguments, what, trained, tmp_path, gptq, base_model, demo_data):
+    with pytest.raises(UserError, match=f"its {what} is"):
+        main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
+             "--max_steps", 8, "--adapter_path", tmp_path, "--adapter_ckpt", trained / "checkpoint-4", *arguments)
+
+
+def test_a_checkpoint_of_another_base_is_refused(quantize, trained, tmp_path, base_model, demo_data):
+    with pytest.raises(UserError, match="its bits is 2, not 4"):
+        main(*TRAIN, "--quantized_model_dir", quantize(4, "--sym"), "--pretrained", base_model, "--data_dir", demo_data,
+             "--max_steps", 8, "--adapter_path", tmp_path, "--adapter_ckpt", trained / "checkpoint-4")
+
+
+def train_once(folder, gptq, base_model, demo_data, *arguments):
+    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
+         "--save_strategy", "no", "--adapter_path", folder, *arguments)
+    adapter, = folder.iterdir()
+    return adapter
+
+
+def test_gradient_checkpointing_changes_nothing(trained, tmp_path, gptq, base_model, demo_data):
+    """The recomputed forward is the first one: the same adapter, entry by entry."""
+    without = train_once(tmp_path, gptq, base_model, demo_data, "--gradient_checkpointing", False)
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (trained, without))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_training_in_bfloat16_merges_what_it_trained(tmp_path, gptq, base_model, demo_data):
+    """The default dtype: the layers multiply with the scales that are on disk, so the merge has the same weights."""
+    from LoTA.adapter import load_live
+    from LoTA.layer import CustomLoraLinear
+    from LoTA.lota_merge import merge_folders
+    from LoTA.ternary import dequantize
+    adapter = train_once(tmp_path / "a", gptq, base_model, demo_data, "--dtype", "bfloat16", "--interval_point", 1)
+    merge_folders(adapter, gptq, tmp_path / "merged")
+    merged = MergedFolder(tmp_path / "merged")
+    model = load_live(adapter, gptq, dtype=torch.bfloat16)
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()
+              if isinstance(m, CustomLoraLinear)}
+    assert len(layers) == 14 and model.dtype == torch.bfloat16
+    for name, layer in layers.items():
+        assert torch.equal(layer.adapted_weight(torch.float32), dequantize(merged.grid(name), merged.offset(name)))
+    live = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merge", False, "--dtype", "bfloat16")
+    again = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--dtype", "bfloat16")
+    same = sum(a["prediction"] == b["prediction"] for a, b in zip(live["predictions"], again["predictions"],
+                                                                  strict=True))
+    assert same >= 30                           # bfloat16 rounds the offset's product apart from the weight's
+
+
+def test_published_adapter_through_mode_2(trained, demo_data, gptq, tmp_path):
+    """No lota_config.json: a folder named as the published scripts name it, its checkpoint, and a renamed one."""
+    named = tmp_path / "2M_int2_LoTA_4_0.950_0.999_viggo_1234_20480_05_101112"
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    renamed = tmp_path / "best"
+    for folder in (named, named / "checkpoint-4", renamed):
+        folder.mkdir()
+        for file in files:
+            shutil.copy(trained / file, folder)
+    want = [p["prediction"] for p in evaluate(demo_data, tmp_path, "--load_adapter", trained)["predictions"]]
+    for folder, flags in ((named, ()), (named / "checkpoint-4", ()), (renamed, ("--load_ada_interval", 4))):
+        got = evaluate(demo_data, tmp_path, "--load_adapter", folder, "--quantized_model_dir", gptq, *flags)
+        assert [p["prediction"] for p in got["predictions"]] == want
+    from LoTA.folders import read_adapter
+    assert read_adapter(renamed)[0].omega == 6.0 and read_adapter(named)[0].omega == 4.0
 
 
 def test_live_and_merged_give_the_same_predictions(trained, demo_data, tmp_path):
@@ -142,7 +212,7 @@ def test_without_offset_the_merged_model_is_plain_gptq(gptq, base_model, demo_da
     assert merged["moved"]["all"] > 0 and not MergedFolder(tmp_path / "merged").offset_modules()
 
 
-def test_lora_baseline(gptq, base_model, demo_data, tmp_path):
+def test_lora_baseline(quantize, gptq, base_model, demo_data, tmp_path):
     """--lota_qaf False: a 16-bit LoRA on the GPTQ model, trained, saved, evaluated live, never merged."""
     main(*TRAIN, "--lota_qaf", False, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir",
          demo_data, "--max_steps", 4, "--adapter_path", tmp_path / "a", "--learning_rate", 1e-3)
@@ -150,6 +220,8 @@ def test_lora_baseline(gptq, base_model, demo_data, tmp_path):
     assert "_int2_LoRA_0.001_8_16_viggo_" in adapter.name
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert any(((t != 0) & (t.abs() != 1)).any() for t in tensors.values())
+    with pytest.raises(UserError, match="2 bits"):
+        evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--quantized_model_dir", quantize(4, "--sym"))
     results = evaluate(demo_data, tmp_path, "--load_adapter", adapter)
     assert results["rows"] == 40 and results["settings"]["baseConfig"]["lota_qaf"] is False
     from LoTA.lota_merge import merge_folders
@@ -193,7 +265,7 @@ metric_list:
     main("--mode", 2, "--load_adapter", trained, "--tasks", "local_mmlu", "--include_path", tasks, "--num_fewshot", 1,
          "--dtype", "float32", "--output_path", tmp_path, "--eval_batch_size", 4)
     assert "local_mmlu" in capsys.readouterr().out
-    saved = json.loads(next(tmp_path.glob("*local_mmlu.json")).read_text())
+    saved = json.loads(next(tmp_path.glob("*local_mmlu_*.json")).read_text())
     got = saved["results"]["local_mmlu"]["acc,none"]
 
     from transformers import AutoTokenizer
@@ -243,7 +315,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_to_resume_from(gptq, base_model, demo_
     assert os.path.exists(os.path.join(checkpoint, "lota_config.json"))
     done = int(checkpoint.rsplit("-", 1)[1])
     main(*common, "--max_steps", done + 1, "--adapter_ckpt", checkpoint)
-    adapter, = tmp_path.glob("*LoTA*")
+    adapter, = tmp_path.glob("*MB_*")
     assert LotaConfig.load(adapter).training["steps"] == done + 1
 
 
@@ -268,6 +340,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_name(gptq, base_mo
     (("--quantized_model_dir", "{gptq}", "--group_size", 64), "--group_size 64 contradicts"),
     (("--quantized_model_dir", "{gptq}", "--interval_point", 8), "must lie in"),
     (("--quantized_model_dir", "{gptq}", "--interval_point", -1), "must lie in"),
+    (("--quantized_model_dir", "{gptq}", "--interval_point", 0), "must lie in"),
+    (("--quantized_model_dir", "{gptq}", "--filter_ratio", 1.5), "--filter_ratio must lie in"),
+    (("--quantized_model_dir", "{gptq}", "--lora_r", 0), "--lora_r must be"),
+    (("--quantized_model_dir", "{gptq}", "--train_batch_size", 0), "--train_batch_size must be"),
+    (("--quantized_model_dir", "{gptq}", "--dtype", "float16"), "float16 is not supported"),
+    (("--quantized_model_dir", "{gptq}", "--device_map", "cuda:0"), "there is no GPU"),
+    (("--quantized_model_dir", "{gptq}", "--report_to", "nowhere"), "--report_to nowhere is not installed"),
+    (("--quantized_model_dir", "{gptq}", "--lr_scheduler_type", "zigzag"), "zigzag"),
+    (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "paged_adamw_32bit"), "bitsandbytes"),
     (("--quantized_model_dir", "{gptq}", "--lora_r", 2**20), "too large"),
     (("--quantized_model_dir", "{gptq}", "--lora_dropout", 0.1), "--lora_dropout must be 0"),
     (("--quantized_model_dir", "{gptq}", "--max_steps", -1), "nothing to train"),
@@ -278,6 +359,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_name(gptq, base_mo
     (("--quantized_model_dir", "{gptq}", "--adapter_ckpt", "nowhere"), "nowhere is not a folder"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
     (("--mode", 2), "nothing to evaluate"),
+    (("--mode", 2, "--tasks", "mmlu", "--quantized_model_dir", "{gptq}", "--eval_batch_size", 0), "at least 1"),
+    (("--mode", 2, "--ft_dataset_name", "viggo", "--auto_gptq", "none", "--pretrained", "./nowhere"), "does not exist"),
+    (("--mode", 2, "--tasks", "mmlu", "--quantized_model_dir", "{gptq}", "--include_path", "nowhere"), "not a folder"),
     (("--mode", 2, "--ft_dataset_name", "viggo", "--load_adapter", "nowhere"), "nowhere is not a folder"),
     (("--mode", 2, "--ft_dataset_name", "viggo", "--load_adapter", "{base}"), "not an adapter folder"),
     (("--mode", 2, "--ft_dataset_name", "viggo", "--auto_gptq", "none"), "name it with --pretrained"),
@@ -293,6 +377,17 @@ def test_mistakes_get_a_clear_error(arguments, message, gptq, base_model, demo_d
     with pytest.raises(UserError, match=message):
         main(*defaults, *filled)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corrupt_adapter_is_one_line(trained, tmp_path):
+    """A truncated safetensors file, as an interrupted copy leaves it."""
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    content = (broken / "adapter_model.safetensors").read_bytes()
+    (broken / "adapter_model.safetensors").write_bytes(content[:len(content) // 2])
+    process = start("--mode", 2, "--load_adapter", broken, "--merged_path", tmp_path / "merged")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_mistakes_on_the_command_line_are_one_line_and_status_1(tmp_path):

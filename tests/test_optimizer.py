@@ -335,3 +335,22 @@ def test_a_resumed_run_goes_on_where_it_was(stop, schedule_first):
 
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed(True), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(whole, resumed(False), strict=True))
+
+
+def test_another_length_on_resuming_follows_its_own_schedule():
+    """create_scheduler() of the resumed run says S; the step count comes from the state."""
+    p = torch.nn.Parameter(torch.zeros(10))
+    first = tSignSGD([p])
+    first.create_scheduler(10)
+    for _ in range(4):
+        p.grad = torch.randn(10)
+        first.step()
+    second = tSignSGD([p])
+    second.create_scheduler(20)
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert second.current_sigma() == pytest.approx(0.95 + 5 / 16 * 0.049, abs=1e-12)
+    third = tSignSGD([p])
+    third.load_state_dict(first.state_dict())
+    third.step()
+    assert third.current_sigma() == pytest.approx(0.95 + 5 / 8 * 0.049, abs=1e-12)

@@ -1,0 +1,76 @@
+"""The same functions on a GPU: integers equal to the CPU's, floats to rounding. Skips itself where there is none."""
+import pytest
+import torch
+
+from LoTA.packing import pack_rows, unpack_rows
+from LoTA.ternary import Grid, Groups, TernaryLinear, Threshold, adapted_weight, dequantize, merge
+from t_signSGD import tSignSGD
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def layer(bits, shuffled, rows=320, cols=256, rank=16, size=64):
+    generator = torch.Generator().manual_seed(bits)
+    g_idx = torch.arange(rows) // size
+    if shuffled:
+        g_idx = g_idx[torch.randperm(rows, generator=generator)]
+    groups = -(-rows // size)
+
+    def grid(device):
+        g = torch.Generator().manual_seed(bits)
+        return Grid(torch.randint(0, 2**bits, (rows, cols), generator=g).to(torch.uint8).to(device),
+                    torch.randint(0, 2**bits, (groups, cols), generator=g).to(torch.uint8).to(device),
+                    torch.rand(groups, cols, generator=g).half().to(device), Groups(g_idx.to(device), groups),
+                    2**bits - 1)
+    A, B = (torch.randint(-1, 2, shape, generator=generator).float() for shape in ((rows, rank), (rank, cols)))
+    return grid, A, B
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_and_merge_are_the_cpus(bits, shuffled):
+    grid, A, B = layer(bits, shuffled)
+    threshold = Threshold(4.0, 4.0)
+    merged, offset = merge(A, B, grid("cpu"), threshold)
+    on_gpu, offset_on_gpu = merge(A.cuda(), B.cuda(), grid("cuda"), threshold)
+    assert torch.equal(on_gpu.cpu(), merged)
+    torch.testing.assert_close(offset_on_gpu.cpu(), offset, rtol=1e-6, atol=0)
+    want = adapted_weight(A, B, grid("cpu"), threshold)
+    live = adapted_weight(A.cuda(), B.cuda(), grid("cuda"), threshold)
+    torch.testing.assert_close(live.cpu(), want, rtol=1e-6, atol=1e-6)
+    after = grid("cuda")
+    after.weight_int = on_gpu
+    assert torch.equal(live, dequantize(after, offset_on_gpu))
+    packed = pack_rows(on_gpu, bits)
+    assert torch.equal(unpack_rows(packed, bits, len(on_gpu)), on_gpu)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
+def test_forward_and_gradients_are_the_cpus(dtype, tolerance):
+    grid, A, B = layer(4, True)
+    results = []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        torch.manual_seed(0)
+        x = torch.randn(70, len(A)).to(device, kind).requires_grad_()
+        a, b = A.to(device).requires_grad_(), B.to(device).requires_grad_()
+        built = grid(device)
+        y = TernaryLinear.apply(x, a, b, lambda built=built: built, Threshold(4.0, 4.0))
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(device, kind))
+        results.append([t.detach().float().cpu() for t in (y, x.grad, a.grad, b.grad)])
+    for want, got in zip(*results, strict=True):
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_the_optimizer_moves_the_same_entries():
+    torch.manual_seed(0)
+    start, gradients = torch.randint(-1, 2, (64, 300)).float(), torch.randn(10, 64, 300)
+    ends = []
+    for device in ("cpu", "cuda"):
+        p = torch.nn.Parameter(start.to(device))
+        optimizer = tSignSGD([p])
+        optimizer.create_scheduler(10)
+        for gradient in gradients:
+            p.grad = gradient.to(device)
+            optimizer.step()
+        ends.append(p.detach().cpu())
+    assert torch.equal(*ends)
