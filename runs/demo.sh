@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole road on a laptop without a GPU, in about ten minutes with the environment, four without:
+# The whole road on a laptop without a GPU, in about eight minutes with the environment, four without:
 # a tiny 16-bit model -> GPTQ 2-bit -> ternary adapters (mode 1) -> merge and evaluation (mode 2) -> one table.
 # Nothing is downloaded but the packages. Results stay in work/demo.
 set -euo pipefail
