@@ -16,6 +16,7 @@ TAU = 1e-9                  # gradients up to here never move an entry
 FIRST_PHASE = 0.8           # the share of the steps in which sigma goes from threshold_ratio to min_grad
 SPIKE_NORM = 10.0           # in the last phase, gradients of a larger global norm ...
 SPIKE_QUANTILE = 0.99995    # ... leave the entries at or above this quantile alone
+SAMPLE = 8192               # entries of the sample that narrows a selection down
 
 
 def sigma(t, num_steps, threshold_ratio, min_grad, filter_upper):
@@ -100,10 +101,22 @@ class tSignSGD(Optimizer):
                 moves = size > order_statistic(size, level, math.floor).clamp(min=TAU)
                 if spike:
                     moves &= size < order_statistic(size, SPIKE_QUANTILE, math.ceil)
-                before = p.clone()
-                p.sub_(p.grad.sign() * moves).clamp_(-1, 1)
-                self.flipped[p] = (p != before).sum()
+                self.flipped[p] = self._move(p, moves)
         return loss
+
+    @staticmethod
+    def _move(p, moves):
+        """p <- clip(p - sign(g) * moves, -1, 1); returns how many entries changed, a 0-dim tensor."""
+        if p.device.type == "cpu":              # few entries move: touch only those
+            where = moves.nonzero(as_tuple=True)
+            old = p[where]
+            new = (old - p.grad[where].sign()).clamp_(-1, 1)
+            p[where] = new
+            return (new != old).sum()
+        new = torch.where(moves, p - p.grad.sign(), p).clamp_(-1, 1)    # asking which would stop a GPU's queue
+        changed = (new != p).sum()
+        p.copy_(new)
+        return changed
 
     def _checked_norm(self):
         """The global norm of all gradients, a float."""
@@ -129,6 +142,17 @@ def order_statistic(values, level, side):
     between it and its bounds: "above the quantile" is "above the lower bound", "at or above" is "at or above the
     upper one". Selecting the bound gives the same answer without a sort, for any dtype and beyond the 2**24 entries
     where torch.quantile refuses.
+
+    On a CPU a sample first tells which entries can be the one at all; the answer is exact all the same.
     """
-    rank = side(level * (values.numel() - 1))
-    return torch.kthvalue(values.flatten(), rank + 1).values
+    values = values.flatten()
+    count = values.numel()
+    rank = side(level * (count - 1))
+    if values.device.type == "cpu" and count > 4 * SAMPLE:
+        sample = values[::count // SAMPLE]
+        expected, deviation = level * len(sample), math.sqrt(level * (1 - level) * len(sample))
+        bound = sample.kthvalue(max(1, math.floor(expected - 4 * deviation - 2))).values
+        candidates = values[values >= bound]
+        if len(candidates) >= count - rank:             # but for a sample far off, which the whole answers for
+            return candidates.kthvalue(len(candidates) - (count - rank) + 1).values
+    return values.kthvalue(rank + 1).values

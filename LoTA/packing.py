@@ -29,11 +29,12 @@ def unpack_rows(packed, bits, rows):
     packed = packed.view(units, words, cols)
     mask = 2**bits - 1
     out = torch.empty(units, len(fields), cols, dtype=torch.uint8, device=packed.device)
+    value = torch.empty(units, cols, dtype=torch.int32, device=packed.device)
     for k, (word, shift, spill) in enumerate(fields):
         # >> on int32 copies the sign bit; the mask removes the copies except where the value itself is cut short.
-        value = packed[:, word] >> shift
+        torch.bitwise_right_shift(packed[:, word], shift, out=value)
         if spill:
-            value = (value & (mask >> spill)) | (packed[:, word + 1] << (bits - spill))
+            value.bitwise_and_(mask >> spill).bitwise_or_(packed[:, word + 1] << (bits - spill))
         out[:, k] = value.bitwise_and_(mask)
     return out.view(units * len(fields), cols)[:rows]
 

@@ -14,6 +14,7 @@ Two things make the fast path exact and cheap. All sums over A and B are sums of
 order, so every device and every blocking gives the same integers and the same mu. And sums over a group go through
 the small factor: sum_i dW_ij = (sum_i A_i) @ B, so mu and both gradients need no [in, out] pass of their own.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 
 from LoTA import UserError
 
-EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32
+EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 ...
+EXACT_IN_BFLOAT16 = 2**8            # ... and in bfloat16
 # Entries of one working block: on a CPU 1 MiB of float32, about an L2 cache; on a GPU few and large launches.
 BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
@@ -131,8 +133,22 @@ class Threshold:
 # --- the equations ------------------------------------------------------------------------------------------------
 
 def ternary_step(aux, omega):
-    """Eq. 3 but for the grid's ends: +1 above omega, -1 below -omega, else 0, strictly. Same shape and dtype."""
-    return F.hardshrink(aux, omega).sign_()
+    """Eq. 3 but for the grid's ends: +1 above omega, -1 below -omega, else 0, strictly. Same shape, float32.
+
+    aux holds integers, so that "above omega" is "above floor(omega)", which every float dtype here can hold.
+    """
+    return F.hardshrink(aux, math.floor(omega)).float().sign_()
+
+
+def product_dtype(rank, device):
+    """The dtype in which A @ B, integers in -r ... r, is exact and fastest: bfloat16 up to r = 256 where the hardware
+    multiplies it, else float32."""
+    if rank > EXACT_IN_BFLOAT16:
+        return torch.float32
+    if device.type == "cpu":
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    return torch.bfloat16
 
 
 def offset_factor(aux_sum, ternary_sum, sizes, threshold):
@@ -145,26 +161,30 @@ def _adapted_blocks(lora_A, lora_B, grid, threshold):
 
     Yields (rows, first, last, W_int + W^ [groups, rows, out], mu [groups, out] or None).
     """
-    lora_A, lora_B = lora_A.float(), lora_B.float()
-    aux_sum = None if threshold.kappa is None else grid.groups.sum(lora_A) @ lora_B
+    aux_sum = None if threshold.kappa is None else grid.groups.sum(lora_A.float()) @ lora_B.float()
+    dtype = product_dtype(lora_B.shape[0], lora_B.device)
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     for rows, first, last, size in grid.groups.blocks(lora_B.shape[1]):
-        weight_int = grid.weight_int[rows].view(last - first, size, -1)
+        # All in float32: torch's operators that mix uint8 and float32 are ten times slower on a CPU.
+        codes = grid.weight_int[rows].float().view(last - first, size, -1)
         # A step off the grid's end is no step: clamping the sum is Eq. 3's boundary check.
-        stepped = ternary_step(lora_A[rows] @ lora_B, threshold.omega).view_as(weight_int)
-        stepped = stepped.add_(weight_int).clamp_(0, grid.maxq)
+        stepped = ternary_step(lora_A[rows] @ lora_B, threshold.omega).view_as(codes).add_(codes).clamp_(0, grid.maxq)
         offset = None
         if aux_sum is not None:
-            ternary_sum = (stepped - weight_int).sum(1)
+            ternary_sum = torch.sub(stepped, codes, out=codes).sum(1)
             offset = offset_factor(aux_sum[first:last], ternary_sum, grid.groups.sizes[first:last], threshold)
         yield rows, first, last, stepped, offset
 
 
 @torch.no_grad()
-def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32):
-    """W' [in, out] = s * (W_int - z + W^ + mu) in `dtype`, computed in float32: what training multiplies with."""
-    weight = torch.empty(grid.weight_int.shape, dtype=dtype, device=grid.weight_int.device)
+def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=None):
+    """W' [in, out] = s * (W_int - z + W^ + mu) in `dtype`, computed in float32: what training multiplies with.
+
+    Written into `out` where it is given.
+    """
+    weight = out if out is not None else torch.empty(grid.weight_int.shape, dtype=dtype, device=grid.weight_int.device)
     for rows, first, last, stepped, offset in _adapted_blocks(lora_A, lora_B, grid, threshold):
-        weight[rows] = _to_weight(stepped, offset, grid, first, last).to(dtype)
+        _write_weight(weight, rows, stepped, offset, grid, first, last)
     return weight
 
 
@@ -186,19 +206,24 @@ def dequantize(grid, offset=None, dtype=torch.float32):
     weight = torch.empty(grid.weight_int.shape, dtype=dtype, device=grid.weight_int.device)
     for rows, first, last, size in grid.groups.blocks(grid.scales.shape[1]):
         codes = grid.weight_int[rows].view(last - first, size, -1).float()
-        weight[rows] = _to_weight(codes, None if offset is None else offset[first:last], grid, first, last).to(dtype)
+        _write_weight(weight, rows, codes, None if offset is None else offset[first:last], grid, first, last)
     return weight
 
 
-def _to_weight(codes, offset, grid, first, last):
-    """s * (codes - z + mu) for the groups first ... last - 1, in place in `codes` [groups, rows, out] -> [rows, out].
+def _write_weight(weight, rows, codes, offset, grid, first, last):
+    """weight[rows] = s * (codes - z + mu) for the groups first ... last - 1; codes [groups, rows, out] is used up.
 
     The live and the merged layer both come through here: with equal integers their weights are equal bit for bit.
     """
     shift = -grid.zeros[first:last].float()
     if offset is not None:
         shift += offset
-    return codes.add_(shift[:, None]).mul_(grid.scales[first:last, None].float()).flatten(0, 1)
+    codes.add_(shift[:, None])
+    scales = grid.scales[first:last, None].float()
+    if isinstance(rows, slice) and weight.dtype == torch.float32:
+        torch.mul(codes, scales, out=weight[rows].view_as(codes))
+    else:
+        weight[rows] = codes.mul_(scales).flatten(0, 1).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -209,20 +234,36 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
     dL/d(dW) = H + (sum of H over the group) / (kappa * n), dL/dA = dL/d(dW) @ B^T, dL/dB = A^T @ dL/d(dW).
     """
     lora_A, lora_B = lora_A.float(), lora_B.float()
-    grad_A, grad_B = torch.empty_like(lora_A), torch.zeros_like(lora_B)
+    scaled = torch.mm(x.t(), grad_output, out=_workspace(grid.weight_int.shape, x)).float()     # H, scaled below
     scaled_sum = torch.empty(grid.scales.shape, device=x.device)
     for rows, first, last, size in grid.groups.blocks(lora_B.shape[1]):
-        scaled = (x[:, rows].t() @ grad_output).float().view(last - first, size, -1)
-        scaled.mul_(grid.scales[first:last, None].float())
-        scaled_sum[first:last] = scaled.sum(1)
-        scaled = scaled.flatten(0, 1)
-        grad_A[rows] = scaled @ lora_B.t()
-        grad_B.addmm_(lora_A[rows].t(), scaled)
+        block = scaled[rows].view(last - first, size, -1).mul_(grid.scales[first:last, None].float())
+        scaled_sum[first:last] = block.sum(1)
+        if not isinstance(rows, slice):
+            scaled[rows] = block.flatten(0, 1)
+    grad_A, grad_B = scaled @ lora_B.t(), lora_A.t() @ scaled
     if threshold.kappa is not None:
         scaled_sum /= threshold.kappa * grid.groups.sizes[:, None]
         grad_A += (scaled_sum @ lora_B.t())[grid.groups.g_idx]
         grad_B.addmm_(grid.groups.sum(lora_A).t(), scaled_sum)
     return grad_A, grad_B
+
+
+_workspaces = {}
+
+
+def _workspace(shape, like):
+    """A tensor of `shape` for a result that is used up at once, with the dtype and device of `like`.
+
+    On a CPU the memory is kept from call to call, one piece for the largest layer: fresh memory of this size costs
+    page faults that take as long as filling it. A GPU's allocator keeps memory by itself.
+    """
+    size = shape[0] * shape[1]
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if like.dtype not in _workspaces or _workspaces[like.dtype].numel() < size:
+        _workspaces[like.dtype] = torch.empty(size, dtype=like.dtype)
+    return _workspaces[like.dtype][:size].view(shape)
 
 
 class TernaryLinear(torch.autograd.Function):
@@ -236,7 +277,8 @@ class TernaryLinear(torch.autograd.Function):
     def forward(ctx, x, lora_A, lora_B, load_grid, threshold):
         ctx.save_for_backward(x, lora_A, lora_B)
         ctx.load_grid, ctx.threshold = load_grid, threshold
-        return x @ adapted_weight(lora_A, lora_B, load_grid(), threshold, x.dtype)
+        grid = load_grid()
+        return x @ adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.weight_int.shape, x))
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -245,7 +287,10 @@ class TernaryLinear(torch.autograd.Function):
         grad_output = grad_output.to(x.dtype)           # they differ under autocast
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ adapted_weight(lora_A, lora_B, grid, threshold, x.dtype).t()
+            # W' is used up before x^T @ grad_output comes: one tensor of the layer's size lives at a time.
+            weight = adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.weight_int.shape, x))
+            grad_x = grad_output @ weight.t()
+            del weight
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_A, grad_B = adapter_gradients(
                 x.flatten(0, -2), grad_output.flatten(0, -2), lora_A, lora_B, grid, threshold)

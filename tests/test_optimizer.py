@@ -354,3 +354,25 @@ def test_another_length_on_resuming_follows_its_own_schedule():
     third.load_state_dict(first.state_dict())
     third.step()
     assert third.current_sigma() == pytest.approx(0.95 + 5 / 8 * 0.049, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["random", "sorted", "mostly zero", "ties", "strided", "constant"])
+@pytest.mark.parametrize("side", [math.floor, math.ceil])
+def test_order_statistic_of_large_tensors(kind, side):
+    """Where a sample narrows the selection down: the entry that a full sort finds, for samples that mislead too."""
+    count = 100_003
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(count, generator=generator)
+    if kind == "sorted":
+        values = values.sort().values
+    elif kind == "mostly zero":
+        values[torch.rand(count, generator=generator) < 0.97] = 0
+    elif kind == "ties":
+        values = (values * 50).round()
+    elif kind == "strided":
+        values[::12] += 1                       # every entry of the sample is among the largest
+    elif kind == "constant":
+        values.fill_(0.5)
+    ordered = values.sort().values
+    for level in (0.5, 0.95, 0.999, 0.9999, 0.99995):
+        assert order_statistic(values, level, side) == ordered[side(level * (count - 1))]

@@ -212,10 +212,10 @@ def test_groups_to_returns_itself():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("omega", [0.5, 2.0, 2.25, 6.0])
 def test_ternary_step(omega, dtype):
-    """Every integer from -r to r: the oracle's step away from the grid's ends, in the same dtype; 0 at |dW| = omega."""
+    """Every integer from -r to r: the oracle's step away from the grid's ends, in float32; 0 at |dW| = omega."""
     aux = torch.arange(-RANK, RANK + 1).to(dtype)[:, None]
     step = ternary_step(aux.clone(), omega)
-    assert step.dtype == dtype
+    assert step.dtype == torch.float32
     assert torch.equal(step.double(), oracle.ternary_step(aux, torch.ones_like(aux), omega, 2))
     if omega == int(omega):
         assert not step[aux.abs() == omega].any() and bool(step[aux.abs() == omega + 1].all())
@@ -483,3 +483,20 @@ def test_sums_of_a_large_group_are_exact():
     assert weight_int.long().sum(0).min() > 2**24
     want = (aux - step).mean(0, keepdim=True)
     within(mu, want, 4 * UNIT[torch.float32] * want.abs())
+
+
+@pytest.mark.parametrize("rank", [256, 257, 600])
+def test_products_at_the_edge_of_bfloat16(rank):
+    """|dW| = r itself, just below and above omega: exact where bfloat16 multiplies (r <= 256) and beyond."""
+    assert ternary.product_dtype(257, torch.device("cpu")) == torch.float32
+    lora_A = torch.ones(16, rank)
+    lora_A[1, 0] = lora_A[3, 0] = 0             # dW = r - 1
+    lora_A[2:4] *= -1
+    grid = Grid(torch.ones(16, 4, dtype=torch.uint8), torch.zeros(1, 4), torch.ones(1, 4), Groups(torch.zeros(16), 1),
+                3)
+    merged, _ = merge(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.0, None))
+    assert merged[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
+    merged, _ = merge(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 0.25, None))
+    assert merged[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
+    merged, _ = merge(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.25, None))
+    assert merged[:, 0].tolist() == [2, 2, 0, 0] + [2] * 12

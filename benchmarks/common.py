@@ -1,0 +1,97 @@
+"""What the benchmarks share: timing side by side, peak memory, the machine's description, tables and JSON."""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def device_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                 platform.processor())
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def environment():
+    """Device, versions and commit, for the JSON."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {"device": device_name(), "python": platform.python_version(), "torch": torch.__version__,
+            "commit": commit.stdout.strip()}
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_interleaved(functions, rounds):
+    """{name: median seconds} of functions run in turn, A B C A B C ..., after one warm-up round each."""
+    seconds = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_extra_memory(function):
+    """Bytes allocated by torch at the peak of a call, beyond what was allocated before it."""
+    if torch.cuda.is_available():
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = os.path.join(folder, "trace.json")
+        profile.export_chrome_trace(trace)
+        with open(trace) as f:
+            events = json.load(f)["traceEvents"]
+    level = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        level += event["args"]["Bytes"]
+        peak = max(peak, level)
+    return peak
+
+
+def print_table(title, rows):
+    """Rows of dicts with equal keys, as Markdown."""
+    print(f"\n{title}\n")
+    cells = [[str(k) for k in rows[0]]] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()]
+                                           for r in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for i, row in enumerate(cells):
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+
+
+def save(name, rows, quick):
+    """Writes benchmarks/results/{name}_{cpu|GPU's name}.json; a quick run is printed only."""
+    if quick:
+        return
+    device = torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu"
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}_{device}.json"
+    path.write_text(json.dumps({"benchmark": name, **environment(), "rows": rows}, indent=2) + "\n")
+    print(f"\nsaved to {path.relative_to(ROOT)}")

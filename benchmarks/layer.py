@@ -1,0 +1,157 @@
+"""One layer, forward and forward + backward: LoTA beside the bare products, the GPTQ layer, LoRA, QA-LoRA, and LoTA
+written plainly. Time and peak extra memory; medians of interleaved runs.
+
+    python benchmarks/layer.py            on a CPU 2048 x 2048 and 2048 x 5632, on a GPU 4096 x 4096, 4096 x 14336 ...
+    python benchmarks/layer.py --quick    under a minute; prints only
+
+Runs with torch alone; the peers from GPTQModel and PEFT join where they are installed.
+"""
+import argparse
+from importlib.util import find_spec
+
+import torch
+from common import peak_extra_memory, print_table, save, time_interleaved
+
+from LoTA import ternary
+from LoTA.folders import unpack_grid
+from LoTA.packing import pack_rows
+from LoTA.ternary import TernaryLinear, Threshold, ternarize_
+
+GROUP, RANK, OMEGA = 64, 64, 48.0
+
+
+class Layer:
+    """A random GPTQ layer with a random adapter, as every peer needs it."""
+
+    def __init__(self, rows, cols, bits, device):
+        generator = torch.Generator().manual_seed(0)
+        self.rows, self.cols, self.bits, self.device = rows, cols, bits, device
+        groups = rows // GROUP
+        self.qweight = pack_rows(torch.randint(0, 2**bits, (rows, cols), generator=generator), bits).to(device)
+        zeros = torch.randint(1, 2**bits, (groups, cols), generator=generator)
+        self.qzeros = pack_rows(zeros.t().contiguous(), bits).t().contiguous().to(device)
+        self.scales = (torch.rand(groups, cols, generator=generator) / 100).half().to(device)
+        self.g_idx = (torch.arange(rows, dtype=torch.int32) // GROUP).to(device)
+        self.lora_A = ternarize_(torch.randn(rows, RANK, generator=generator)).to(device).requires_grad_()
+        self.lora_B = ternarize_(torch.randn(RANK, cols, generator=generator)).to(device).requires_grad_()
+        self.groups = None
+
+    def grid(self):
+        grid = unpack_grid(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, "gptq_v2", self.groups)
+        self.groups = grid.groups
+        return grid
+
+    def lota(self, x):
+        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.grid, Threshold(OMEGA, OMEGA))
+
+    def plain(self, x):
+        """The method with whole-matrix torch operations and autograd, as the published scripts do it."""
+        grid, g = self.grid(), self.g_idx.long()
+        weight_int, maxq = grid.weight_int.to(x.dtype), grid.maxq
+        aux = self.lora_A.to(x.dtype) @ self.lora_B.to(x.dtype)
+        step = ((aux > OMEGA) & (weight_int < maxq)).to(x.dtype) - ((aux < -OMEGA) & (weight_int > 0)).to(x.dtype)
+        ternary = aux + (step - aux).detach()
+        offset = (aux - OMEGA * step.detach()).view(-1, GROUP, self.cols).mean(1) / OMEGA
+        zeros, scales = grid.zeros.to(x.dtype), grid.scales.to(x.dtype)
+        return x @ (scales[g] * (weight_int - zeros[g] + ternary + offset[g]))
+
+
+def library_peers(layer, dtype):
+    """{"gptq": ..., "lora": ..., "qalora": ...}: GPTQModel's layer, and PEFT's adapters on it."""
+    if not (find_spec("gptqmodel") and find_spec("peft")):
+        return {}
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from peft import LoraConfig, get_peft_model
+
+    import LoTA  # noqa: F401  sets what GPTQModel needs before its import
+
+    def base():
+        module = TorchLinear(bits=layer.bits, group_size=GROUP, sym=False, desc_act=False, in_features=layer.rows,
+                             out_features=layer.cols, bias=False)
+        for name in ("qweight", "qzeros", "scales", "g_idx"):
+            setattr(module, name, getattr(layer, name))
+        if dtype == torch.float32:
+            module.scales = layer.scales.float()
+        module.qzero_format(format=2)
+        return module.eval()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = base()
+            self.norm = torch.nn.Parameter(torch.ones(1))       # PEFT asks a parameter for the device
+
+        def forward(self, x):
+            return self.proj(x)
+
+    peers = {"gptq": base()}
+    for name, extra in (("lora", {}), ("qalora", {"use_qalora": True, "qalora_group_size": GROUP})):
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["proj"], init_lora_weights=False, **extra)
+        peers[name] = get_peft_model(Model(), config).to(layer.device)
+    return peers
+
+
+def bare_products(layer, dtype):
+    """x @ W, and with a gradient the two products of the backward: the limit for every peer."""
+    weight = torch.randn(layer.rows, layer.cols, device=layer.device, dtype=dtype)
+
+    def forward(x):
+        return x @ weight
+
+    def step(x, grad):
+        return x @ weight, grad @ weight.t(), x.t() @ grad
+    return forward, step
+
+
+def measure(rows, cols, bits, tokens, device, dtype, rounds):
+    layer = Layer(rows, cols, bits, device)
+    x = torch.randn(tokens, rows, device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn(tokens, cols, device=device, dtype=dtype)
+    peers = {"plain": layer.plain, "lota": layer.lota, **library_peers(layer, dtype)}
+
+    def step(module):
+        x.grad = layer.lora_A.grad = layer.lora_B.grad = None
+        module(x).backward(grad)
+
+    bare_forward, bare_step = bare_products(layer, dtype)
+    forward = {"bare": lambda: bare_forward(x.detach()), **{n: lambda m=m: m(x) for n, m in peers.items()}}
+    both = {"bare": lambda: bare_step(x.detach(), grad), **{n: lambda m=m: step(m) for n, m in peers.items()}}
+    forward_s, both_s = time_interleaved(forward, rounds), time_interleaved(both, rounds)
+    memory = {}
+    for name, function in both.items():
+        ternary._workspaces.clear()             # what LoTA keeps from call to call counts too
+        memory[name] = peak_extra_memory(function)
+    return [{"shape": f"{rows} x {cols}", "bits": bits, "tokens": tokens, "peer": name,
+             "forward_s": forward_s[name], "step_s": both_s[name], "step / bare": both_s[name] / both_s["bare"],
+             "step / plain": both_s[name] / both_s["plain"],
+             "step / lora": both_s[name] / both_s["lora"] if "lora" in both_s else None,
+             "memory_mb": memory[name] / 1e6, "memory / plain": memory[name] / memory["plain"]} for name in both]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds; prints only")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each peer [5]")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    args = parser.parse_args()
+    torch.compiler.set_stance("force_eager")        # GPTQModel's layer, without compiling it for a CPU
+    if torch.cuda.is_available():
+        device, dtype, tokens = "cuda", torch.bfloat16, [4096, 16384]
+        shapes = [(4096, 4096), (4096, 14336), (14336, 4096)]
+    else:
+        device, dtype, tokens = "cpu", torch.float32, [512, 2048]
+        shapes = [(2048, 2048), (2048, 5632)]
+    if args.quick:
+        shapes, tokens, args.bits, args.rounds = shapes[:1], tokens[:1], args.bits[:1], 3
+    rows = []
+    for shape in shapes:
+        for bits in args.bits:
+            for count in tokens:
+                new = measure(*shape, bits, count, device, dtype, args.rounds)
+                print_table(f"{shape[0]} x {shape[1]}, {bits} bits, {count} tokens, {dtype}", new)
+                rows += new
+    save("layer", rows, args.quick)
+
+
+if __name__ == "__main__":
+    main()
