@@ -8,6 +8,7 @@ setting is asymmetric, 1,024 samples of C4, group 64 up to 14B and 128 above.
 """
 import argparse
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -81,9 +82,11 @@ def main():
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.utils.backend import BACKEND
+    from gptqmodel.utils.logger import setup_logger
     from transformers import AutoTokenizer
 
     from data_print_save import check_cuda, set_seed
+    setup_logger().setLevel(logging.WARNING)
     set_seed(args.seed)
     device = check_cuda()
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)

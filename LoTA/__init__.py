@@ -1,4 +1,5 @@
 """LoTA-QAF: lossless ternary adaptation for quantization-aware fine-tuning (https://arxiv.org/abs/2505.18724)."""
+import logging
 import os
 import sys
 
@@ -13,6 +14,8 @@ class UserError(ValueError):
 def run_script(main):
     """Runs a script's main(); what is not the program's fault ends in one line and status 1, without traceback."""
     from safetensors import SafetensorError
+    for chatty in ("torch.utils._pytree", "torch.utils.cpp_extension", "tokenicer", "accelerate.utils.modeling"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         main()
     except (UserError, OSError, SafetensorError, FloatingPointError) as error:

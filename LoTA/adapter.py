@@ -116,8 +116,7 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
         # TorchLinear compiles its dequantization at the first forward: 30 s on a CPU for nothing gained.
         torch.compiler.set_stance("force_eager")
         backend = "gptq_torch" if backend == "auto" else backend
-    for logger in (setup_logger(), logging.getLogger("tokenicer")):
-        logger.setLevel(logging.WARNING)
+    setup_logger().setLevel(logging.WARNING)
     wide = dtype == torch.float32
     try:
         kernel = BACKEND.GPTQ_TORCH if wide else BACKEND(backend.lower())

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from LoTA import run_script
 from LoTA.adapter import LTA, load_live
 from LoTA.folders import read_adapter
 
@@ -78,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

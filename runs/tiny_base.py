@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from data_print_save import load_rows, prepare_dataset, read_messages, set_seed
+from LoTA import run_script
 
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
 CHAT_TEMPLATE = (
@@ -87,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,0 +1,74 @@
+"""Tokens per second and memory of the bare GPTQ model, GPTQ + LoRA, and the merged LoTA model, per kernel and bits.
+
+    python benchmarks/generate.py                     a random Llama of 60 M weights on a CPU, of 8 B on a GPU
+    python benchmarks/generate.py --shape 1B --backend gptq_triton gptq_torch
+    python benchmarks/generate.py --quick             under a minute; prints only
+
+Greedy decoding of a fixed number of new tokens after a short prompt; medians of interleaved runs.
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from common import print_table, save, time_interleaved
+from peft import LoraConfig, get_peft_model
+from random_model import SHAPES, write_gptq_llama, write_lota_adapter
+
+from LoTA.adapter import LTA, load_gptq
+from LoTA.lota_merge import merge_folders
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def measure(work, shape, bits, backend, batches, new_tokens, prompt, rounds, dtype):
+    kwargs = {"dtype": dtype, "backend": backend}
+    lora = get_peft_model(load_gptq(work / "gptq", **kwargs).model, LoraConfig(
+        r=64, lora_alpha=128, target_modules=TARGETS, init_lora_weights=False)).eval()
+    models = {"GPTQ": load_gptq(work / "gptq", **kwargs).model, "GPTQ + LoRA": lora,
+              "merged LoTA": LTA(path=str(work / "merged")).load(**kwargs).model}
+    rows = []
+    for batch in batches:
+        ids = torch.randint(10, SHAPES[shape][4], (batch, prompt), device=models["GPTQ"].device)
+
+        def generate(model, ids=ids):
+            with torch.inference_mode():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                               min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        seconds = time_interleaved({n: lambda m=m: generate(m) for n, m in models.items()}, rounds)
+        speed = {n: batch * new_tokens / s for n, s in seconds.items()}
+        rows += [{"shape": shape, "bits": bits, "kernel": backend, "batch": batch, "model": n, "tokens / s": v,
+                  "/ GPTQ": v / speed["GPTQ"], "/ GPTQ + LoRA": v / speed["GPTQ + LoRA"]} for n, v in speed.items()]
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--quick", action="store_true", help="the tiny shape, one batch; prints only")
+    parser.add_argument("--shape", default="8B" if on_gpu else "60M", choices=SHAPES)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--backend", nargs="+", default=["auto"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128] if on_gpu else [1, 8, 32])
+    parser.add_argument("--new_tokens", type=int, default=128 if on_gpu else 16)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt [32]")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.quick:
+        args.shape, args.batch, args.bits, args.rounds = "tiny", [8], [4], 3
+    rows = []
+    for bits in args.bits:
+        with tempfile.TemporaryDirectory() as work:
+            work = Path(work)
+            write_gptq_llama(work / "gptq", args.shape, bits, 64)
+            write_lota_adapter(work / "adapter", work / "gptq", args.shape, 64)
+            merge_folders(work / "adapter", work / "gptq", work / "merged", verify=False)
+            for backend in args.backend:
+                rows += measure(work, args.shape, bits, backend, args.batch, args.new_tokens, args.prompt,
+                                args.rounds, torch.bfloat16)
+    print_table(f"generation, {args.new_tokens} new tokens, bfloat16", rows)
+    save("generate", rows, args.quick)
+
+
+if __name__ == "__main__":
+    main()
