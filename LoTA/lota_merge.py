@@ -12,7 +12,6 @@ import shutil
 import struct
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from LoTA import UserError, run_script
@@ -52,7 +51,11 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
     with whole_folder(output, MARKER) as folder:
         for item in tqdm([f for f in sorted(source.path.iterdir()) if f.is_file()], desc="copying", unit="file"):
             shutil.copyfile(item, folder / item.name)
-        offsets, moved = {}, {}
+        (folder / LOTA_SUBFOLDER).mkdir()
+        if threshold.kappa is not None:
+            create_offsets(folder, {m: source.shape(f"{m}.scales") for m in adapter.modules})
+            set_checkpoint_format(folder, LOTA_FORMAT)
+        moved = {}
         for module in tqdm(adapter.modules, desc="merging", unit="layer"):
             lora_A, lora_B = adapter.pair(module)
             grid = source.grid(module)
@@ -61,13 +64,9 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
             name = f"{module}.qweight"
             packed = pack_rows(merged, source.bits)[:source.shape(name)[0]]
             overwrite_tensor(folder / source.file_of[name].name, name, packed)
-            count_moved(moved, module, grid.weight_int, merged)
             if offset is not None:
-                offsets[f"{module}.offset"] = offset
-        (folder / LOTA_SUBFOLDER).mkdir()
-        if offsets:
-            save_file(offsets, folder / LOTA_SUBFOLDER / OFFSETS_FILE)
-            set_checkpoint_format(folder, LOTA_FORMAT)
+                overwrite_tensor(folder / LOTA_SUBFOLDER / OFFSETS_FILE, f"{module}.offset", offset)
+            count_moved(moved, module, grid.weight_int, merged)
         config.quantized_model_dir, config.base_format = str(source.path.resolve()), source.checkpoint_format
         config.training["moved"] = shares(moved)
         config.save(folder / LOTA_SUBFOLDER)
@@ -116,6 +115,25 @@ def verify_folders(adapter, source, merged, threshold):
             raise RuntimeError(f"{module}: a tensor that the merge must not touch was changed")
 
 
+SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32"}
+
+
+def create_offsets(folder, shapes):
+    """An offsets file of the right size with nothing in it yet: {module: (groups, out)} as float32.
+
+    The tensors come one by one through overwrite_tensor; those of a large model together would fill the memory.
+    """
+    header, end = {}, 0
+    for module, (groups, cols) in shapes.items():
+        start, end = end, end + 4 * groups * cols
+        header[f"{module}.offset"] = {"dtype": "F32", "shape": [groups, cols], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / LOTA_SUBFOLDER / OFFSETS_FILE, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+
+
 def overwrite_tensor(file, name, tensor):
     """Replaces the bytes of one tensor of a safetensors file in place; shape and dtype must be as they were.
 
@@ -125,8 +143,9 @@ def overwrite_tensor(file, name, tensor):
     with open(file, "r+b") as f:
         header_size, = struct.unpack("<Q", f.read(8))
         entry = json.loads(f.read(header_size))[name]
-        if entry["dtype"] != "I32" or entry["shape"] != list(tensor.shape):
-            raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected int32 {list(tensor.shape)}")
+        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
+        if entry["dtype"] != dtype or entry["shape"] != shape:
+            raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected {dtype} {shape}")
         f.seek(8 + header_size + entry["data_offsets"][0])
         f.write(tensor.contiguous().numpy().data)
 
@@ -134,7 +153,7 @@ def overwrite_tensor(file, name, tensor):
 def count_moved(moved, module, before, after):
     """Adds one layer to {projection: [integers moved, integers]}."""
     count = moved.setdefault(module.rsplit(".", 1)[-1], [0, 0])
-    count[0] += int((before != after).sum())
+    count[0] += int(torch.count_nonzero(before != after))
     count[1] += before.numel()
 
 
