@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The README's ViGGO table, on a CPU: a tiny Llama trained from scratch on ViGGO's train split, GPTQ at 2 bits,
-# LoTA as published, and mode 2 on all test rows. About half an hour on 2 cores.
+# LoTA at two thresholds, and mode 2 on all test rows. About 20 minutes on 2 cores.
 #   bash runs/viggo.sh DATA      DATA holds ViGGO's train.csv and test.csv (columns mr and ref), which are published
 #                                in github.com/jjuraska/data2text-nlg
-# Every step that is already done is left alone: start it again after an interruption.
+# What is already made or trained is left alone: start it again after an interruption. Only step 4 always runs.
 set -euo pipefail
 data=$(realpath "${1:?usage: bash runs/viggo.sh DATA}")
 source "$(dirname "$0")/environment.sh"
