@@ -7,6 +7,7 @@
     python LoTA_QAF_main.py --mode 2 --load_adapter ADAPTER --ft_dataset_name viggo
 """
 import argparse
+import math
 import os
 import re
 import signal
@@ -20,19 +21,19 @@ from pathlib import Path
 
 from LoTA import UserError, run_script
 from LoTA.folders import (
+    LAYER_TENSORS,
     LOTA_CONFIG,
     AdapterTensors,
     GPTQFolder,
     LotaConfig,
     MergedFolder,
     check_model_name,
-    check_output_folder,
     is_merged,
     make_threshold,
     read_adapter,
     write_json,
 )
-from LoTA.lota_merge import MARKER, check_match, count_moved, merge_folders, print_moved, shares
+from LoTA.lota_merge import check_match, count_moved, merge_folders, print_moved, shares
 from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -176,11 +177,8 @@ def model_size(name, folder):
         shape = folder.shape(tensor)
         if kind == "qweight":
             count += shape[0] * 32 // folder.bits * shape[1]
-        elif kind not in ("qzeros", "scales", "g_idx"):
-            size = 1
-            for n in shape:
-                size *= n
-            count += size
+        elif kind not in LAYER_TENSORS:
+            count += math.prod(shape)
     return (f"{count / 1e9:.0f}B" if count >= 1e9 else f"{max(1, round(count / 1e6))}M"), count
 
 
@@ -254,8 +252,6 @@ def train(base, training):
     model = load_gptq(base.quantized_model_dir, getattr(torch, base.dtype), base.device_map, "gptq_torch",
                       attention(base), base.trust_remote_code).model
     model.config.use_cache = False
-    if not any(name.rsplit(".", 1)[-1] in base.lora_target_modules for name in folder.modules):
-        raise UserError(f"--lora_target_modules {' '.join(base.lora_target_modules)}: the model has no such layer")
     lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
                              target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM)
     if base.lota_qaf:
@@ -344,9 +340,6 @@ def train(base, training):
 
 def check_training(base, training, folder):
     """Fills in what LoTA fixes by itself; raises UserError where the settings cannot be trained with."""
-    from data_print_save import DATA_NAMES
-    if training.training_data_name not in DATA_NAMES:
-        raise UserError(f"unknown data set '{training.training_data_name}'; choose from {', '.join(DATA_NAMES)}")
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
         raise UserError("nothing to train: give --num_train_epochs or --max_steps")
     for flag in ("train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len", "save_number"):
@@ -354,6 +347,8 @@ def check_training(base, training, folder):
             raise UserError(f"--{flag} must be at least 1, not {getattr(training, flag)}")
     if training.adapter_ckpt and not Path(training.adapter_ckpt).is_dir():
         raise UserError(f"--adapter_ckpt {training.adapter_ckpt} is not a folder")
+    if not any(name.rsplit(".", 1)[-1] in base.lora_target_modules for name in folder.modules):
+        raise UserError(f"--lora_target_modules {' '.join(base.lora_target_modules)}: the model has no such layer")
     if base.lora_r < 1:
         raise UserError(f"--lora_r must be at least 1, not {base.lora_r}")
     if base.dtype == "float16":
@@ -449,7 +444,7 @@ def evaluate(base, evaluation):
     if evaluation.ft_dataset_name != "none":
         from data_print_save import load_rows
         load_rows(evaluation.ft_dataset_name, "test", base.data_dir)
-    tasks = lm_eval_tasks(evaluation)
+    tasks, manager = lm_eval_tasks(evaluation)
     with tempfile.TemporaryDirectory() as temporary:
         load, name, extra = choose_model(base, evaluation, temporary)
         if only_merge:
@@ -467,7 +462,7 @@ def evaluate(base, evaluation):
             model, tokenizer, base, evaluation, subsample=evaluation.limit,
             name=f"{name}_{evaluation.ft_dataset_name}_{when}", extra=extra)
     if tasks:
-        results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, base, evaluation, name, when, extra)
+        results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, manager, base, evaluation, name, when, extra)
     return results
 
 
@@ -513,7 +508,7 @@ def choose_model(base, evaluation, temporary):
         base.quantized_model_dir = str(adapter)
         return lambda: lota(adapter), f"{Path(adapter).name}_merged", {"moved": merged.lota.training.get("moved")}
 
-    config, _ = read_adapter(adapter, evaluation.load_ada_interval, base.residual)
+    config = read_adapter(adapter, evaluation.load_ada_interval, base.residual)
     base.lota_qaf, base.lora_r, base.residual = config.method == "LoTA", config.rank, config.residual
     base.offset_scale, base.pretrained = config.offset_scale, base.pretrained or config.pretrained
     base.quantized_model_dir = base.quantized_model_dir or config.quantized_model_dir
@@ -524,11 +519,10 @@ def choose_model(base, evaluation, temporary):
 
         def load_unmerged():
             from LoTA.adapter import load_live
-            return load_live(adapter, folder.path, evaluation.load_ada_interval, **kernel)
+            return load_live(adapter, folder.path, evaluation.load_ada_interval, base.residual, **kernel)
         return load_unmerged, f"{name}_live", {}
 
     output = evaluation.merged_path or Path(temporary) / "merged"
-    check_output_folder(output, MARKER)
     moved = merge_folders(adapter, folder.path, output, evaluation.load_ada_interval, base.residual)
     print_moved(moved)
     if evaluation.merged_path:
@@ -537,33 +531,34 @@ def choose_model(base, evaluation, temporary):
 
 
 def lm_eval_tasks(evaluation):
-    """The names in --tasks, or []. Raises UserError where lm-eval does not know one."""
+    """(the names in --tasks, lm-eval's TaskManager, which takes seconds to make), or ([], None).
+
+    Raises UserError where lm-eval does not know a name.
+    """
     tasks = [t for t in SPLIT_TARGETS.split(evaluation.tasks or "") if t]
     if evaluation.include_path and not Path(evaluation.include_path).is_dir():
         raise UserError(f"--include_path {evaluation.include_path} is not a folder")
-    if tasks:
-        from lm_eval.tasks import TaskManager
-        known = TaskManager(include_path=evaluation.include_path).all_tasks
-        unknown = [t for t in tasks if t not in known]
-        if unknown:
-            raise UserError(f"lm-eval knows no task named {', '.join(unknown)}; local tasks come in with "
-                            "--include_path")
-    return tasks
+    if not tasks:
+        return [], None
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=evaluation.include_path)
+    unknown = [t for t in tasks if t not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm-eval knows no task named {', '.join(unknown)}; local tasks come in with --include_path")
+    return tasks, manager
 
 
-def run_lm_eval(model, tokenizer, tasks, base, evaluation, name, when, extra):
+def run_lm_eval(model, tokenizer, tasks, manager, base, evaluation, name, when, extra):
     """lm-eval on `tasks`: prints its table, saves and returns its results."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     from data_print_save import save_results
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.eval_batch_size), tasks=tasks,
-        num_fewshot=evaluation.num_fewshot, task_manager=TaskManager(include_path=evaluation.include_path),
-        limit=evaluation.limit, random_seed=base.seed, numpy_random_seed=base.seed,
-        torch_random_seed=base.seed, fewshot_random_seed=base.seed)
+        num_fewshot=evaluation.num_fewshot, task_manager=manager, limit=evaluation.limit, random_seed=base.seed,
+        numpy_random_seed=base.seed, torch_random_seed=base.seed, fewshot_random_seed=base.seed)
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))

@@ -51,7 +51,7 @@ class LTA(Adapter):
         """
         if is_merged(self.path):
             return self._load_merged(MergedFolder(self.path), **kwargs)
-        config, _ = read_adapter(self.path, self.threshold, self.residual)
+        config = read_adapter(self.path, self.threshold, self.residual)
         base = base or config.quantized_model_dir
         if base is None:
             raise UserError(f"{self.path} does not name its GPTQ model; pass it as base")
@@ -136,12 +136,13 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
     return model
 
 
-def load_live(adapter, gptq, omega=None, backend="gptq_torch", **kwargs):
+def load_live(adapter, gptq, omega=None, residual=None, backend="gptq_torch", **kwargs):
     """A PEFT model in evaluation mode: the adapter folder, LoTA or LoRA, unmerged on its GPTQ folder.
 
-    kwargs go to load_gptq. A LoTA adapter runs on the plain torch kernel's layers, whatever backend says.
+    omega and residual are used only for an adapter that does not say its own; kwargs go to load_gptq. A LoTA adapter
+    runs on the plain torch kernel's layers, whatever backend says.
     """
-    config, _ = read_adapter(adapter, omega)
+    config = read_adapter(adapter, omega, residual)
     lora_config = LoraConfig.from_pretrained(adapter)
     if config.method == "LoTA":
         backend = "gptq_torch"

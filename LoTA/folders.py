@@ -32,8 +32,8 @@ LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 class GPTQFolder:
     """A GPTQ checkpoint on disk, read one tensor at a time.
 
-    bits, group_size, sym, desc_act, checkpoint_format ("gptq" or "gptq_v2"): from quantize_config.json or the
-    quantization_config of config.json. files: the safetensors files; file_of: tensor name -> file.
+    config: quantize_config.json, or the quantization_config of config.json; bits, group_size, checkpoint_format ("gptq"
+    or "gptq_v2") come from it. modules: the quantized layers. file_of: tensor name -> safetensors file.
     """
 
     def __init__(self, path):
@@ -55,9 +55,8 @@ class GPTQFolder:
         if self.config.get("dynamic") or self.config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
             raise UserError(f"{self.path} packs its layers in a way that LoTA does not read: settings of single layers "
                             "(dynamic), or words other than int32 (pack_dtype)")
-        self.files = safetensors_files(self.path)
         self.file_of = {}
-        for file in self.files:
+        for file in safetensors_files(self.path):
             with safe_open(file, "pt") as tensors:
                 self.file_of.update(dict.fromkeys(tensors.keys(), file))
         self.modules = sorted(name.removesuffix(".qweight") for name in self.file_of if name.endswith(".qweight"))
@@ -237,7 +236,7 @@ ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA
 
 
 def read_adapter(path, omega=None, residual=None):
-    """(LotaConfig, PEFT's adapter_config as a dict) of an adapter folder.
+    """The LotaConfig of an adapter folder.
 
     A folder without lota_config.json, such as the published scripts make, is read by its name, or its parent's for a
     checkpoint: 8B_int4_LoTA_48_0.950_0.999_alpaca_... Where no name says it, ternary matrices mean LoTA, with `omega`
@@ -255,7 +254,7 @@ def read_adapter(path, omega=None, residual=None):
         config = LotaConfig.load(path)
         if config.rank != rank:
             raise UserError(f"{path}: {LOTA_CONFIG} says rank {config.rank}, adapter_config.json says {rank}")
-        return config, peft_config
+        return config
     folder = path.resolve()
     named = ADAPTER_NAME.match(folder.name) or ADAPTER_NAME.match(folder.parent.name)
     config = LotaConfig(rank=rank, quantized_model_dir=peft_config.get("base_model_name_or_path"),
@@ -269,7 +268,7 @@ def read_adapter(path, omega=None, residual=None):
             config.omega = float(named["first"]) if named else omega or 0.75 * rank
         except ValueError:
             raise UserError(f"{path}: no omega in the folder's name at '{named['first']}'") from None
-    return config, peft_config
+    return config
 
 
 class AdapterTensors:

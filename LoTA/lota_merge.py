@@ -41,7 +41,7 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
     model do not belong together.
     """
     check_output_folder(output, MARKER)
-    config, _ = read_adapter(adapter_dir, omega, residual)
+    config = read_adapter(adapter_dir, omega, residual)
     if config.method != "LoTA":
         raise UserError(f"{adapter_dir} is a {config.method} adapter; only ternary adapters merge into the GPTQ grid")
     source, adapter = GPTQFolder(gptq_dir), AdapterTensors(adapter_dir)
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--interval_point", type=float, default=None,
                         help="omega, for an adapter that says it neither in lota_config.json nor in its name")
     args = parser.parse_args()
-    gptq = args.gptq or read_adapter(args.adapter, args.interval_point)[0].quantized_model_dir
+    gptq = args.gptq or read_adapter(args.adapter, args.interval_point).quantized_model_dir
     if gptq is None:
         raise UserError(f"{args.adapter} does not name its GPTQ model; name it with --gptq")
     print_moved(merge_folders(args.adapter, gptq, args.output, args.interval_point))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from common import print_table, save, time_interleaved
 from peft import LoraConfig, get_peft_model
-from random_model import SHAPES, write_gptq_llama, write_lota_adapter
+from random_model import SHAPES, projections, write_gptq_llama, write_lota_adapter
 
 from LoTA.adapter import LTA, load_gptq
 from LoTA.lota_merge import merge_folders
@@ -61,7 +61,7 @@ def main():
         with tempfile.TemporaryDirectory() as work:
             work = Path(work)
             write_gptq_llama(work / "gptq", args.shape, bits, 64)
-            write_lota_adapter(work / "adapter", work / "gptq", args.shape, 64)
+            write_lota_adapter(work / "adapter", work / "gptq", projections(*SHAPES[args.shape][:3]), 64, omega=32.0)
             merge_folders(work / "adapter", work / "gptq", work / "merged", verify=False)
             for backend in args.backend:
                 rows += measure(work, args.shape, bits, backend, args.batch, args.new_tokens, args.prompt,

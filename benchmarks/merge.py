@@ -20,7 +20,6 @@ import torch
 from common import ROOT, print_table, save
 from safetensors.torch import save_file
 
-from LoTA.folders import GPTQFolder, LotaConfig
 from LoTA.lota_merge import merge_folders
 
 BITS, GROUP, RANK = 4, 64, 64
@@ -28,7 +27,7 @@ SHARD_BYTES = 1 << 30
 
 
 def write_model(folder, layers, hidden, intermediate):
-    """A GPTQ folder of random words, in shards; returns the number of weights."""
+    """A GPTQ folder of random words, in shards; returns its layers, (name, in, out) each."""
     folder.mkdir()
     shapes = {f"model.layers.{i}.mlp.{n}": s for i in range(layers)
               for n, s in (("gate_proj", (hidden, intermediate)), ("up_proj", (hidden, intermediate)),
@@ -56,19 +55,7 @@ def write_model(folder, layers, hidden, intermediate):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "quantize_config.json").write_text(json.dumps(
         {"bits": BITS, "group_size": GROUP, "quant_method": "gptq", "checkpoint_format": "gptq", "sym": False}))
-    return shapes, sum(r * c for r, c in shapes.values())
-
-
-def write_adapter(folder, gptq, shapes):
-    folder.mkdir()
-    tensors = {}
-    for name, (rows, cols) in shapes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randint(-1, 2, (RANK, rows)).float()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randint(-1, 2, (cols, RANK)).float()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK}))
-    LotaConfig(omega=24.0, rank=RANK, bits=BITS, group_size=GROUP, quantized_model_dir=str(gptq),
-               fingerprint=GPTQFolder(gptq).fingerprint()).save(folder)
+    return [(name, *shape) for name, shape in shapes.items()]
 
 
 def merge_once(adapter, gptq, output, verify):
@@ -87,14 +74,16 @@ def main():
     args = parser.parse_args()
     if args.one:
         return merge_once(*args.one[:3], verify=args.one[3] == "verify")
+    from random_model import write_lota_adapter  # not for the merging process, whose memory counts
     sizes = [(2, 1024, 4096)] if args.quick else [(4, 2048, 5632), (12, 2560, 6912), (14, 4096, 11008)]
     rows = []
     for size in sizes:
         with tempfile.TemporaryDirectory() as work:
             work = Path(work)
-            shapes, weights = write_model(work / "gptq", *size)
-            write_adapter(work / "adapter", work / "gptq", shapes)
-            largest_mb = max(r * c for r, c in shapes.values()) * BITS / 8 / 1e6
+            layers = write_model(work / "gptq", *size)
+            write_lota_adapter(work / "adapter", work / "gptq", layers, RANK, omega=24.0)
+            weights = sum(r * c for _, r, c in layers)
+            largest_mb = max(r * c for _, r, c in layers) * BITS / 8 / 1e6
             seconds, peak = {"copy": [], "merge": [], "merge and verify": []}, {}
             for turn in range(args.rounds + 1):
                 for name in seconds:

@@ -63,11 +63,10 @@ def write_tokenizer(folder, vocabulary):
                             bos_token="1").save_pretrained(folder)
 
 
-def write_lota_adapter(folder, gptq, shape, rank):
-    """A random ternary adapter on every projection."""
-    hidden, intermediate, layers, _, _ = SHAPES[shape]
+def write_lota_adapter(folder, gptq, layers, rank, omega):
+    """A random ternary adapter on `layers`, (name, in, out) each, of the GPTQ folder; returns its folder."""
     tensors = {}
-    for name, rows, cols in projections(hidden, intermediate, layers):
+    for name, rows, cols in layers:
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randint(-1, 2, (rank, rows)).float()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randint(-1, 2, (cols, rank)).float()
     folder = Path(folder)
@@ -75,6 +74,6 @@ def write_lota_adapter(folder, gptq, shape, rank):
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "peft_type": "LORA"}))
     source = GPTQFolder(gptq)
-    LotaConfig(omega=0.5 * rank, rank=rank, bits=source.bits, group_size=source.group_size,
+    LotaConfig(omega=omega, rank=rank, bits=source.bits, group_size=source.group_size,
                quantized_model_dir=str(gptq), fingerprint=source.fingerprint()).save(folder)
     return folder

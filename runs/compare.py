@@ -59,7 +59,7 @@ def main():
     results = read_results(args.results, args.adapter)
     tokenizer = AutoTokenizer.from_pretrained(args.merged)
     merged = LTA(path=args.merged).load(dtype=torch.float32).model
-    live = load_live(args.adapter, read_adapter(args.adapter)[0].quantized_model_dir, dtype=torch.float32)
+    live = load_live(args.adapter, read_adapter(args.adapter).quantized_model_dir, dtype=torch.float32)
     items = results["merged"]["predictions"]
     difference, size = largest_logit_difference(live, merged, tokenizer, items[:args.rows])
     differing = sum(a["prediction"] != b["prediction"] for a, b in zip(results["live"]["predictions"], items,

@@ -162,7 +162,7 @@ def test_published_adapter_through_mode_2(trained, demo_data, gptq, tmp_path):
         got = evaluate(demo_data, tmp_path, "--load_adapter", folder, "--quantized_model_dir", gptq, *flags)
         assert [p["prediction"] for p in got["predictions"]] == want
     from LoTA.folders import read_adapter
-    assert read_adapter(renamed)[0].omega == 6.0 and read_adapter(named)[0].omega == 4.0
+    assert read_adapter(renamed).omega == 6.0 and read_adapter(named).omega == 4.0
 
 
 def test_live_and_merged_give_the_same_predictions(trained, demo_data, tmp_path):
