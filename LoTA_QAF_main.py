@@ -326,7 +326,7 @@ def train(base, training):
         moved = {}
         for name, layer in model.named_modules():
             if isinstance(layer, CustomLoraLinear):
-                count_moved(moved, name, *layer.merged_integers())
+                count_moved(moved, name, *layer.merged_grids())
         config.training["moved"] = shares(moved)
         print_moved(config.training["moved"])
     model.save_pretrained(str(running), save_embedding_layers=False)

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from LoTA import UserError
-from LoTA.packing import SUPPORTED_BITS, unpack_rows, unpack_zeros
-from LoTA.ternary import Grid, Groups, Threshold
+from LoTA.packing import SUPPORTED_BITS
+from LoTA.ternary import Grid, Threshold
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder that needs its offsets: stock tools refuse it
 LOTA_SUBFOLDER = "lota"             # beside the weights, since some loaders glob *.safetensors in the root
@@ -77,7 +77,7 @@ class GPTQFolder:
 
     def grid(self, module):
         """The integers of one layer as a ternary.Grid."""
-        return unpack_grid(*(self.tensor(f"{module}.{t}") for t in LAYER_TENSORS), self.bits, self.checkpoint_format)
+        return Grid(*(self.tensor(f"{module}.{t}") for t in LAYER_TENSORS), self.bits, self.checkpoint_format)
 
     def fingerprint(self):
         """xxh3-128 over names and bytes of every quantized tensor: equal only for the same GPTQ weights."""
@@ -132,13 +132,6 @@ def check_model_name(flag, name):
 
 def is_merged(path):
     return (Path(path) / LOTA_SUBFOLDER / LOTA_CONFIG).exists()
-
-
-def unpack_grid(qweight, qzeros, scales, g_idx, bits, checkpoint_format, groups=None):
-    """The four tensors of a GPTQ layer as a ternary.Grid; `groups`, where they are known from before."""
-    rows, (count, cols) = g_idx.shape[0], scales.shape
-    return Grid(weight_int=unpack_rows(qweight, bits, rows), zeros=unpack_zeros(qzeros, bits, cols, checkpoint_format),
-                scales=scales, groups=groups or Groups(g_idx, count), maxq=2**bits - 1)
 
 
 def read_quantization_config(path):

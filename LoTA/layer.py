@@ -4,6 +4,7 @@ Touches PEFT (as the layer it derives from) and GPTQModel (as the layer it wraps
 LoraConfig._register_custom_module, so both libraries stay as they were released.
 """
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -11,9 +12,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from LoTA import UserError
-from LoTA.folders import unpack_grid
-from LoTA.ternary import TernaryLinear, adapted_weight, check_settings, merge, ternarize_
+from LoTA import UserError, ternary
+from LoTA.ternary import Grid, TernaryLinear, check_settings, ternarize_
 
 
 class IntLinear(nn.Linear):
@@ -21,6 +21,14 @@ class IntLinear(nn.Linear):
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
+
+
+def method_for(device):
+    """The module that computes on `device`: LoTA.kernels on a GPU where triton is installed, else LoTA.ternary."""
+    if device.type == "cuda" and find_spec("triton"):
+        from LoTA import kernels
+        return kernels
+    return ternary
 
 
 class CustomLoraLinear(nn.Module, LoraLayer):
@@ -67,15 +75,16 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         base = self.get_base_layer()
         if self._groups is not None:
             self._groups.to(base.qweight.device)
-        return unpack_grid(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
-                           "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
+        return Grid(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
+                          "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
 
     def forward(self, x, *args, **kwargs):
         if self.disable_adapters:
             return self.base_layer(x)
         if torch.is_grad_enabled():
             self._evaluated = None
-            out = TernaryLinear.apply(x, *self.adapter_pair(), self.grid, self.threshold)
+            out = TernaryLinear.apply(x, *self.adapter_pair(), self.grid, self.threshold,
+                                      method_for(x.device))
         else:
             out = x @ self.adapted_weight(x.dtype)
         bias = self.get_base_layer().bias
@@ -94,14 +103,15 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         lora_A, lora_B = self.adapter_pair()
         made_from = (lora_A._version, lora_B._version, lora_A.data_ptr(), lora_A.device, dtype)
         if self._evaluated is None or self._evaluated[0] != made_from:
-            self._evaluated = made_from, adapted_weight(lora_A, lora_B, self.grid(), self.threshold, dtype)
+            method = method_for(lora_A.device)
+            self._evaluated = made_from, method.adapted_weight(lora_A, lora_B, self.grid(), self.threshold, dtype)
         return self._evaluated[1]
 
     @torch.no_grad()
-    def merged_integers(self):
-        """(W_int, W_int + W^), uint8 [in, out]: what the adapter makes of the layer's integers."""
+    def merged_grids(self):
+        """(before, after): the layer's ternary.Grid, and what the adapter makes of it."""
         grid = self.grid()
-        return grid.weight_int, merge(*self.adapter_pair(), grid, self.threshold)[0]
+        return grid, method_for(grid.qweight.device).merge(*self.adapter_pair(), grid, self.threshold)[0]
 
 
 def register(lora_config: LoraConfig, threshold):

@@ -5,9 +5,11 @@ k*bits ... k*bits + bits - 1. So 32 values take `bits` words; at 3 bits two valu
 Layout: https://github.com/IST-DASLab/gptq and the checkpoint formats "gptq" and "gptq_v2" of GPTQModel.
 """
 import torch
+import torch.nn.functional as F
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 WORD = 32
+UNPACK_ENTRIES = 1 << 19
 
 
 def _fields(bits):
@@ -20,23 +22,41 @@ def _fields(bits):
     return fields, words
 
 
-def unpack_rows(packed, bits, rows):
-    """Unpacks along dim 0: int32 [>= ceil(rows * bits / 32), cols] -> uint8 [rows, cols], values 0 ... 2**bits - 1."""
+def unpack_rows(packed, bits, rows, dtype=torch.uint8):
+    """Unpacks along dim 0: int32 [>= ceil(rows * bits / 32), cols] -> [rows, cols], values 0 ... 2**bits - 1."""
     fields, words = _fields(bits)
     if packed.shape[0] % words:
-        packed = torch.cat([packed, packed.new_zeros(-packed.shape[0] % words, packed.shape[1])])
+        packed = F.pad(packed, (0, 0, 0, -packed.shape[0] % words))
     units, cols = packed.shape[0] // words, packed.shape[1]
     packed = packed.view(units, words, cols)
-    mask = 2**bits - 1
-    out = torch.empty(units, len(fields), cols, dtype=torch.uint8, device=packed.device)
-    value = torch.empty(units, cols, dtype=torch.int32, device=packed.device)
-    for k, (word, shift, spill) in enumerate(fields):
-        # >> on int32 copies the sign bit; the mask removes the copies except where the value itself is cut short.
-        torch.bitwise_right_shift(packed[:, word], shift, out=value)
-        if spill:
-            value.bitwise_and_(mask >> spill).bitwise_or_(packed[:, word + 1] << (bits - spill))
-        out[:, k] = value.bitwise_and_(mask)
+    out = torch.empty(units, len(fields), cols, dtype=dtype, device=packed.device)
+    step = max(1, UNPACK_ENTRIES // (len(fields) * max(1, cols)))       # the int32 values of a piece stay in the cache
+    for first in range(0, units, step):
+        piece = slice(first, first + step)
+        out[piece] = _unpack_units(packed[piece], fields, bits).bitwise_and_(2**bits - 1)
     return out.view(units * len(fields), cols)[:rows]
+
+
+def _unpack_units(packed, fields, bits):
+    """int32 [units, words, cols] -> int32 [units, values, cols], with other values' bits above the lowest `bits`."""
+    if packed.shape[1] == 1:
+        # >> on int32 copies the sign bit: into those other bits.
+        return packed >> torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)[:, None]
+    values = torch.empty(packed.shape[0], len(fields), packed.shape[2], dtype=torch.int32, device=packed.device)
+    for k, (word, shift, spill) in enumerate(fields):
+        torch.bitwise_right_shift(packed[:, word], shift, out=values[:, k])
+        if spill:
+            values[:, k].bitwise_and_(2**(bits - spill) - 1).bitwise_or_(packed[:, word + 1] << (bits - spill))
+    return values
+
+
+def words_of(rows, bits):
+    """The slice of packed words that hold the rows of the slice `rows` and begin with them, or None where a word
+    begins with other rows."""
+    values = WORD if WORD % bits else WORD // bits
+    if rows.start % values:
+        return None
+    return slice(rows.start * bits // WORD, -(-rows.stop // values) * values * bits // WORD)
 
 
 def pack_rows(values, bits):
@@ -48,7 +68,7 @@ def pack_rows(values, bits):
     rows, cols = values.shape
     units = -(-rows // len(fields))
     if rows != units * len(fields):
-        values = torch.cat([values, values.new_zeros(units * len(fields) - rows, cols)])
+        values = F.pad(values, (0, 0, 0, units * len(fields) - rows))
     values = values.view(units, len(fields), cols)
     packed = torch.zeros(units, words, cols, dtype=torch.int32, device=values.device)
     for k, (word, shift, spill) in enumerate(fields):
@@ -57,6 +77,38 @@ def pack_rows(values, bits):
         if spill:
             packed[:, word + 1] |= value >> (bits - spill)
     return packed.view(units * words, cols)
+
+
+def step_at(packed, bits, rows, cols, step):
+    """Adds `step` (integers [n]) to the values at (rows, cols), in place, but never beyond 0 ... 2**bits - 1.
+
+    No place may come twice. Returns the steps that were taken, int64 [n]. Touches only the words concerned.
+    """
+    mask, word, shift = 2**WORD - 1, rows * bits // WORD, rows * bits % WORD
+    value = (packed[word, cols].long() & mask) >> shift
+    if WORD % bits:                                             # values may spill into the next word
+        upper = (word + 1).clamp_(max=packed.shape[0] - 1)
+        value |= (packed[upper, cols].long() & mask) << (WORD - shift)
+    old = value & (2**bits - 1)
+    new = (old + step.long()).clamp_(0, 2**bits - 1)
+    before, after = old << shift, new << shift
+    # Differences of whole fields add up in a word without touching each other, in any order, modulo 2**32.
+    packed.index_put_((word, cols), ((after & mask) - (before & mask)).int(), accumulate=True)
+    if WORD % bits:
+        packed.index_put_((upper, cols), ((after >> WORD) - (before >> WORD)).int(), accumulate=True)
+    return new - old
+
+
+def count_different(packed, other, bits):
+    """How many values differ between two packed tensors of one shape. Unpacks only what differs."""
+    fields, words = _fields(bits)
+    units = -(-packed.shape[0] // words)
+    if packed.shape[0] != units * words:
+        packed, other = (F.pad(p, (0, 0, 0, units * words - len(p))) for p in (packed, other))
+    packed, other = (p.view(units, words, -1) for p in (packed, other))
+    differ = (packed != other).any(1)
+    values = (unpack_rows(p.transpose(0, 1)[:, differ], bits, len(fields)) for p in (packed, other))
+    return int(torch.count_nonzero(torch.ne(*values)))
 
 
 def unpack_zeros(qzeros, bits, cols, checkpoint_format):

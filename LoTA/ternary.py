@@ -15,17 +15,22 @@ order, so every device and every blocking gives the same integers and the same m
 the small factor: sum_i dW_ij = (sum_i A_i) @ B, so mu and both gradients need no [in, out] pass of their own.
 """
 import math
+import sys
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
 from LoTA import UserError
+from LoTA.packing import pack_rows, step_at, unpack_rows, unpack_zeros, words_of
 
 EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 ...
 EXACT_IN_BFLOAT16 = 2**8            # ... and in bfloat16
-# Entries of one working block: on a CPU 1 MiB of float32, about an L2 cache; on a GPU few and large launches.
-BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Entries of one working block: on a CPU 2 MiB of float32, about an L2 cache; on a GPU few and large launches.
+BLOCK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}
+FEW = 1 / 8             # up to this share of the weights, those that may step are sought out one by one
 
 
 # --- initialisation -----------------------------------------------------------------------------------------------
@@ -51,7 +56,8 @@ def check_settings(rank, omega, largest_group):
 class Groups:
     """The groups of a layer's input rows, from GPTQ's `g_idx` [in]; made once a layer.
 
-    count: number of groups. sizes: [count], rows each group really has. order: None where the groups follow each
+    count: number of groups. sizes: [count], rows each group really has. starts: int32 [count + 1], where each group
+    begins once the rows are in order. order: None where the groups follow each
     other, else the row order that makes them (desc_act). size: rows of every group but perhaps the last, or None
     where the groups are of unequal size.
     """
@@ -66,9 +72,8 @@ class Groups:
         sizes = self.sizes.tolist()
         self.size = sizes[0] if all(n == sizes[0] for n in sizes[:-1]) and sizes[-1] <= sizes[0] else None
         self.largest = max(sizes)
-        self._starts = [0]
-        for n in sizes:
-            self._starts.append(self._starts[-1] + n)
+        self._starts = [0, *accumulate(sizes)]
+        self.starts = torch.tensor(self._starts, dtype=torch.int32, device=g_idx.device)
 
     def blocks(self, cols):
         """Cuts the rows into runs of whole groups of about BLOCK_ENTRIES entries: (rows, first, last + 1, size).
@@ -106,21 +111,48 @@ class Groups:
     def to(self, device):
         """Moves the index tensors, in place; returns self."""
         self.g_idx, self.sizes = self.g_idx.to(device), self.sizes.to(device)
-        self.order = None if self.order is None else self.order.to(device)
+        self.starts, self.order = self.starts.to(device), None if self.order is None else self.order.to(device)
         return self
 
 
-@dataclass
 class Grid:
-    """The integer weights of one GPTQ layer, unpacked, and what turns them into numbers.
+    """The integer weights of one GPTQ layer as they lie in the checkpoint; unpacked only where they are asked for.
 
-    weight_int uint8 [in, out]; zeros, any integer dtype, and scales, any float dtype, [groups, out].
+    qweight int32 [in * bits / 32, out]; qzeros int32 [groups, out * bits / 32]; scales, any float dtype,
+    [groups, out]; g_idx [in]. checkpoint_format: "gptq" stores z - 1 in qzeros, "gptq_v2" stores z. groups: where
+    they are known from before.
     """
-    weight_int: torch.Tensor
-    zeros: torch.Tensor
-    scales: torch.Tensor
-    groups: Groups
-    maxq: int
+
+    def __init__(self, qweight, qzeros, scales, g_idx, bits, checkpoint_format, groups=None):
+        self.qweight, self.qzeros, self.scales, self.bits = qweight, qzeros, scales, bits
+        self.checkpoint_format, self.maxq = checkpoint_format, 2**bits - 1
+        self.groups = groups or Groups(g_idx, scales.shape[0])
+        self.shape = len(g_idx), scales.shape[1]
+
+    @cached_property
+    def zeros(self):
+        return unpack_zeros(self.qzeros, self.bits, self.shape[1], self.checkpoint_format)
+
+    @cached_property
+    def weight_int(self):
+        """All of the integers, uint8 [in, out]."""
+        return unpack_rows(self.qweight, self.bits, self.shape[0])
+
+    def codes(self, rows):
+        """The integers of some rows, a slice or an index tensor, as float32."""
+        words = words_of(rows, self.bits) if isinstance(rows, slice) else None
+        if words is None:
+            return self.weight_int[rows].float()
+        return unpack_rows(self.qweight[words], self.bits, rows.stop - rows.start, torch.float32)
+
+    def with_integers(self, qweight):
+        """The same grid with other integers on it, packed as these are."""
+        return Grid(qweight, self.qzeros, self.scales, self.groups.g_idx, self.bits, self.checkpoint_format,
+                    self.groups)
+
+    def repacked(self, weight_int):
+        """The same grid with other integers on it, [in, out]."""
+        return self.with_integers(pack_rows(weight_int, self.bits)[:self.qweight.shape[0]])
 
 
 @dataclass(frozen=True)
@@ -156,17 +188,50 @@ def offset_factor(aux_sum, ternary_sum, sizes, threshold):
     return (aux_sum - threshold.omega * ternary_sum) / (threshold.kappa * sizes[:, None])
 
 
-def _adapted_blocks(lora_A, lora_B, grid, threshold):
+def _few_steps(lora_A, lora_B, omega):
+    """(rows, cols, step) of the weights whose |dW| passes omega, or None where they may be many or are costly to find.
+
+    |dW_ij| is at most the number of entries that are not 0 in row i of A, and in column j of B. So only where both
+    pass omega the product is needed at all: at omega = 0.75 r next to nowhere.
+    """
+    if lora_A.device.type != "cpu":                 # selecting would stop a GPU's queue
+        return None
+    rows = (torch.count_nonzero(lora_A, 1) > omega).nonzero().flatten()
+    cols = (torch.count_nonzero(lora_B, 0) > omega).nonzero().flatten()
+    if len(rows) * len(cols) > FEW * lora_A.shape[0] * lora_B.shape[1]:
+        return None
+    aux = lora_A[rows] @ lora_B[:, cols]
+    where = (aux.abs() > omega).nonzero(as_tuple=True)
+    return rows[where[0]], cols[where[1]], aux[where].sign()
+
+
+def _take_few_steps(steps, aux_sum, grid, threshold):
+    """Eq. 5 where few weights step: (the merged Grid, mu [groups, out] or None)."""
+    rows, cols, step = steps
+    qweight = grid.qweight.clone()
+    taken = step_at(qweight, grid.bits, rows, cols, step).float()
+    offset = None
+    if aux_sum is not None:
+        ternary_sum = torch.zeros_like(aux_sum).index_put_((grid.groups.g_idx[rows], cols), taken, accumulate=True)
+        offset = offset_factor(aux_sum, ternary_sum, grid.groups.sizes, threshold)
+    return grid.with_integers(qweight), offset
+
+
+def _sum_of_aux(lora_A, lora_B, grid, threshold):
+    """The sum of dW over each group [groups, out] float32, or None where there is no offset."""
+    return None if threshold.kappa is None else grid.groups.sum(lora_A.float()) @ lora_B.float()
+
+
+def _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
     """Eq. 3 and 4 a block of groups at a time, in float32.
 
     Yields (rows, first, last, W_int + W^ [groups, rows, out], mu [groups, out] or None).
     """
-    aux_sum = None if threshold.kappa is None else grid.groups.sum(lora_A.float()) @ lora_B.float()
     dtype = product_dtype(lora_B.shape[0], lora_B.device)
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     for rows, first, last, size in grid.groups.blocks(lora_B.shape[1]):
         # All in float32: torch's operators that mix uint8 and float32 are ten times slower on a CPU.
-        codes = grid.weight_int[rows].float().view(last - first, size, -1)
+        codes = grid.codes(rows).view(last - first, size, -1)
         # A step off the grid's end is no step: clamping the sum is Eq. 3's boundary check.
         stepped = ternary_step(lora_A[rows] @ lora_B, threshold.omega).view_as(codes).add_(codes).clamp_(0, grid.maxq)
         offset = None
@@ -182,30 +247,48 @@ def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=Non
 
     Written into `out` where it is given.
     """
-    weight = out if out is not None else torch.empty(grid.weight_int.shape, dtype=dtype, device=grid.weight_int.device)
-    for rows, first, last, stepped, offset in _adapted_blocks(lora_A, lora_B, grid, threshold):
+    aux_sum, steps = _sum_of_aux(lora_A, lora_B, grid, threshold), _few_steps(lora_A, lora_B, threshold.omega)
+    if steps is not None:
+        return dequantize(*_take_few_steps(steps, aux_sum, grid, threshold), dtype, out)
+    weight = out if out is not None else torch.empty(grid.shape, dtype=dtype, device=grid.scales.device)
+    for rows, first, last, stepped, offset in _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
         _write_weight(weight, rows, stepped, offset, grid, first, last)
     return weight
 
 
 @torch.no_grad()
 def merge(lora_A, lora_B, grid, threshold):
-    """Eq. 5: (W_int' uint8 [in, out], mu float32 [groups, out] or None): the adapter moved into the integer grid."""
-    merged = torch.empty_like(grid.weight_int)
+    """Eq. 5: (the Grid with the adapter moved into its integers, mu float32 [groups, out] or None)."""
+    aux_sum, steps = _sum_of_aux(lora_A, lora_B, grid, threshold), _few_steps(lora_A, lora_B, threshold.omega)
+    if steps is not None:
+        return _take_few_steps(steps, aux_sum, grid, threshold)
+    merged = torch.empty(grid.shape, dtype=torch.uint8, device=grid.scales.device)
     offset = torch.empty(grid.scales.shape, device=merged.device) if threshold.kappa is not None else None
-    for rows, first, last, stepped, mu in _adapted_blocks(lora_A, lora_B, grid, threshold):
+    for rows, first, last, stepped, mu in _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
         merged[rows] = stepped.flatten(0, 1).to(torch.int32).to(torch.uint8)    # by way of int32: five times faster
         if offset is not None:
             offset[first:last] = mu
-    return merged, offset
+    return grid.repacked(merged), offset
 
 
 @torch.no_grad()
-def dequantize(grid, offset=None, dtype=torch.float32):
-    """The merged layer's weight [in, out] = s * (W_int - z + mu) in `dtype`; offset [groups, out] or None."""
-    weight = torch.empty(grid.weight_int.shape, dtype=dtype, device=grid.weight_int.device)
+def is_merge(lora_A, lora_B, before, after, offset, threshold):
+    """Whether `after` and `offset` are what merge() makes of `before`: looks at every weight, in blocks."""
+    aux_sum = _sum_of_aux(lora_A, lora_B, before, threshold)
+    return (offset is None) == (aux_sum is None) and all(
+        torch.equal(stepped.flatten(0, 1), after.codes(rows)) and (mu is None or torch.equal(mu, offset[first:last]))
+        for rows, first, last, stepped, mu in _adapted_blocks(lora_A, lora_B, aux_sum, before, threshold))
+
+
+@torch.no_grad()
+def dequantize(grid, offset=None, dtype=torch.float32, out=None):
+    """The merged layer's weight [in, out] = s * (W_int - z + mu) in `dtype`; offset [groups, out] or None.
+
+    Written into `out` where it is given.
+    """
+    weight = out if out is not None else torch.empty(grid.shape, dtype=dtype, device=grid.scales.device)
     for rows, first, last, size in grid.groups.blocks(grid.scales.shape[1]):
-        codes = grid.weight_int[rows].view(last - first, size, -1).float()
+        codes = grid.codes(rows).view(last - first, size, -1)
         _write_weight(weight, rows, codes, None if offset is None else offset[first:last], grid, first, last)
     return weight
 
@@ -234,7 +317,7 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
     dL/d(dW) = H + (sum of H over the group) / (kappa * n), dL/dA = dL/d(dW) @ B^T, dL/dB = A^T @ dL/d(dW).
     """
     lora_A, lora_B = lora_A.float(), lora_B.float()
-    scaled = torch.mm(x.t(), grad_output, out=_workspace(grid.weight_int.shape, x)).float()     # H, scaled below
+    scaled = torch.mm(x.t(), grad_output, out=_workspace(grid.shape, x)).float()     # H, scaled below
     scaled_sum = torch.empty(grid.scales.shape, device=x.device)
     for rows, first, last, size in grid.groups.blocks(lora_B.shape[1]):
         block = scaled[rows].view(last - first, size, -1).mul_(grid.scales[first:last, None].float())
@@ -270,29 +353,31 @@ class TernaryLinear(torch.autograd.Function):
     """y = x @ W'(A, B) and the straight-through gradients; keeps only x and the adapters for the backward.
 
     W' is formed again in the backward rather than kept: it is as large as the layer would be without quantization.
-    load_grid: called without arguments, returns the layer's Grid.
+    load_grid: called without arguments, returns the layer's grid. method: the module whose adapted_weight and
+    adapter_gradients compute, this one or LoTA.kernels.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, load_grid, threshold):
+    def forward(ctx, x, lora_A, lora_B, load_grid, threshold, method=sys.modules[__name__]):
         ctx.save_for_backward(x, lora_A, lora_B)
-        ctx.load_grid, ctx.threshold = load_grid, threshold
+        ctx.load_grid, ctx.threshold, ctx.method = load_grid, threshold, method
         grid = load_grid()
-        return x @ adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.weight_int.shape, x))
+        weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.shape, x))
+        return x @ weight
 
     @staticmethod
     def backward(ctx, grad_output):
         x, lora_A, lora_B = ctx.saved_tensors
-        grid, threshold = ctx.load_grid(), ctx.threshold
+        grid, threshold, method = ctx.load_grid(), ctx.threshold, ctx.method
         grad_output = grad_output.to(x.dtype)           # they differ under autocast
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             # W' is used up before x^T @ grad_output comes: one tensor of the layer's size lives at a time.
-            weight = adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.weight_int.shape, x))
+            weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.shape, x))
             grad_x = grad_output @ weight.t()
             del weight
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_A, grad_B = adapter_gradients(
+            grad_A, grad_B = method.adapter_gradients(
                 x.flatten(0, -2), grad_output.flatten(0, -2), lora_A, lora_B, grid, threshold)
             grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
-        return grad_x, grad_A, grad_B, None, None
+        return grad_x, grad_A, grad_B, None, None, None

@@ -7,25 +7,26 @@ written plainly. Time and peak extra memory; medians of interleaved runs.
 Runs with torch alone; the peers from GPTQModel and PEFT join where they are installed.
 """
 import argparse
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from common import peak_extra_memory, print_table, save, time_interleaved
 
 from LoTA import ternary
-from LoTA.folders import unpack_grid
 from LoTA.packing import pack_rows
-from LoTA.ternary import TernaryLinear, Threshold, ternarize_
+from LoTA.ternary import Grid, TernaryLinear, Threshold, ternarize_
 
-GROUP, RANK, OMEGA = 64, 64, 48.0
+GROUP, RANK = 64, 64
+METHOD = import_module("LoTA.kernels" if torch.cuda.is_available() else "LoTA.ternary")
 
 
 class Layer:
     """A random GPTQ layer with a random adapter, as every peer needs it."""
 
-    def __init__(self, rows, cols, bits, device):
+    def __init__(self, rows, cols, bits, omega, device):
         generator = torch.Generator().manual_seed(0)
-        self.rows, self.cols, self.bits, self.device = rows, cols, bits, device
+        self.rows, self.cols, self.bits, self.device, self.omega = rows, cols, bits, device, omega
         groups = rows // GROUP
         self.qweight = pack_rows(torch.randint(0, 2**bits, (rows, cols), generator=generator), bits).to(device)
         zeros = torch.randint(1, 2**bits, (groups, cols), generator=generator)
@@ -37,21 +38,21 @@ class Layer:
         self.groups = None
 
     def grid(self):
-        grid = unpack_grid(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, "gptq_v2", self.groups)
+        grid = Grid(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, "gptq_v2", self.groups)
         self.groups = grid.groups
         return grid
 
     def lota(self, x):
-        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.grid, Threshold(OMEGA, OMEGA))
+        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.grid, Threshold(self.omega, self.omega), METHOD)
 
     def plain(self, x):
         """The method with whole-matrix torch operations and autograd, as the published scripts do it."""
         grid, g = self.grid(), self.g_idx.long()
         weight_int, maxq = grid.weight_int.to(x.dtype), grid.maxq
         aux = self.lora_A.to(x.dtype) @ self.lora_B.to(x.dtype)
-        step = ((aux > OMEGA) & (weight_int < maxq)).to(x.dtype) - ((aux < -OMEGA) & (weight_int > 0)).to(x.dtype)
+        step = ((aux > self.omega) & (weight_int < maxq)).to(x.dtype) - ((aux < -self.omega) & (weight_int > 0)).to(x.dtype)
         ternary = aux + (step - aux).detach()
-        offset = (aux - OMEGA * step.detach()).view(-1, GROUP, self.cols).mean(1) / OMEGA
+        offset = (aux - self.omega * step.detach()).view(-1, GROUP, self.cols).mean(1) / self.omega
         zeros, scales = grid.zeros.to(x.dtype), grid.scales.to(x.dtype)
         return x @ (scales[g] * (weight_int - zeros[g] + ternary + offset[g]))
 
@@ -103,8 +104,8 @@ def bare_products(layer, dtype):
     return forward, step
 
 
-def measure(rows, cols, bits, tokens, device, dtype, rounds):
-    layer = Layer(rows, cols, bits, device)
+def measure(rows, cols, bits, tokens, omega, device, dtype, rounds):
+    layer = Layer(rows, cols, bits, omega, device)
     x = torch.randn(tokens, rows, device=device, dtype=dtype).requires_grad_()
     grad = torch.randn(tokens, cols, device=device, dtype=dtype)
     peers = {"plain": layer.plain, "lota": layer.lota, **library_peers(layer, dtype)}
@@ -121,7 +122,7 @@ def measure(rows, cols, bits, tokens, device, dtype, rounds):
     for name, function in both.items():
         ternary._workspaces.clear()             # what LoTA keeps from call to call counts too
         memory[name] = peak_extra_memory(function)
-    return [{"shape": f"{rows} x {cols}", "bits": bits, "tokens": tokens, "peer": name,
+    return [{"shape": f"{rows} x {cols}", "bits": bits, "omega": omega, "tokens": tokens, "peer": name,
              "forward_s": forward_s[name], "step_s": both_s[name], "step / bare": both_s[name] / both_s["bare"],
              "step / plain": both_s[name] / both_s["plain"],
              "step / lora": both_s[name] / both_s["lora"] if "lora" in both_s else None,
@@ -132,6 +133,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds; prints only")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each peer [5]")
+    parser.add_argument("--omega", type=float, default=48.0, help="threshold; the rank is 64 [48]")
+    parser.add_argument("--output", default="layer", help="name of the JSON file [layer]")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     args = parser.parse_args()
     torch.compiler.set_stance("force_eager")        # GPTQModel's layer, without compiling it for a CPU
@@ -147,10 +150,10 @@ def main():
     for shape in shapes:
         for bits in args.bits:
             for count in tokens:
-                new = measure(*shape, bits, count, device, dtype, args.rounds)
+                new = measure(*shape, bits, count, args.omega, device, dtype, args.rounds)
                 print_table(f"{shape[0]} x {shape[1]}, {bits} bits, {count} tokens, {dtype}", new)
                 rows += new
-    save("layer", rows, args.quick)
+    save(args.output, rows, args.quick)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 from LoTA.folders import GPTQFolder, LotaConfig
 from LoTA.packing import pack_rows
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # read when the kernels are defined, at import
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "runs"))
 PREFIX = "base_model.model."

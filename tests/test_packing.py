@@ -10,7 +10,7 @@ import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-from LoTA.packing import SUPPORTED_BITS, pack_rows, unpack_rows, unpack_zeros
+from LoTA.packing import SUPPORTED_BITS, count_different, pack_rows, step_at, unpack_rows, unpack_zeros, words_of
 
 BITS = (2, 3, 4, 8)
 
@@ -22,7 +22,7 @@ def random_grid(shape, bits, seed=0):
     return values.to(torch.uint8)
 
 
-def words_of(rows, bits):
+def word_count(rows, bits):
     return -(-rows * bits // 32)
 
 
@@ -44,15 +44,15 @@ def test_pack_rows_is_the_bit_stream(bits, rows):
     values = random_grid((rows, 5), bits)
     packed = pack_rows(values, bits)
     assert packed.dtype == torch.int32
-    assert torch.equal(packed[:words_of(rows, bits)], oracle.pack_columns(values, bits))
-    assert not packed[words_of(rows, bits):].any()
+    assert torch.equal(packed[:word_count(rows, bits)], oracle.pack_columns(values, bits))
+    assert not packed[word_count(rows, bits):].any()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10, 11, 22, 31, 32, 33, 64, 75, 96])
 @pytest.mark.parametrize("bits", BITS)
 def test_unpack_rows_reads_any_words(bits, rows):
     """Random words, the sign bit included, are read as the oracle reads them, and packed back to the same words."""
-    words = filled_up(torch.zeros(words_of(rows, bits), 3, dtype=torch.int32), bits).shape[0]
+    words = filled_up(torch.zeros(word_count(rows, bits), 3, dtype=torch.int32), bits).shape[0]
     packed = torch.randint(-2**31, 2**31, (words, 3), generator=torch.Generator().manual_seed(rows)).int()
     values = unpack_rows(packed, bits, rows)
     assert values.dtype == torch.uint8 and values.shape == (rows, 3)
@@ -173,3 +173,34 @@ def test_zero_points_of_zero_survive_gptq(bits):
         stored = packed - sum(1 << shift for shift in range(0, 32, bits))
     assert torch.equal(unpack_zeros(stored, bits, 32, "gptq"), zeros)
     assert not torch.equal(unpack_zeros(stored, bits, 32, "gptq_v2"), zeros)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_step_at(bits):
+    """Steps at scattered places, several in one word: the oracle's integers after them, the grid's ends kept."""
+    generator = torch.Generator().manual_seed(bits)
+    rows, cols, maxq = 70, 9, 2**bits - 1
+    values = torch.randint(0, maxq + 1, (rows, cols), generator=generator)
+    step = torch.randint(-1, 2, (rows, cols), generator=generator)
+    where = (torch.rand(rows, cols, generator=generator) < 0.5).nonzero(as_tuple=True)
+    packed = oracle.pack_columns(values, bits)
+    before = packed.clone()
+    taken = step_at(packed, bits, *where, step[where].float())
+    want = values.clone()
+    want[where] = (values[where] + step[where]).clamp(0, maxq)
+    assert torch.equal(packed, oracle.pack_columns(want, bits))
+    assert torch.equal(taken, want[where] - values[where])
+    assert bool((taken != step[where]).any())
+    assert count_different(packed, before, bits) == int((want != values).sum()) == int((taken != 0).sum())
+    assert count_different(before, before, bits) == 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_words_of(bits):
+    """The words of aligned rows unpack to these rows; rows that begin inside a word have none."""
+    values = torch.randint(0, 2**bits, (96, 4), generator=torch.Generator().manual_seed(1))
+    packed = oracle.pack_columns(values, bits)
+    for start, stop in ((0, 96), (32, 64), (64, 90)):
+        rows = slice(start, stop)
+        assert torch.equal(unpack_rows(packed[words_of(rows, bits)], bits, stop - start).long(), values[rows])
+    assert words_of(slice(33, 64), bits) is None

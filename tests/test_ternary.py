@@ -37,6 +37,24 @@ KAPPAS = {"kappa = omega": 2.0, "kappa = 1": 1.0, "no offset": None}
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}       # half an ulp, relative
 
 
+def make_grid(weight_int, zeros, scales, g_idx, bits):
+    """A ternary.Grid, packed by the oracle, of unpacked integers."""
+    return Grid(oracle.pack_columns(weight_int, bits), oracle.pack_columns(zeros.t(), bits).t().contiguous(), scales,
+                g_idx, bits, "gptq_v2")
+
+
+def merged(*arguments):
+    """merge() with the integers unpacked: (W_int' [in, out], mu)."""
+    grid, mu = merge(*arguments)
+    return grid.weight_int, mu
+
+
+@pytest.fixture(params=[0, 2], ids=["every weight", "few weights"])
+def both_ways(request, monkeypatch):
+    """Runs a test on the road that looks at every weight, and on the one that seeks out those that step."""
+    monkeypatch.setattr(ternary, "FEW", request.param)
+
+
 @dataclass
 class Case:
     """One layer and adapter, as the oracle's arguments."""
@@ -51,8 +69,7 @@ class Case:
     kappa: float | None
 
     def grid(self):
-        return Grid(weight_int=self.weight_int, zeros=self.zeros, scales=self.scales,
-                    groups=Groups(self.g_idx, self.scales.shape[0]), maxq=2**self.bits - 1)
+        return make_grid(self.weight_int, self.zeros, self.scales, self.g_idx, self.bits)
 
     def threshold(self):
         return Threshold(self.omega, self.kappa)
@@ -121,7 +138,7 @@ def test_one_weight_by_hand():
     A = torch.tensor([[1, 1, 1], [1, 1, 1], [-1, -1, -1], [1, 1, 0]]).float()
     case = Case(A, torch.ones(3, 1), torch.tensor([[1], [3], [2], [0]], dtype=torch.uint8),
                 torch.tensor([[0.5]]), torch.tensor([[1]]), torch.zeros(4, dtype=torch.int32), 2, 2.0, 2.0)
-    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+    integers, mu = merged(case.A, case.B, case.grid(), case.threshold())
     assert integers.flatten().tolist() == [2, 3, 1, 0] and mu.flatten().tolist() == [0.625]
     by_hand = torch.tensor([[0.8125], [1.3125], [0.3125], [-0.1875]])
     assert torch.equal(adapted_weight(case.A, case.B, case.grid(), case.threshold()), by_hand)
@@ -237,11 +254,11 @@ def test_offset_factor(omega, kappa):
 # --- merging and the adapted weight -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", all_cases)
-def test_merge(settings):
+def test_merge(settings, both_ways):
     """The integers equal the oracle's, on the grid; mu to a few ulps (its numerator is exact); inputs untouched."""
     case = make_case(**settings)
     before = case.weight_int.clone()
-    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+    integers, mu = merged(case.A, case.B, case.grid(), case.threshold())
     want_integers, want_mu = oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx, case.bits,
                                           case.omega, case.kappa)
     assert integers.dtype == torch.uint8 and torch.equal(integers.long(), want_integers)
@@ -255,7 +272,7 @@ def test_merge(settings):
 
 @pytest.mark.parametrize("dtype", list(UNIT))
 @pytest.mark.parametrize("settings", all_cases)
-def test_adapted_weight(settings, dtype):
+def test_adapted_weight(settings, dtype, both_ways):
     """W' is the oracle's, to float32 rounding of its terms and one rounding to `dtype`."""
     case = make_case(**settings)
     got = adapted_weight(case.A, case.B, case.grid(), case.threshold(), dtype)
@@ -264,11 +281,11 @@ def test_adapted_weight(settings, dtype):
 
 
 @pytest.mark.parametrize("omega", [1.7, 3.0, 5.6])
-def test_other_thresholds(omega):
+def test_other_thresholds(omega, both_ways):
     """omega that float32 cannot hold, and one that only large |dW| pass: the integers and W' are still the oracle's."""
     case = make_case(4, "shuffled, short last", omega, 2.0, seed=5)
     case = replace(case, omega=omega)
-    integers, _ = merge(case.A, case.B, case.grid(), case.threshold())
+    integers, _ = merged(case.A, case.B, case.grid(), case.threshold())
     assert torch.equal(integers.long(), oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx,
                                                      case.bits, omega, omega)[0])
     assert not torch.equal(integers, case.weight_int)
@@ -277,19 +294,18 @@ def test_other_thresholds(omega):
 
 @pytest.mark.parametrize("dtype", list(UNIT))
 @pytest.mark.parametrize("settings", all_cases)
-def test_merging_is_lossless(settings, dtype):
+def test_merging_is_lossless(settings, dtype, both_ways):
     """The merged layer's weight is the adapted weight bit for bit, in each dtype, and not the layer's weight before."""
     case = make_case(**settings)
-    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
-    merged = replace(case.grid(), weight_int=integers)
+    after, mu = merge(case.A, case.B, case.grid(), case.threshold())
     adapted = adapted_weight(case.A, case.B, case.grid(), case.threshold(), dtype)
-    assert torch.equal(dequantize(merged, mu, dtype), adapted)
+    assert torch.equal(dequantize(after, mu, dtype), adapted)
     assert not torch.equal(dequantize(case.grid(), mu, dtype), adapted)
 
 
 @pytest.mark.parametrize("dtype", list(UNIT))
 @pytest.mark.parametrize("settings", all_cases)
-def test_no_adapter_is_the_quantized_layer(settings, dtype):
+def test_no_adapter_is_the_quantized_layer(settings, dtype, both_ways):
     """With B = 0 the adapted weight and the output are exactly those of s (W_int - z), rounded once to `dtype`.
 
     s has 11 bits and W_int - z at most 9, so the product is exact in float32 and there is one right answer.
@@ -305,11 +321,11 @@ def test_no_adapter_is_the_quantized_layer(settings, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_both_ends_of_the_grid_block(bits):
+def test_both_ends_of_the_grid_block(bits, both_ways):
     """A weight at an end that would step off it stays, and mu takes all of its dW; several are counted at each end."""
     case = make_case(bits, "even", 2.0)
     aux, maxq = oracle.delta_w(case.A, case.B), 2**bits - 1
-    integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
+    integers, mu = merged(case.A, case.B, case.grid(), case.threshold())
     top, bottom = (aux > 2) & (case.weight_int == maxq), (aux < -2) & (case.weight_int == 0)
     assert int(top.sum()) > 5 and int(bottom.sum()) > 5
     assert bool((integers[top] == maxq).all()) and bool((integers[bottom] == 0).all())
@@ -320,29 +336,29 @@ def test_both_ends_of_the_grid_block(bits):
 
 
 @pytest.mark.parametrize("omega", [1.0, 2.0, 3.0])
-def test_the_threshold_is_strict(omega):
+def test_the_threshold_is_strict(omega, both_ways):
     """Where |dW| is omega exactly nothing moves; a threshold just below would move these weights."""
     case = replace(make_case(4, "shuffled", None), omega=omega)
     ties = (oracle.delta_w(case.A, case.B).abs() == omega) & (case.weight_int > 0) & (case.weight_int < 15)
     assert int(ties.sum()) > 10
-    moved = merge(case.A, case.B, case.grid(), case.threshold())[0] != case.weight_int
+    moved = merged(case.A, case.B, case.grid(), case.threshold())[0] != case.weight_int
     assert not moved[ties].any() and bool(moved.any())
-    moved = merge(case.A, case.B, case.grid(), Threshold(omega - 0.01, None))[0] != case.weight_int
+    moved = merged(case.A, case.B, case.grid(), Threshold(omega - 0.01, None))[0] != case.weight_int
     assert bool(moved[ties].all())
 
 
 @pytest.mark.parametrize("block_entries", [1, 2 * 16 * COLS])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_blocks_change_no_bit(layout, block_entries, monkeypatch):
+def test_blocks_change_no_bit(layout, block_entries, both_ways, monkeypatch):
     """Weights, integers and mu are the same bits however the rows are cut; gradients to float32 rounding."""
     case = make_case(3, layout, 2.0)
     generator = torch.Generator().manual_seed(4)
     x, grad = torch.randn(5, len(case.g_idx), generator=generator), torch.randn(5, COLS, generator=generator)
 
     def results():
-        integers, mu = merge(case.A, case.B, case.grid(), case.threshold())
-        return ((adapted_weight(case.A, case.B, case.grid(), case.threshold()), integers, mu,
-                 dequantize(replace(case.grid(), weight_int=integers), mu)),
+        after, mu = merge(case.A, case.B, case.grid(), case.threshold())
+        return ((adapted_weight(case.A, case.B, case.grid(), case.threshold()), after.qweight, mu,
+                 dequantize(after, mu)),
                 adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold()))
 
     whole, whole_gradients = results()
@@ -467,7 +483,7 @@ def test_nothing_of_the_weights_size_is_kept():
     assert len(loads) == 2
 
 
-def test_sums_of_a_large_group_are_exact():
+def test_sums_of_a_large_group_are_exact(both_ways):
     """One group of 70,000 8-bit weights near the grid's top: the sum of W_int passes 2**24, where float32 stops
     counting by one, and mu, whose numerator the module promises to be exact, is still the oracle's."""
     rows = 70_000
@@ -476,7 +492,7 @@ def test_sums_of_a_large_group_are_exact():
     A = torch.randint(-1, 2, (rows, 3), generator=generator).float()
     weight_int = torch.randint(250, 256, (rows, 2), generator=generator).to(torch.uint8)
     B = torch.tensor([[1.0, -1], [1, -1], [1, 0]])
-    grid = Grid(weight_int, torch.zeros(1, 2).int(), torch.ones(1, 2), Groups(torch.zeros(rows).int(), 1), 255)
+    grid = make_grid(weight_int, torch.zeros(1, 2).int(), torch.ones(1, 2), torch.zeros(rows).int(), 8)
     _, mu = merge(A, B, grid, Threshold(1.0, 1.0))
     aux = oracle.delta_w(A, B)
     step = torch.where((aux > 1) & (weight_int < 255), 1.0, 0.0) - torch.where((aux < -1) & (weight_int > 0), 1.0, 0.0)
@@ -486,17 +502,16 @@ def test_sums_of_a_large_group_are_exact():
 
 
 @pytest.mark.parametrize("rank", [256, 257, 600])
-def test_products_at_the_edge_of_bfloat16(rank):
+def test_products_at_the_edge_of_bfloat16(rank, both_ways):
     """|dW| = r itself, just below and above omega: exact where bfloat16 multiplies (r <= 256) and beyond."""
     assert ternary.product_dtype(257, torch.device("cpu")) == torch.float32
     lora_A = torch.ones(16, rank)
     lora_A[1, 0] = lora_A[3, 0] = 0             # dW = r - 1
     lora_A[2:4] *= -1
-    grid = Grid(torch.ones(16, 4, dtype=torch.uint8), torch.zeros(1, 4), torch.ones(1, 4), Groups(torch.zeros(16), 1),
-                3)
-    merged, _ = merge(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.0, None))
-    assert merged[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
-    merged, _ = merge(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 0.25, None))
-    assert merged[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
-    merged, _ = merge(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.25, None))
-    assert merged[:, 0].tolist() == [2, 2, 0, 0] + [2] * 12
+    grid = make_grid(torch.ones(16, 4).int(), torch.zeros(1, 4).int(), torch.ones(1, 4), torch.zeros(16).int(), 2)
+    integers, _ = merged(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.0, None))
+    assert integers[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
+    integers, _ = merged(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 0.25, None))
+    assert integers[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
+    integers, _ = merged(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.25, None))
+    assert integers[:, 0].tolist() == [2, 2, 0, 0] + [2] * 12

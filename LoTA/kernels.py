@@ -1,0 +1,231 @@
+"""The functions of LoTA.ternary that touch every weight, fused: one Triton kernel each. Needs torch and triton.
+
+Same names and results as there (integers equal, floats to rounding), with the integers unpacked inside the kernel. A
+program of the launch grid handles one group x a block of outputs, so that Eq. 4's sum over the group stays in registers
+and W' is the only tensor of size [in, out] that is written. A group of more than MAX_ROWS rows is taken in pieces: once
+for the sum, once more for the weights.
+
+The ternary product runs on the tensor cores in float16 with sums in float32: exact, for its entries are -1, 0, 1.
+Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before this module is imported).
+"""
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_ROWS = 128          # rows of one piece of a group
+BLOCK_COLS = 64
+BLOCK_RANK = 64
+# Every product is rounded, as torch does it: live and merged agree to the bit. No pipeline: its buffers would take the
+# shared memory that lets several programs run at once, and no loop here is long.
+OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
+
+
+@torch.no_grad()
+def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=None):
+    """W' [in, out] = s * (W_int - z + W^ + mu) in `dtype`, computed in float32: ternary.adapted_weight."""
+    weight = out if out is not None else torch.empty(grid.shape, dtype=dtype, device=grid.qweight.device)
+    _launch_step(weight, weight, lora_A, lora_B, grid, threshold, merging=False)
+    return weight
+
+
+@torch.no_grad()
+def merge(lora_A, lora_B, grid, threshold):
+    """Eq. 5: (the merged Grid, mu float32 [groups, out] or None): ternary.merge."""
+    device = grid.qweight.device
+    merged = torch.empty(grid.shape, dtype=torch.uint8, device=device)
+    offset = torch.empty(grid.scales.shape, device=device)
+    _launch_step(merged, offset, lora_A, lora_B, grid, threshold, merging=True)
+    return grid.repacked(merged), offset if threshold.kappa is not None else None
+
+
+@torch.no_grad()
+def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
+    """Gradients of A [in, r] and B [r, out], float32: ternary.adapter_gradients.
+
+    x^T @ grad_output becomes dL/d(dW) in place, in the dtype of x; the two thin products add up in float32.
+    """
+    gradient = x.t() @ grad_output
+    pieces, rows_block = _pieces(grid.groups)
+    cols = grid.shape[1]
+    _gradient_kernel[grid.groups.count, triton.cdiv(cols, BLOCK_COLS)](
+        gradient, grid.scales, _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
+        OFFSET=threshold.kappa is not None, SHUFFLED=grid.groups.order is not None, PIECES=pieces, ROWS=rows_block,
+        COLS=BLOCK_COLS, **OPTIONS)
+    lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
+    return _product(gradient, lora_B.t()), _product(lora_A.t(), gradient)
+
+
+def _product(a, b):
+    """a @ b as float32, without rounding the sums to the dtype of a and b where torch can."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _pieces(groups):
+    """(pieces of the largest group, rows of a piece: a power of two, as Triton's tiles need)."""
+    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(groups.largest)))
+    return triton.cdiv(groups.largest, rows), rows
+
+
+def _order(groups):
+    return groups.starts if groups.order is None else groups.order      # not read where the rows are in order
+
+
+def _launch_step(out, offset, lora_A, lora_B, grid, threshold, merging):
+    groups, cols = grid.groups, grid.shape[1]
+    pieces, rows_block = _pieces(groups)
+    rank = lora_B.shape[0]
+    rank_block = min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
+    _step_kernel[groups.count, triton.cdiv(cols, BLOCK_COLS)](
+        out, offset, lora_A, lora_B, grid.qweight, grid.qzeros, grid.scales, _order(groups), groups.starts,
+        *lora_A.stride(), *lora_B.stride(), grid.qweight.stride(0), grid.qzeros.stride(0), cols, rank,
+        float(math.floor(threshold.omega)), float(threshold.omega), float(threshold.kappa or 1.0),
+        BITS=grid.bits, ONE_LESS=grid.checkpoint_format == "gptq", OFFSET=threshold.kappa is not None,
+        SHUFFLED=groups.order is not None, MERGING=merging, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS,
+        RANK=rank_block, RANK_PIECES=triton.cdiv(rank, rank_block),
+        **OPTIONS)
+
+
+# --- the kernels --------------------------------------------------------------------------------------------------
+
+@triton.jit
+def _bits_at(words, bit, stride, other, inside, BITS: tl.constexpr):
+    """The BITS-wide values at bit positions `bit` of streams of 32-bit words; word k lies at words + k * stride."""
+    word = bit // 32
+    shift = (bit % 32).to(tl.uint32)
+    value = tl.load(words + word * stride + other, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % BITS != 0:
+        spills = shift > 32 - BITS
+        upper = tl.load(words + (word + 1) * stride + other, mask=inside & spills, other=0).to(
+            tl.uint32, bitcast=True)
+        value |= tl.where(spills, upper << ((32 - shift) % 32), 0)
+    return value & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _zeros(qzeros, group, cols, stride, inside, BITS: tl.constexpr, ONE_LESS: tl.constexpr):
+    """The zero points of one group, float32; as packing.unpack_zeros does it."""
+    row = qzeros + group * stride
+    if ONE_LESS and 32 % BITS == 0:
+        # The 1s are added to whole words: a zero point of 0 borrowed from its neighbour when 1 was subtracted.
+        ones: tl.constexpr = 0xFFFFFFFF // ((1 << BITS) - 1)
+        bit = cols * BITS
+        words = tl.load(row + bit // 32, mask=inside, other=0).to(tl.uint32, bitcast=True) + ones
+        value = (words >> (bit % 32).to(tl.uint32)) & ((1 << BITS) - 1)
+    else:
+        value = _bits_at(row, cols * BITS, 1, 0, inside, BITS)
+        if ONE_LESS:
+            value = (value + 1) & ((1 << BITS) - 1)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _rows(order, start, end, ROWS: tl.constexpr, SHUFFLED: tl.constexpr):
+    """The rows of one piece of a group, and which of them are there."""
+    place = start + tl.arange(0, ROWS)
+    there = place < end
+    rows = place
+    if SHUFFLED:
+        rows = tl.load(order + place, mask=there, other=0).to(tl.int32)
+    return rows, there
+
+
+@triton.jit
+def _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank, b_col, q_row, rank,
+             omega_floor, BITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+             RANK_PIECES: tl.constexpr):
+    """(dW, W_int, W_int + W^) of one tile, float32 (Eq. 3)."""
+    aux = tl.zeros([ROWS, COLS], tl.float32)
+    for piece in tl.static_range(RANK_PIECES):
+        k = piece * RANK + tl.arange(0, RANK)
+        known = k < rank
+        a = tl.load(lora_A + rows[:, None] * a_row + k[None, :] * a_rank, mask=there[:, None] & known[None, :], other=0)
+        b = tl.load(lora_B + k[:, None] * b_rank + cols[None, :] * b_col, mask=known[:, None] & inside[None, :],
+                    other=0)
+        aux = tl.dot(a.to(tl.float16), b.to(tl.float16), aux)
+    codes = _bits_at(qweight, rows[:, None] * BITS, q_row, cols[None, :], there[:, None] & inside[None, :], BITS).to(
+        tl.float32)
+    step = tl.where(aux > omega_floor, 1.0, tl.where(aux < -omega_floor, -1.0, 0.0))
+    return aux, codes, tl.minimum(tl.maximum(codes + step, 0.0), (1 << BITS) - 1.0)
+
+
+@triton.jit
+def _step_kernel(out, offset, lora_A, lora_B, qweight, qzeros, scales, order, starts, a_row, a_rank, b_rank, b_col,
+                 q_row, z_row, width, rank, omega_floor, omega, kappa, BITS: tl.constexpr, ONE_LESS: tl.constexpr,
+                 OFFSET: tl.constexpr, SHUFFLED: tl.constexpr, MERGING: tl.constexpr, PIECES: tl.constexpr,
+                 ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr, RANK_PIECES: tl.constexpr):
+    """W', or W_int' and mu (MERGING), of one group x COLS outputs (Eq. 3 to 5)."""
+    group = tl.program_id(0)
+    start, end = tl.load(starts + group), tl.load(starts + group + 1)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = cols < width
+    aux_sum = tl.zeros([COLS], tl.float32)
+    step_sum = tl.zeros([COLS], tl.float32)
+    mu = tl.zeros([COLS], tl.float32)
+    if PIECES == 1:                     # stays in registers
+        rows, there = _rows(order, start, end, ROWS, SHUFFLED)
+        aux, codes, stepped = _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank, b_col,
+                                       q_row, rank, omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
+        aux_sum += tl.sum(aux, 0)
+        step_sum += tl.sum(stepped - codes, 0)
+    elif OFFSET:
+        for piece in range(PIECES):
+            rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
+            aux, codes, stepped = _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank,
+                                           b_col, q_row, rank, omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
+            aux_sum += tl.sum(aux, 0)
+            step_sum += tl.sum(stepped - codes, 0)
+    if OFFSET:
+        mu = tl.div_rn(aux_sum - omega * step_sum, kappa * (end - start).to(tl.float32))
+    if MERGING:
+        tl.store(offset + group * width + cols, mu, mask=inside)
+    shift = -_zeros(qzeros, group, cols, z_row, inside, BITS, ONE_LESS) + mu
+    scale = tl.load(scales + group * width + cols, mask=inside, other=0).to(tl.float32)
+    if PIECES == 1:
+        _store_step(out, stepped, shift, scale, rows, there, cols, inside, width, MERGING)
+    else:
+        for piece in range(PIECES):
+            rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
+            aux, codes, stepped = _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank,
+                                           b_col, q_row, rank, omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
+            _store_step(out, stepped, shift, scale, rows, there, cols, inside, width, MERGING)
+
+
+@triton.jit
+def _store_step(out, stepped, shift, scale, rows, there, cols, inside, width, MERGING: tl.constexpr):
+    result = stepped
+    if not MERGING:
+        result = (stepped + shift[None, :]) * scale[None, :]
+    tl.store(out + rows[:, None] * width + cols[None, :], result.to(out.dtype.element_ty),
+             mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def _gradient_kernel(gradient, scales, order, starts, width, kappa, OFFSET: tl.constexpr, SHUFFLED: tl.constexpr,
+                     PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x^T @ grad_output -> dL/d(dW) = s * (G + (sum of G over the group) / (kappa * n)), in place."""
+    group = tl.program_id(0)
+    start, end = tl.load(starts + group), tl.load(starts + group + 1)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = cols < width
+    scale = tl.load(scales + group * width + cols, mask=inside, other=0).to(tl.float32)
+    total = tl.zeros([COLS], tl.float32)
+    if OFFSET:
+        for piece in range(PIECES):
+            rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
+            total += tl.sum(_load(gradient, rows, there, cols, inside, width), 0)
+        total = total / (kappa * (end - start).to(tl.float32))
+    for piece in range(PIECES):                 # the second read of one piece comes out of the cache
+        rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
+        result = (_load(gradient, rows, there, cols, inside, width) + total[None, :]) * scale[None, :]
+        tl.store(gradient + rows[:, None] * width + cols[None, :], result.to(gradient.dtype.element_ty),
+                 mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def _load(matrix, rows, there, cols, inside, width):
+    return tl.load(matrix + rows[:, None] * width + cols[None, :], mask=there[:, None] & inside[None, :],
+                   other=0).to(tl.float32)

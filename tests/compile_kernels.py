@@ -1,0 +1,43 @@
+"""Compiles the Triton kernels for NVIDIA GPUs, with no GPU needed, and says what they use. Run by test_kernels.py in a
+process of its own, since the interpreter replaces the compiler for a whole process.
+"""
+import itertools
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from LoTA import kernels
+
+POINTERS = {"lora_A": "*fp32", "lora_B": "*fp32", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16",
+            "order": "*i64", "starts": "*i32", "omega_floor": "fp32", "omega": "fp32", "kappa": "fp32"}
+TILE = {"ROWS": 64, "COLS": kernels.BLOCK_COLS}
+
+
+def compile_for(capability, function, types, constants):
+    names = function.arg_names
+    signature = {n: "constexpr" if n in constants else {**POINTERS, **types}.get(n, "i32") for n in names}
+    source = ASTSource(fn=function, signature=signature,
+                       constexprs={(names.index(n),): value for n, value in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels.OPTIONS)
+    return {"kernel": function.__name__, "capability": capability, "shared_bytes": compiled.metadata.shared,
+            "tensor_cores": "mma" in compiled.asm["ptx"], **constants}
+
+
+def main():
+    rows = []
+    for capability, bits in itertools.product((80, 90), (3, 4)):
+        dtype, pieces = ("bf16", 1) if bits % 2 == 0 else ("fp16", 3)
+        for merging in (False, True):
+            types = {"out": "*u8", "offset": "*fp32"} if merging else {"out": f"*{dtype}", "offset": f"*{dtype}"}
+            rows.append(compile_for(capability, kernels._step_kernel, types, {
+                "BITS": bits, "ONE_LESS": True, "OFFSET": True, "SHUFFLED": pieces > 1, "MERGING": merging,
+                "PIECES": pieces, "RANK": 64, "RANK_PIECES": pieces, **TILE}))
+        rows.append(compile_for(capability, kernels._gradient_kernel, {"gradient": f"*{dtype}"}, {
+            "OFFSET": True, "SHUFFLED": pieces > 1, "PIECES": pieces, **TILE}))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""LoTA.kernels against the float64 oracle and LoTA.ternary: on a GPU, or else under Triton's interpreter (conftest)."""
+import json
+import os
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+from conftest import ROOT
+
+from LoTA import kernels, ternary
+from LoTA.ternary import Grid, TernaryLinear, Threshold
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYOUTS = {                     # rows of each group; shuffled: as desc_act leaves them
+    "even": ([32] * 3, False),
+    "short last": ([32, 32, 7], False),
+    "shuffled": ([32, 32, 19], True),
+    "uneven": ([5, 33, 9], False),
+    "in pieces": ([300, 40], False),
+    "in pieces, shuffled": ([300, 150], True),
+}
+OMEGA = 2.0
+
+
+class Case:
+    """A random layer on DEVICE, a third of its weights at the ends of the grid, and an adapter."""
+
+    def __init__(self, bits, layout="even", checkpoint_format="gptq", rank=8, cols=70, seed=0):
+        generator = torch.Generator().manual_seed(seed + bits)
+        sizes, shuffled = LAYOUTS[layout]
+        self.bits, rows, groups, maxq = bits, sum(sizes), len(sizes), 2**bits - 1
+        self.g_idx = torch.repeat_interleave(torch.arange(groups), torch.tensor(sizes)).int()
+        if shuffled:
+            self.g_idx = self.g_idx[torch.randperm(rows, generator=generator)]
+        where = torch.rand(rows, cols, generator=generator)
+        self.weight_int = torch.randint(0, maxq + 1, (rows, cols), generator=generator)
+        self.weight_int = self.weight_int.where(where > 1 / 6, 0).where(where < 5 / 6, maxq)
+        self.zeros = torch.randint(0, maxq + 1, (groups, cols), generator=generator)
+        self.scales = (torch.rand(groups, cols, generator=generator) + 0.1).half()
+        self.A = torch.randint(-1, 2, (rows, rank), generator=generator).float()
+        self.B = torch.randint(-1, 2, (rank, cols), generator=generator).float()
+        stored = self.zeros
+        if checkpoint_format == "gptq":         # z - 1, wrapping around as the published packing does
+            stored = (self.zeros - 1) % (maxq + 1)
+        qzeros = oracle.pack_columns(stored.t(), bits).t().contiguous()
+        if checkpoint_format == "gptq" and 32 % bits == 0:      # the subtraction borrows from the next field
+            ones = sum(1 << shift for shift in range(0, 32, bits))
+            words = oracle.pack_columns(self.zeros.t(), bits).t().contiguous()
+            qzeros = ((words.long() - ones + 2**31) % 2**32 - 2**31).int()
+        self.grid = Grid(oracle.pack_columns(self.weight_int, bits).to(DEVICE), qzeros.to(DEVICE),
+                               self.scales.to(DEVICE), self.g_idx.to(DEVICE), bits, checkpoint_format)
+
+    def adapter(self):
+        """A and B on DEVICE as a layer hands them over: transposed views."""
+        return self.A.t().contiguous().to(DEVICE).t(), self.B.t().contiguous().to(DEVICE).t()
+
+    def layer(self, kappa):
+        return self.weight_int, self.scales, self.zeros, self.g_idx, self.bits, OMEGA, kappa
+
+
+def cut_off(dtype):
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest."""
+    return DEVICE == "cpu" and dtype == torch.bfloat16
+
+
+def rounding(dtype):
+    """The largest relative error of rounding to `dtype`."""
+    unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    return 2 * unit if cut_off(dtype) else unit
+
+
+def settings():
+    """(bits, layout, checkpoint format, kappa)"""
+    for bits in (2, 3, 4, 8):
+        for form in ("gptq", "gptq_v2"):
+            yield bits, "even", form, OMEGA
+    for layout in LAYOUTS:
+        for bits in (3, 4):
+            yield bits, layout, "gptq", OMEGA
+    yield 4, "in pieces", "gptq", None
+    yield 4, "shuffled", "gptq", None
+    yield 2, "uneven", "gptq", 1.0
+
+
+@pytest.mark.parametrize("bits, layout, form, kappa", list(settings()))
+def test_merge_is_the_oracles(bits, layout, form, kappa):
+    case = Case(bits, layout, form)
+    after, mu = kernels.merge(*case.adapter(), case.grid, Threshold(OMEGA, kappa))
+    want, want_mu = oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx, bits, OMEGA, kappa)
+    assert torch.equal(after.weight_int.long().cpu(), want)
+    assert not torch.equal(want, case.weight_int)
+    if kappa is None:
+        assert mu is None
+    else:
+        torch.testing.assert_close(mu.double().cpu(), want_mu, rtol=2.0**-23, atol=0)
+        plain_after, plain_mu = ternary.merge(*case.adapter(), case.grid, Threshold(OMEGA, kappa))
+        assert torch.equal(mu, plain_mu) and torch.equal(after.qweight, plain_after.qweight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits, layout, form, kappa", list(settings()))
+def test_the_weight_is_the_oracles(bits, layout, form, kappa, dtype):
+    case = Case(bits, layout, form)
+    weight = kernels.adapted_weight(*case.adapter(), case.grid, Threshold(OMEGA, kappa), dtype)
+    want = oracle.adapted_weight(case.A, case.B, *case.layer(kappa))
+    assert weight.dtype == dtype
+    bound = rounding(dtype) * want.abs() + 4 * 2.0**-24 * 2**bits * case.scales.double()[case.g_idx.long()]
+    assert ((weight.double().cpu() - want).abs() <= bound).all()
+    if not cut_off(dtype):
+        assert torch.equal(weight, ternary.adapted_weight(*case.adapter(), case.grid, Threshold(OMEGA, kappa), dtype))
+
+
+@pytest.mark.parametrize("rank", [3, 16, 70, 130])
+def test_any_rank(rank):
+    case = Case(4, rank=rank)
+    after, mu = kernels.merge(*case.adapter(), case.grid, Threshold(OMEGA, OMEGA))
+    want, _ = oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx, 4, OMEGA, OMEGA)
+    assert torch.equal(after.weight_int.long().cpu(), want)
+
+
+def test_the_weight_goes_where_it_is_told():
+    case = Case(4)
+    out = torch.zeros(case.grid.shape, device=DEVICE, dtype=torch.float16)
+    kernels.adapted_weight(*case.adapter(), case.grid, Threshold(OMEGA, OMEGA), torch.float16, out)
+    assert torch.equal(out, ternary.adapted_weight(*case.adapter(), case.grid, Threshold(OMEGA, OMEGA), torch.float16))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("bits, layout, form, kappa", list(settings()))
+def test_forward_and_gradients_are_the_oracles(bits, layout, form, kappa, dtype, tolerance):
+    case = Case(bits, layout, form)
+    generator = torch.Generator().manual_seed(9)
+    rows, cols = case.grid.shape
+    x = torch.randn(2, 5, rows, generator=generator).to(dtype)
+    grad_output = torch.randn(2, 5, cols, generator=generator).to(dtype)
+    on_device = x.to(DEVICE).requires_grad_()
+    A, B = (m.detach().requires_grad_() for m in case.adapter())
+    y = TernaryLinear.apply(on_device, A, B, lambda: case.grid, Threshold(OMEGA, kappa), kernels)
+    y.backward(grad_output.to(DEVICE))
+    want_y, want_x, want_A, want_B = oracle.forward_and_gradients(
+        x.flatten(0, 1), grad_output.flatten(0, 1), case.A, case.B, *case.layer(kappa))
+    for got, want in ((y.flatten(0, 1), want_y), (on_device.grad.flatten(0, 1), want_x), (A.grad, want_A),
+                      (B.grad, want_B)):
+        assert (got.detach().double().cpu() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_the_kernels_compile_for_gpus():
+    """The interpreter takes what the compiler does not; this needs no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, ROOT / "tests/compile_kernels.py"], capture_output=True, text=True, env={
+        **environment, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert len(rows) == 12 and all(row["shared_bytes"] <= 48 * 1024 for row in rows)
+    assert all(row["tensor_cores"] == (row["kernel"] == "_step_kernel") for row in rows)
