@@ -17,6 +17,7 @@ FIRST_PHASE = 0.8           # the share of the steps in which sigma goes from th
 SPIKE_NORM = 10.0           # in the last phase, gradients of a larger global norm ...
 SPIKE_QUANTILE = 0.99995    # ... leave the entries at or above this quantile alone
 SAMPLE = 8192               # entries of the sample that narrows a selection down
+BATCH_ENTRIES = 1 << 25     # entries that a GPU treats in one go
 
 
 def sigma(t, num_steps, threshold_ratio, min_grad, filter_upper):
@@ -52,6 +53,7 @@ class tSignSGD(Optimizer):
             if any(id(p) not in ternary for group in self.param_groups for p in group["params"]):
                 raise ValueError("tSignSGD trains ternary parameters only; params holds others")
         self.flipped = {}       # parameter -> entries that moved in the last step, 0-dim tensors on its device
+        self._judged = None     # (names, step, their gradients' norms on the way to the CPU)
 
     def create_scheduler(self, num_training_steps):
         """Fixes the run's real number of optimizer steps; returns the constant learning-rate scheduler that
@@ -81,58 +83,146 @@ class tSignSGD(Optimizer):
         return sigma(group["step"], group["num_training_steps"], group["threshold_ratio"], group["min_grad"],
                      group["filter_upper"])
 
+    def state_dict(self):
+        self._raise_unless_finite()
+        return super().state_dict()
+
     @torch.no_grad()
     def step(self, closure=None):
-        """One step. Raises FloatingPointError, before anything moves, where a gradient is not finite."""
+        """One step. Raises FloatingPointError where a gradient is not finite; then nothing has moved.
+
+        On a GPU nothing here waits for it: the error comes with the next step, or state_dict(), which moves nothing
+        either.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norm = self._checked_norm()
+        self._raise_unless_finite()
+        finite, spike = self._judge_gradients()
         for group in self.param_groups:
             group["step"] += 1
             level = self._sigma(group)
-            spike = (group["num_training_steps"] is not None and norm > SPIKE_NORM
-                     and group["step"] > FIRST_PHASE * group["num_training_steps"])
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                size = p.grad.abs()
-                moves = size > order_statistic(size, level, math.floor).clamp(min=TAU)
-                if spike:
-                    moves &= size < order_statistic(size, SPIKE_QUANTILE, math.ceil)
-                self.flipped[p] = self._move(p, moves)
+            last_phase = (group["num_training_steps"] is not None
+                          and group["step"] > FIRST_PHASE * group["num_training_steps"])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if p.device.type == "cpu":
+                    self.flipped[p] = move_one(p, level, last_phase and bool(spike))
+            for batch in batches([p for p in parameters if p.device.type != "cpu"]):
+                flipped = move_together(batch, level, spike if last_phase else None, finite)
+                self.flipped.update(zip(batch, flipped, strict=True))
         return loss
 
-    @staticmethod
-    def _move(p, moves):
-        """p <- clip(p - sign(g) * moves, -1, 1); returns how many entries changed, a 0-dim tensor."""
-        if p.device.type == "cpu":              # few entries move: touch only those
-            where = moves.nonzero(as_tuple=True)
-            old = p[where]
-            new = (old - p.grad[where].sign()).clamp_(-1, 1)
-            p[where] = new
-            return (new != old).sum()
-        new = torch.where(moves, p - p.grad.sign(), p).clamp_(-1, 1)    # asking which would stop a GPU's queue
-        changed = (new != p).sum()
-        p.copy_(new)
-        return changed
+    def _judge_gradients(self):
+        """(all gradients are finite, their global norm is beyond SPIKE_NORM): 0-dim tensors on the first's device."""
+        named = [(name, p) for group in self.param_groups
+                 for name, p in zip(group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))],
+                                    group["params"], strict=True) if p.grad is not None]
+        if not named:
+            return torch.tensor(True), torch.tensor(False)
+        norms = torch._foreach_norm([p.grad for _, p in named], 2, torch.float32)
+        norms = torch.stack([n.to(norms[0].device) for n in norms])
+        # A norm beyond float32's range counts as not finite too.
+        self._judged = [name for name, _ in named], self.param_groups[0]["step"] + 1, _to_host(norms)
+        if norms.device.type == "cpu":
+            self._raise_unless_finite()
+        return torch.isfinite(norms).all(), torch.linalg.vector_norm(norms) > SPIKE_NORM
 
-    def _checked_norm(self):
-        """The global norm of all gradients, a float."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return 0.0
-        norms = torch._foreach_norm([g.float() for g in gradients])
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
-        if not math.isfinite(norm):
-            for group in self.param_groups:
-                names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-                for name, p in zip(names, group["params"], strict=True):
-                    if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                        raise FloatingPointError(f"the gradient of {name} is not finite at step {group['step'] + 1}")
-            raise FloatingPointError(f"the gradients' global norm is not finite at step {group['step'] + 1}")
-        return norm
+    def _raise_unless_finite(self):
+        """Raises FloatingPointError where a gradient of the step that was judged last was not finite."""
+        if self._judged is None:
+            return
+        names, step, (norms, ready) = self._judged
+        self._judged = None
+        if ready is not None:
+            ready.synchronize()         # of the step before: long reached
+        for name, finite in zip(names, torch.isfinite(norms).tolist(), strict=True):
+            if not finite:
+                raise FloatingPointError(f"the gradient of {name} is not finite at step {step}")
+
+
+def _to_host(values):
+    """(a copy on the CPU, the event after which it is there or None), without waiting for it."""
+    if values.device.type != "cuda":
+        return values.cpu(), None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready
+
+
+@torch.no_grad()
+def move_one(p, level, spike):
+    """Eq. 6 on one tensor, touching only the entries that move: fast where a look at the data costs nothing (a CPU).
+
+    Returns how many entries changed, a 0-dim tensor.
+    """
+    size, gradient, flat = p.grad.abs().flatten(), p.grad.flatten(), p.view(-1)
+    where, chosen, low = largest(size, math.floor(level * (len(size) - 1)))
+    moves = chosen > low.clamp(min=TAU)
+    if spike:
+        moves &= chosen < order_statistic(size, SPIKE_QUANTILE, math.ceil)
+    where = where[moves]
+    old = flat.index_select(0, where)
+    new = (old - gradient.index_select(0, where).sign_()).clamp_(-1, 1)
+    flat.index_copy_(0, where, new)
+    return torch.count_nonzero(new != old)
+
+
+def batches(parameters):
+    """Lists of parameters of equal shape, dtype and device, of up to BATCH_ENTRIES entries together."""
+    alike = {}
+    for p in parameters:
+        alike.setdefault((p.shape, p.dtype, p.grad.dtype, p.device), []).append(p)
+    for together in alike.values():
+        count = max(1, BATCH_ENTRIES // max(1, together[0].numel()))
+        yield from (together[i:i + count] for i in range(0, len(together), count))
+
+
+@torch.no_grad()
+def move_together(parameters, level, spike, finite):
+    """Eq. 6 on tensors of one shape in a few launches, none of which the CPU waits for. Moves nothing unless `finite`.
+
+    spike: whether the largest entries stay, or None before the last phase; both are 0-dim tensors. Returns how many
+    entries of each changed, [len(parameters)].
+    """
+    device = parameters[0].device
+    gradient = torch.stack([p.grad.flatten() for p in parameters])
+    size, last = gradient.abs(), gradient.shape[1] - 1
+    moves = size > size.kthvalue(math.floor(level * last) + 1, 1, keepdim=True).values.clamp(min=TAU)
+    if spike is not None:
+        high = size.kthvalue(math.ceil(SPIKE_QUANTILE * last) + 1, 1, keepdim=True).values
+        moves &= (size < high) | ~spike.to(device)
+    moves &= finite.to(device)
+    old = torch.stack([p.flatten() for p in parameters])
+    new = torch.where(moves, old - gradient.sign(), old).clamp_(-1, 1)
+    torch._foreach_copy_(parameters, [n.view(parameters[0].shape) for n in new])
+    return torch.count_nonzero(new != old, 1)
+
+
+def largest(values, rank):
+    """(places, values) of some largest entries of a flat tensor, and its entry of `rank`, counted from 0 upwards.
+
+    All entries above the one of this rank are among them. A sample tells where to look; where it misleads, all entries
+    are taken: the answer is exact either way.
+    """
+    count = len(values)
+    if count <= 4 * SAMPLE:
+        return torch.arange(count, device=values.device), values, values.kthvalue(rank + 1).values
+    sample = values[::count // SAMPLE]
+    level = rank / (count - 1)
+    expected, margin = level * len(sample), 4 * math.sqrt(level * (1 - level) * len(sample)) + 2
+    below = sample.kthvalue(max(1, math.floor(expected - margin))).values
+    above = sample.kthvalue(min(len(sample), math.ceil(expected + margin))).values
+    where = (values >= below).nonzero().flatten()
+    chosen = values.index_select(0, where)
+    rank -= count - len(where)                      # among the chosen
+    near = chosen[chosen <= above]                  # the chosen from the smallest up to `above`: ranks stay
+    if 0 <= rank < len(near):
+        return where, chosen, near.kthvalue(rank + 1).values
+    return torch.arange(count, device=values.device), values, values.kthvalue(rank + count - len(where) + 1).values
 
 
 def order_statistic(values, level, side):
@@ -142,17 +232,5 @@ def order_statistic(values, level, side):
     between it and its bounds: "above the quantile" is "above the lower bound", "at or above" is "at or above the
     upper one". Selecting the bound gives the same answer without a sort, for any dtype and beyond the 2**24 entries
     where torch.quantile refuses.
-
-    On a CPU a sample first tells which entries can be the one at all; the answer is exact all the same.
     """
-    values = values.flatten()
-    count = values.numel()
-    rank = side(level * (count - 1))
-    if values.device.type == "cpu" and count > 4 * SAMPLE:
-        sample = values[::count // SAMPLE]
-        expected, deviation = level * len(sample), math.sqrt(level * (1 - level) * len(sample))
-        bound = sample.kthvalue(max(1, math.floor(expected - 4 * deviation - 2))).values
-        candidates = values[values >= bound]
-        if len(candidates) >= count - rank:             # but for a sample far off, which the whole answers for
-            return candidates.kthvalue(len(candidates) - (count - rank) + 1).values
-    return values.kthvalue(rank + 1).values
+    return largest(values.flatten(), side(level * (values.numel() - 1)))[2]

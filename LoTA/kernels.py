@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from LoTA.packing import pack_rows
+
 MAX_ROWS = 128          # rows of one piece of a group
 BLOCK_COLS = 64
 BLOCK_RANK = 64
@@ -37,7 +39,8 @@ def merge(lora_A, lora_B, grid, threshold):
     merged = torch.empty(grid.shape, dtype=torch.uint8, device=device)
     offset = torch.empty(grid.scales.shape, device=device)
     _launch_step(merged, offset, lora_A, lora_B, grid, threshold, merging=True)
-    return grid.repacked(merged), offset if threshold.kappa is not None else None
+    qweight = pack_rows(merged, grid.bits)[:grid.qweight.shape[0]]
+    return grid.with_integers(qweight), offset if threshold.kappa is not None else None
 
 
 @torch.no_grad()

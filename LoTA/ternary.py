@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from LoTA import UserError
-from LoTA.packing import pack_rows, step_at, unpack_rows, unpack_zeros, words_of
+from LoTA.packing import step_at, unpack_rows, unpack_zeros, words_of
 
 EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 ...
 EXACT_IN_BFLOAT16 = 2**8            # ... and in bfloat16
@@ -150,10 +150,6 @@ class Grid:
         return Grid(qweight, self.qzeros, self.scales, self.groups.g_idx, self.bits, self.checkpoint_format,
                     self.groups)
 
-    def repacked(self, weight_int):
-        """The same grid with other integers on it, [in, out]."""
-        return self.with_integers(pack_rows(weight_int, self.bits)[:self.qweight.shape[0]])
-
 
 @dataclass(frozen=True)
 class Threshold:
@@ -225,7 +221,7 @@ def _sum_of_aux(lora_A, lora_B, grid, threshold):
 def _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
     """Eq. 3 and 4 a block of groups at a time, in float32.
 
-    Yields (rows, first, last, W_int + W^ [groups, rows, out], mu [groups, out] or None).
+    Yields (rows, first, last, W_int + W^ and W^, both [groups, rows, out], mu [groups, out] or None).
     """
     dtype = product_dtype(lora_B.shape[0], lora_B.device)
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
@@ -234,11 +230,10 @@ def _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
         codes = grid.codes(rows).view(last - first, size, -1)
         # A step off the grid's end is no step: clamping the sum is Eq. 3's boundary check.
         stepped = ternary_step(lora_A[rows] @ lora_B, threshold.omega).view_as(codes).add_(codes).clamp_(0, grid.maxq)
-        offset = None
+        taken, offset = torch.sub(stepped, codes, out=codes), None
         if aux_sum is not None:
-            ternary_sum = torch.sub(stepped, codes, out=codes).sum(1)
-            offset = offset_factor(aux_sum[first:last], ternary_sum, grid.groups.sizes[first:last], threshold)
-        yield rows, first, last, stepped, offset
+            offset = offset_factor(aux_sum[first:last], taken.sum(1), grid.groups.sizes[first:last], threshold)
+        yield rows, first, last, stepped, taken, offset
 
 
 @torch.no_grad()
@@ -251,7 +246,7 @@ def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=Non
     if steps is not None:
         return dequantize(*_take_few_steps(steps, aux_sum, grid, threshold), dtype, out)
     weight = out if out is not None else torch.empty(grid.shape, dtype=dtype, device=grid.scales.device)
-    for rows, first, last, stepped, offset in _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
+    for rows, first, last, stepped, _, offset in _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
         _write_weight(weight, rows, stepped, offset, grid, first, last)
     return weight
 
@@ -262,13 +257,16 @@ def merge(lora_A, lora_B, grid, threshold):
     aux_sum, steps = _sum_of_aux(lora_A, lora_B, grid, threshold), _few_steps(lora_A, lora_B, threshold.omega)
     if steps is not None:
         return _take_few_steps(steps, aux_sum, grid, threshold)
-    merged = torch.empty(grid.shape, dtype=torch.uint8, device=grid.scales.device)
-    offset = torch.empty(grid.scales.shape, device=merged.device) if threshold.kappa is not None else None
-    for rows, first, last, stepped, mu in _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
-        merged[rows] = stepped.flatten(0, 1).to(torch.int32).to(torch.uint8)    # by way of int32: five times faster
+    qweight = grid.qweight.clone()
+    offset = torch.empty(grid.scales.shape, device=qweight.device) if threshold.kappa is not None else None
+    for rows, first, last, _, taken, mu in _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
+        taken = taken.flatten(0, 1)
+        place, cols = taken.nonzero(as_tuple=True)
+        row = place + rows.start if isinstance(rows, slice) else rows[place]
+        step_at(qweight, grid.bits, row, cols, taken[place, cols])
         if offset is not None:
             offset[first:last] = mu
-    return grid.repacked(merged), offset
+    return grid.with_integers(qweight), offset
 
 
 @torch.no_grad()
@@ -277,7 +275,7 @@ def is_merge(lora_A, lora_B, before, after, offset, threshold):
     aux_sum = _sum_of_aux(lora_A, lora_B, before, threshold)
     return (offset is None) == (aux_sum is None) and all(
         torch.equal(stepped.flatten(0, 1), after.codes(rows)) and (mu is None or torch.equal(mu, offset[first:last]))
-        for rows, first, last, stepped, mu in _adapted_blocks(lora_A, lora_B, aux_sum, before, threshold))
+        for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, aux_sum, before, threshold))
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ class Layer:
         grid, g = self.grid(), self.g_idx.long()
         weight_int, maxq = grid.weight_int.to(x.dtype), grid.maxq
         aux = self.lora_A.to(x.dtype) @ self.lora_B.to(x.dtype)
-        step = ((aux > self.omega) & (weight_int < maxq)).to(x.dtype) - ((aux < -self.omega) & (weight_int > 0)).to(x.dtype)
+        up, down = (aux > self.omega) & (weight_int < maxq), (aux < -self.omega) & (weight_int > 0)
+        step = up.to(x.dtype) - down.to(x.dtype)
         ternary = aux + (step - aux).detach()
         offset = (aux - self.omega * step.detach()).view(-1, GROUP, self.cols).mean(1) / self.omega
         zeros, scales = grid.zeros.to(x.dtype), grid.scales.to(x.dtype)

@@ -81,10 +81,12 @@ def main():
         with tempfile.TemporaryDirectory() as work:
             work = Path(work)
             layers = write_model(work / "gptq", *size)
-            write_lota_adapter(work / "adapter", work / "gptq", layers, RANK, omega=24.0)
+            for share in (0.75, 0.5):       # of the rank: few weights can step, or every product is needed
+                write_lota_adapter(work / f"omega {share} r", work / "gptq", layers, RANK, omega=share * RANK)
             weights = sum(r * c for _, r, c in layers)
             largest_mb = max(r * c for _, r, c in layers) * BITS / 8 / 1e6
-            seconds, peak = {"copy": [], "merge": [], "merge and verify": []}, {}
+            kinds = [f"omega {share} r, {what}" for share in (0.75, 0.5) for what in ("merge", "merge and verify")]
+            seconds, peak = {name: [] for name in ("copy", *kinds)}, {}
             for turn in range(args.rounds + 1):
                 for name in seconds:
                     if name == "copy":
@@ -93,7 +95,7 @@ def main():
                         value = time.perf_counter() - start
                     else:
                         out = subprocess.run(
-                            [sys.executable, __file__, "--one", work / "adapter", work / "gptq", work / "out",
+                            [sys.executable, __file__, "--one", work / name.split(",")[0], work / "gptq", work / "out",
                              "verify" if "verify" in name else "no"], capture_output=True, text=True, check=True,
                             cwd=ROOT)
                         value, peak[name] = json.loads(out.stdout.splitlines()[-1])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from t_signSGD import order_statistic, sigma, tSignSGD
+import t_signSGD
+from t_signSGD import batches, move_one, move_together, order_statistic, sigma, tSignSGD
 
 SHAPES = ((8, 40), (24, 8), (1, 7), (3, 1001))
 
@@ -111,12 +112,22 @@ def test_order_statistic_of_two_dims_by_hand():
     assert order_statistic(entries, 0.5, math.floor) == order_statistic(entries, 0.5, math.ceil) == 5
 
 
+@pytest.fixture(params=["one by one", "together"])
+def way(request, monkeypatch):
+    """Steps as a CPU takes them, and as a GPU does: tensors of one shape together, on the CPU here."""
+    if request.param == "together":
+        def move_one(p, level, spike):
+            count, = move_together([p], level, torch.tensor(spike), torch.tensor(True))
+            return count
+        monkeypatch.setattr(t_signSGD, "move_one", move_one)
+
+
 # --- steps --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["normal", "ties", "tiny", "large", "zero"])
 @pytest.mark.parametrize("start", [0.5, 0.95])
-def test_steps_are_the_oracles(start, kind, dtype):
+def test_steps_are_the_oracles(start, kind, dtype, way):
     """40 steps through both phases: all entries equal the oracle's after each, stay in -1, 0, 1, and are counted."""
     steps, parameters = 40, ternary_parameters(dtype=dtype)
     optimizer = tSignSGD(parameters, threshold_ratio=start, min_grad=0.97, filter_upper=0.999)
@@ -145,7 +156,7 @@ def test_steps_are_the_oracles(start, kind, dtype):
 
 @pytest.mark.parametrize("value, moves", [(0.9e-9, False), (1.1e-9, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tau(dtype, value, moves):
+def test_tau(dtype, value, moves, way):
     """A gradient that stands out moves its entry only beyond tau = 1e-9: the rest, and the quantile, is 0."""
     p = torch.nn.Parameter(torch.zeros(100, dtype=dtype))
     p.grad = torch.zeros(100, dtype=dtype)
@@ -183,8 +194,31 @@ def test_more_entries_than_torch_quantile_takes(dtype):
     assert int((p != 0).sum()) == size - int(up_to[quantile])
 
 
+def test_tensors_of_one_shape_move_together(monkeypatch):
+    """Five tensors of two shapes, cut into batches: each moves as it does alone, and not at all unless finite."""
+    shapes = [(4, 30), (4, 30), (7, 11), (4, 30), (7, 11)]
+    together, alone = ternary_parameters(shapes), ternary_parameters(shapes)
+    for parameters in (together, alone):
+        set_gradients(parameters, 1, "large")
+    monkeypatch.setattr(t_signSGD, "BATCH_ENTRIES", 240)
+    cut = list(batches(together))
+    assert [[id(p) for p in batch] for batch in cut] == [
+        [id(together[i]) for i in batch] for batch in ((0, 1), (3,), (2, 4))]
+    before = values(together)
+    for batch in cut:
+        none = move_together(batch, 0.9, torch.tensor(True), torch.tensor(False))
+        assert none.tolist() == [0] * len(batch)
+    assert all(torch.equal(p, b) for p, b in zip(together, before, strict=True))
+    counts = {}
+    for batch in cut:
+        counts.update(zip(batch, move_together(batch, 0.9, torch.tensor(True), torch.tensor(True)), strict=True))
+    for p, q in zip(together, alone, strict=True):
+        assert counts[p] == move_one(q, 0.9, True) > 0
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("norm, phase_over, spared", [(10.5, True, True), (9.5, True, False), (10.5, False, False)])
-def test_spike_rule(norm, phase_over, spared):
+def test_spike_rule(norm, phase_over, spared, way):
     """In the last phase only, and only with a global norm beyond 10 (shared by two tensors, neither of which
     passes it alone), entries at or above the 0.99995 quantile stay: of 40,001 different gradients the three largest."""
     parameters = [torch.nn.Parameter(torch.zeros(40001)) for _ in range(2)]
