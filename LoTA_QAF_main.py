@@ -37,6 +37,7 @@ from LoTA.lota_merge import check_match, count_moved, merge_folders, print_moved
 from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 SPLIT_TARGETS = re.compile(r"[,\s]+")
 
@@ -50,8 +51,11 @@ def setting(default, help, **kwargs):
 @dataclass
 class baseConfig:
     mode: int = setting(1, "1 trains an adapter; 2 merges it and evaluates", choices=[1, 2])
-    lota_qaf: bool = setting(False, "True: ternary adapters with t-SignSGD; False: LoRA, the baseline. Mode 2 reads it "
-                                    "from the adapter")
+    lota_qaf: bool = setting(False, "True: ternary adapters with t-SignSGD (--method lota). Mode 2 reads it from the "
+                                    "adapter")
+    method: str | None = setting(None, "what to train: lota, or a baseline with a 16-bit adapter: lora, or qalora that "
+                                       "merges into the zero points", choices=["lota", "lora", "qalora"],
+                                 shown="lota with --lota_qaf True, else lora")
     residual: bool = setting(True, "use the offset factor (mu, Eq. 4); without it the merged model is a plain GPTQ "
                                    "checkpoint")
     offset_scale: str = setting("omega", "what mu is divided by (kappa): omega, as the published scripts do, or paper "
@@ -116,8 +120,8 @@ class evalConfig:
     load_adapter: str = setting("none", "the adapter's folder, or a merged folder; none: the model without adapter")
     auto_gptq: str = setting("gptq", "without adapter: gptq evaluates --quantized_model_dir, none the 16-bit "
                                      "--pretrained", choices=["gptq", "none"])
-    merge: bool = setting(True, "LoTA: merge the adapter into the integers first; False evaluates the layers as they "
-                                "were trained")
+    merge: bool = setting(True, "LoTA, QA-LoRA: merge the adapter into the grid first; False evaluates the layers as "
+                                "they were trained")
     merged_path: str | None = setting(None, "where the merged model is kept", shown="a temporary folder")
     load_ada_interval: float | None = setting(None, "omega of an adapter that says it neither in lota_config.json nor "
                                                     "in its name, nor in its parent's", shown="0.75 r: 48 at r = 64")
@@ -205,6 +209,10 @@ def attention(base):
 
 def train(base, training):
     """Trains an adapter; returns its folder."""
+    if base.lota_qaf and base.method not in (None, "lota"):
+        raise UserError(f"--lota_qaf True contradicts --method {base.method}")
+    base.method = base.method or ("lota" if base.lota_qaf else "lora")
+    base.lota_qaf = base.method == "lota"
     folder = resolve_gptq(base)
     size, parameters = model_size(base.pretrained, folder)
     if base.lora_r is None:
@@ -220,7 +228,7 @@ def train(base, training):
 
     from data_print_save import check_cuda, get_Ada_path, params_print, prepare_dataset, set_seed
     from t_signSGD import tSignSGD
-    method = "LoTA" if base.lota_qaf else "LoRA"
+    method = METHODS[base.method]
     numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
                else (training.learning_rate, base.lora_r, base.lora_alpha))
     started = datetime.now().strftime("%d_%H%M%S")
@@ -239,7 +247,8 @@ def train(base, training):
                            training.target_max_len, training.debug_number, base.data_dir)
     params_print(base, training)
     config = LotaConfig(
-        method=method, omega=training.interval_point if base.lota_qaf else None, residual=base.residual,
+        method=method, omega=training.interval_point if base.lota_qaf else None,
+        residual=base.residual or base.method == "qalora",      # QA-LoRA is nothing but offsets
         offset_scale=base.offset_scale, bits=base.w_bits, group_size=base.group_size, rank=base.lora_r,
         pretrained=absolute(base.pretrained), quantized_model_dir=absolute(folder.path),
         fingerprint=folder.fingerprint(), data_set=training.training_data_name, seed=base.seed,
@@ -252,8 +261,9 @@ def train(base, training):
     model = load_gptq(base.quantized_model_dir, getattr(torch, base.dtype), base.device_map, "gptq_torch",
                       attention(base), base.trust_remote_code).model
     model.config.use_cache = False
+    pooling = {"use_qalora": True, "qalora_group_size": folder.group_size} if base.method == "qalora" else {}
     lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
-                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM)
+                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
     if base.lota_qaf:
         from LoTA.layer import CustomLoraLinear, register
         register(lora_config, threshold)
@@ -510,11 +520,12 @@ def choose_model(base, evaluation, temporary):
 
     config = read_adapter(adapter, evaluation.load_ada_interval, base.residual)
     base.lota_qaf, base.lora_r, base.residual = config.method == "LoTA", config.rank, config.residual
+    base.method = {name: flag for flag, name in METHODS.items()}[config.method]
     base.offset_scale, base.pretrained = config.offset_scale, base.pretrained or config.pretrained
     base.quantized_model_dir = base.quantized_model_dir or config.quantized_model_dir
     folder = resolve_gptq(base)
     name = Path(adapter).resolve().name
-    if not base.lota_qaf or not evaluation.merge:
+    if config.method == "LoRA" or not evaluation.merge:
         check_match(adapter, config, AdapterTensors(adapter), folder)
 
         def load_unmerged():

@@ -137,7 +137,7 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
 
 
 def load_live(adapter, gptq, omega=None, residual=None, backend="gptq_torch", **kwargs):
-    """A PEFT model in evaluation mode: the adapter folder, LoTA or LoRA, unmerged on its GPTQ folder.
+    """A PEFT model in evaluation mode: the adapter folder, LoTA, LoRA or QA-LoRA, unmerged on its GPTQ folder.
 
     omega and residual are used only for an adapter that does not say its own; kwargs go to load_gptq. A LoTA adapter
     runs on the plain torch kernel's layers, whatever backend says.

@@ -3,9 +3,11 @@
 Touches: files. Knows nothing of GPTQModel or PEFT, loads no model, unpickles nothing.
 """
 import json
+import math
 import os
 import re
 import shutil
+import struct
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from LoTA import UserError
 from LoTA.packing import SUPPORTED_BITS
-from LoTA.ternary import Grid, Threshold
+from LoTA.ternary import Grid, Threshold, dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder that needs its offsets: stock tools refuse it
 LOTA_SUBFOLDER = "lota"             # beside the weights, since some loaders glob *.safetensors in the root
@@ -79,6 +81,14 @@ class GPTQFolder:
         """The integers of one layer as a ternary.Grid."""
         return Grid(*(self.tensor(f"{module}.{t}") for t in LAYER_TENSORS), self.bits, self.checkpoint_format)
 
+    def offset(self, module):
+        """mu [groups, out] float32 of one layer, or None: a GPTQ model has none."""
+        return None
+
+    def weight(self, module):
+        """The numbers of one layer [in, out] float32: s * (W_int - z + mu)."""
+        return dequantize(self.grid(module), self.offset(module))
+
     def fingerprint(self):
         """xxh3-128 over names and bytes of every quantized tensor: equal only for the same GPTQ weights."""
         digest = xxhash.xxh3_128()
@@ -119,6 +129,28 @@ class MergedFolder(GPTQFolder):
         with safe_open(self.offsets_file, "pt") as offsets:
             name = f"{module}.offset"
             return offsets.get_tensor(name) if name in offsets.keys() else None
+
+
+class LoraFolder(GPTQFolder):
+    """A GPTQ folder with a LoRA adapter beside it, as one model whose weights are no integers any more."""
+
+    def __init__(self, path, adapter):
+        super().__init__(path)
+        self.lota, self.adapter = read_adapter(adapter), AdapterTensors(adapter)
+        self.scaling = lora_scaling(adapter)
+
+    def weight(self, module):
+        weight = super().weight(module)
+        if module in self.adapter.modules:
+            lora_A, lora_B = self.adapter.matrices(module)
+            weight.addmm_(lora_A.float(), lora_B.float(), alpha=self.scaling)
+        return weight
+
+
+def lora_scaling(adapter):
+    """alpha / r of a LoRA or QA-LoRA adapter folder, as PEFT applies it."""
+    config = read_json(Path(adapter) / "adapter_config.json")
+    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 
 def check_model_name(flag, name):
@@ -181,7 +213,7 @@ def safetensors_files(path):
 @dataclass
 class LotaConfig:
     """lota_config.json: how an adapter was trained, and so how it must be read."""
-    method: str = "LoTA"                        # LoTA or LoRA
+    method: str = "LoTA"                        # LoTA, LoRA or QA-LoRA
     omega: float | None = None
     residual: bool = True
     offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1
@@ -224,8 +256,8 @@ def make_threshold(omega, residual, offset_scale):
     return Threshold(omega=float(omega), kappa=kappa)
 
 
-ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA|LoRA)_(?P<first>[^_]+)_[^_]+_[^_]+"
-                          r"_(?P<data_set>[^_]+)")
+ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA|LoRA|QA-LoRA)_(?P<first>[^_]+)_[^_]+"
+                          r"_[^_]+_(?P<data_set>[^_]+)")
 
 
 def read_adapter(path, omega=None, residual=None):
@@ -256,6 +288,8 @@ def read_adapter(path, omega=None, residual=None):
         config.bits, config.data_set, config.method = int(named["bits"]), named["data_set"], named["method"]
     elif not AdapterTensors(path).is_ternary():
         config.method = "LoRA"
+    if peft_config.get("use_qalora"):
+        config.method = "QA-LoRA"
     if config.method == "LoTA":
         try:
             config.omega = float(named["first"]) if named else omega or 0.75 * rank
@@ -265,7 +299,7 @@ def read_adapter(path, omega=None, residual=None):
 
 
 class AdapterTensors:
-    """The ternary matrices of an adapter folder, read one layer at a time. modules: the layers it has."""
+    """The matrices of an adapter folder, read one layer at a time. modules: the layers it has."""
 
     PREFIX = "base_model.model."
 
@@ -289,10 +323,14 @@ class AdapterTensors:
         except UserError:
             return False
 
-    def pair(self, module):
-        """(A [in, r], B [r, out]) of one layer. Raises UserError where an entry is not -1, 0 or 1."""
+    def matrices(self, module):
+        """(A [in, r], B [r, out]) of one layer; with QA-LoRA A is [groups, r]."""
         with safe_open(self.file, "pt") as tensors:
-            pair = [tensors.get_tensor(f"{self.PREFIX}{module}.{kind}.weight").t() for kind in ("lora_A", "lora_B")]
+            return [tensors.get_tensor(f"{self.PREFIX}{module}.{kind}.weight").t() for kind in ("lora_A", "lora_B")]
+
+    def pair(self, module):
+        """matrices() of a LoTA adapter. Raises UserError where an entry is not -1, 0 or 1."""
+        pair = self.matrices(module)
         for matrix, kind in zip(pair, "AB", strict=True):
             if not bool(((matrix == 0) | (matrix.abs() == 1)).all()):
                 raise UserError(f"{self.file}: {kind} of {module} is not ternary; this is not a LoTA adapter")
@@ -318,6 +356,41 @@ def write_json(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+
+
+def create_safetensors(file, tensors):
+    """A safetensors file of the right size with nothing in it yet: {name: (dtype, shape)}.
+
+    The tensors come one by one through overwrite_tensor; those of a large model together would fill the memory.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+
+
+def overwrite_tensor(file, name, tensor):
+    """Replaces the bytes of one tensor of a safetensors file in place; shape and dtype must be as they were.
+
+    A safetensors file is the header's length (8 bytes, little endian), a JSON header and the tensors' bytes:
+    https://github.com/huggingface/safetensors#format
+    """
+    with open(file, "r+b") as f:
+        header_size, = struct.unpack("<Q", f.read(8))
+        entry = json.loads(f.read(header_size))[name]
+        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
+        if entry["dtype"] != dtype or entry["shape"] != shape:
+            raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected {dtype} {shape}")
+        f.seek(8 + header_size + entry["data_offsets"][0])
+        f.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager

@@ -1,16 +1,15 @@
-"""Merges a trained ternary adapter into the integers of its GPTQ model: folder in, folder out.
+"""Merges a trained adapter, LoTA or QA-LoRA, into the grid of its GPTQ model: folder in, folder out.
 
     python -m LoTA.lota_merge --adapter ADAPTER --gptq GPTQ_MODEL --output MERGED
 
 Works layer by layer on the files: no GPU, no model is loaded, the originals are never touched. Without offsets
 (adapters trained with --residual False) the result is a plain GPTQ model; with offsets it has a checkpoint_format of
-its own, so that a stock tool refuses it rather than compute something else, and LoTA.adapter opens it.
+its own, so that a stock tool refuses it rather than compute something else, and LoTA.adapter opens it. A QA-LoRA
+adapter is nothing but an offset per group: its integers stay.
 """
 import argparse
-import json
 import math
 import shutil
-import struct
 
 import torch
 from tqdm import tqdm
@@ -25,6 +24,9 @@ from LoTA.folders import (
     GPTQFolder,
     MergedFolder,
     check_output_folder,
+    create_safetensors,
+    lora_scaling,
+    overwrite_tensor,
     read_adapter,
     set_checkpoint_format,
     whole_folder,
@@ -43,25 +45,25 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
     """
     check_output_folder(output, MARKER)
     config = read_adapter(adapter_dir, omega, residual)
-    if config.method != "LoTA":
-        raise UserError(f"{adapter_dir} is a {config.method} adapter; only ternary adapters merge into the GPTQ grid")
+    if config.method == "LoRA":
+        raise UserError(f"{adapter_dir} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
+                        "which the GPTQ grid cannot hold; python -m LoTA.export ADAPTER --format dense writes the sum")
     source, adapter = GPTQFolder(gptq_dir), AdapterTensors(adapter_dir)
     check_match(adapter_dir, config, adapter, source)
-    threshold = config.threshold
+    merge_layer = layer_merger(adapter_dir, config, adapter)
 
     with whole_folder(output, MARKER) as folder:
         for item in tqdm([f for f in sorted(source.path.iterdir()) if f.is_file()], desc="copying", unit="file"):
             shutil.copyfile(item, folder / item.name)
         (folder / LOTA_SUBFOLDER).mkdir()
-        if threshold.kappa is not None:
-            create_offsets(folder, {m: source.shape(f"{m}.scales") for m in adapter.modules})
+        if config.residual:
+            create_safetensors(folder / LOTA_SUBFOLDER / OFFSETS_FILE, {
+                f"{m}.offset": (torch.float32, source.shape(f"{m}.scales")) for m in adapter.modules})
             set_checkpoint_format(folder, LOTA_FORMAT)
         moved = {}
         for module in tqdm(adapter.modules, desc="merging", unit="layer"):
-            lora_A, lora_B = adapter.pair(module)
             grid = source.grid(module)
-            check_settings(lora_A.shape[1], threshold.omega, grid.groups.largest)
-            merged, offset = merge(lora_A, lora_B, grid, threshold)
+            merged, offset = merge_layer(module, grid)
             name = f"{module}.qweight"
             overwrite_tensor(folder / source.file_of[name].name, name, merged.qweight)
             if offset is not None:
@@ -71,8 +73,35 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
         config.training["moved"] = shares(moved)
         config.save(folder / LOTA_SUBFOLDER)
         if verify:
-            verify_folders(adapter, source, MergedFolder(folder), threshold)
+            verify_folders(adapter, source, MergedFolder(folder), merge_layer)
     return shares(moved)
+
+
+def layer_merger(adapter_dir, config, adapter):
+    """The function (module, Grid) -> (merged Grid, mu or None) that merges this kind of adapter."""
+    if config.method == "QA-LoRA":
+        scaling = lora_scaling(adapter_dir)
+        return lambda module, grid: (grid, qalora_offset(*adapter.matrices(module), scaling, grid, module))
+    threshold = config.threshold
+
+    def merge_ternary(module, grid):
+        lora_A, lora_B = adapter.pair(module)
+        check_settings(lora_A.shape[1], threshold.omega, grid.groups.largest)
+        return merge(lora_A, lora_B, grid, threshold)
+    return merge_ternary
+
+
+def qalora_offset(lora_A, lora_B, scaling, grid, module):
+    """mu [groups, out] float32 of a QA-LoRA layer: lora_A [groups, r], lora_B [r, out].
+
+    PEFT adds scaling * (groups * mean of x over the group) @ A @ B, so each row of group g moves by
+    scaling * groups / rows * (A @ B)[g], whatever its integer; over the scale this is an offset.
+    """
+    groups = grid.groups
+    if lora_A.shape[0] != groups.count or groups.order is not None or groups.sizes.min() != groups.largest:
+        raise UserError(f"{module}: the QA-LoRA adapter pools {grid.shape[0] // lora_A.shape[0]} inputs in their order "
+                        "and the GPTQ groups are others; only with equal groups it merges")
+    return scaling * groups.count / groups.largest * (lora_A.float() @ lora_B.float()) / grid.scales.float()
 
 
 def check_match(adapter_dir, config, adapter, source):
@@ -83,7 +112,10 @@ def check_match(adapter_dir, config, adapter, source):
                         f"{missing[0] + ', which is no quantized layer there' if missing else 'no layer'}")
     for module in adapter.modules:
         (rows, rank), (_, cols) = adapter.shapes(module)
-        shape = (source.shape(f"{module}.g_idx")[0], source.shape(f"{module}.scales")[1])
+        groups, width = source.shape(f"{module}.scales")
+        shape = (source.shape(f"{module}.g_idx")[0], width)
+        if config.method == "QA-LoRA":          # its A has a row for each group
+            rows = rows * shape[0] // groups if rows == groups else rows
         if (rows, cols) != shape or rank != config.rank:
             raise UserError(f"{adapter_dir} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "
                             f"adapter {rows} x {cols} of rank {rank}")
@@ -96,55 +128,24 @@ def check_match(adapter_dir, config, adapter, source):
                         f"differ); it was trained on {config.quantized_model_dir}")
 
 
-def verify_folders(adapter, source, merged, threshold):
+def verify_folders(adapter, source, merged, merge_layer):
     """Reads the merged folder back and checks every layer: each integer and offset is what the equations say.
 
-    Takes the road that looks at every weight, whichever one the merge took. Equal integers and offsets, with the
-    tensors that a merge does not touch, are an equal W'. Raises RuntimeError: a failure here is a defect of this
-    program or of the disk.
+    For a ternary adapter it takes the road that looks at every weight, whichever one the merge took. Equal integers and
+    offsets, with the tensors that a merge does not touch, are an equal W'. Raises RuntimeError: a failure here is a
+    defect of this program or of the disk.
     """
     for module in tqdm(adapter.modules, desc="verifying", unit="layer"):
-        if not is_merge(*adapter.pair(module), source.grid(module), merged.grid(module), merged.offset(module),
-                        threshold):
+        before, after, offset = source.grid(module), merged.grid(module), merged.offset(module)
+        if merged.lota.method == "QA-LoRA":
+            same = torch.equal(before.qweight, after.qweight) and torch.equal(offset, merge_layer(module, before)[1])
+        else:
+            same = is_merge(*adapter.pair(module), before, after, offset, merged.lota.threshold)
+        if not same:
             raise RuntimeError(f"{module}: the merged weights differ from the trained ones")
         if not all(torch.equal(source.tensor(f"{module}.{t}"), merged.tensor(f"{module}.{t}"))
                    for t in ("qzeros", "scales", "g_idx")):
             raise RuntimeError(f"{module}: a tensor that the merge must not touch was changed")
-
-
-SAFETENSORS_NAMES = {torch.int32: "I32", torch.float32: "F32"}
-
-
-def create_offsets(folder, shapes):
-    """An offsets file of the right size with nothing in it yet: {module: (groups, out)} as float32.
-
-    The tensors come one by one through overwrite_tensor; those of a large model together would fill the memory.
-    """
-    header, end = {}, 0
-    for module, (groups, cols) in shapes.items():
-        start, end = end, end + 4 * groups * cols
-        header[f"{module}.offset"] = {"dtype": "F32", "shape": [groups, cols], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / LOTA_SUBFOLDER / OFFSETS_FILE, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + end)
-
-
-def overwrite_tensor(file, name, tensor):
-    """Replaces the bytes of one tensor of a safetensors file in place; shape and dtype must be as they were.
-
-    A safetensors file is the header's length (8 bytes, little endian), a JSON header and the tensors' bytes:
-    https://github.com/huggingface/safetensors#format
-    """
-    with open(file, "r+b") as f:
-        header_size, = struct.unpack("<Q", f.read(8))
-        entry = json.loads(f.read(header_size))[name]
-        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
-        if entry["dtype"] != dtype or entry["shape"] != shape:
-            raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected {dtype} {shape}")
-        f.seek(8 + header_size + entry["data_offsets"][0])
-        f.write(tensor.contiguous().numpy().data)
 
 
 def count_moved(moved, module, before, after):

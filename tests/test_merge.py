@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from LoTA import UserError, lota_merge
-from LoTA.folders import GPTQFolder, MergedFolder, whole_folder
+from LoTA.folders import GPTQFolder, MergedFolder, overwrite_tensor, whole_folder
 from LoTA.ternary import Grid
 
 
@@ -80,7 +80,7 @@ def test_another_gptq_model_is_refused_by_its_fingerprint(tmp_path):
     name = "model.layers.0.mlp.down_proj.qweight"
     qweight = GPTQFolder(other).tensor(name)
     qweight[0, 0] ^= 1
-    lota_merge.overwrite_tensor(other / "model.safetensors", name, qweight)
+    overwrite_tensor(other / "model.safetensors", name, qweight)
     with pytest.raises(UserError, match="fingerprint"):
         lota_merge.merge_folders(adapter, other, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -169,7 +169,7 @@ def test_the_verification_catches_damage(tmp_path, damage, message):
     if damage == "integer":
         qweight = merged.tensor(f"{name}.qweight")
         qweight[3, 3] ^= 1
-        lota_merge.overwrite_tensor(folder / "model.safetensors", f"{name}.qweight", qweight)
+        overwrite_tensor(folder / "model.safetensors", f"{name}.qweight", qweight)
     elif damage == "offset":
         offsets = load_file(folder / "lota/offsets.safetensors")
         offsets[f"{name}.offset"][0, 0] += 1e-3

@@ -1,0 +1,397 @@
+"""LoTA.export: each format opened by the engines it is for, and compared with the merged model by the oracle."""
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import oracle
+import pytest
+import torch
+from conftest import LAYERS, PREFIX, ROOT, write_adapter, write_gptq
+from gptqmodel import GPTQModel
+from gptqmodel.adapter.adapter import Lora
+from gptqmodel.utils.backend import BACKEND
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from LoTA import UserError, export, gguf_file
+from LoTA.adapter import LTA, load_gptq, load_live
+from LoTA.folders import AdapterTensors, GPTQFolder, LotaConfig, MergedFolder
+from LoTA.lota_merge import merge_folders
+
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def merged(quantize, tmp_path_factory):
+    """A function (bits, residual) -> a merged folder of the tiny model with a random adapter."""
+    made = {}
+
+    def merged(bits, residual=True):
+        if (bits, residual) not in made:
+            folder = tmp_path_factory.mktemp("merged")
+            gptq = quantize(bits)
+            source = GPTQFolder(gptq)
+            generator = torch.Generator().manual_seed(bits)
+            tensors = {}
+            for module in source.modules:
+                rows, cols = source.shape(f"{module}.g_idx")[0], source.shape(f"{module}.scales")[1]
+                tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randint(-1, 2, (RANK, rows), generator=generator)
+                tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randint(-1, 2, (cols, RANK), generator=generator)
+            (folder / "adapter").mkdir()
+            save_file({k: v.float() for k, v in tensors.items()}, folder / "adapter/adapter_model.safetensors")
+            (folder / "adapter/adapter_config.json").write_text(json.dumps({"r": RANK, "peft_type": "LORA"}))
+            LotaConfig(omega=4.0, residual=residual, rank=RANK, bits=bits, pretrained="some/base", data_set="viggo",
+                       quantized_model_dir=str(gptq), fingerprint=source.fingerprint()).save(folder / "adapter")
+            merge_folders(folder / "adapter", gptq, folder / "merged")
+            made[bits, residual] = folder / "merged"
+        return made[bits, residual]
+    return merged
+
+
+def ids(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["inform(name[Portal 2], rating[good])", "Which game is it?"]
+    return [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return torch.cat([model(input_ids=i).logits.float() for i in inputs], 1)
+
+
+def live_logits(folder):
+    """Logits of the merged folder, opened by LTA in float32."""
+    return logits(LTA(path=str(folder)).load(dtype=torch.float32).model, ids(folder))
+
+
+def oracle_weight(model, module):
+    """s * (W_int - z + mu) in float64, unpacked by the oracle; [in, out]."""
+    g_idx, scales = model.tensor(f"{module}.g_idx").long(), model.tensor(f"{module}.scales").double()
+    codes = oracle.unpack_columns(model.tensor(f"{module}.qweight"), model.bits, len(g_idx))
+    zeros = oracle.unpack_columns(model.tensor(f"{module}.qzeros").t().contiguous(), model.bits, scales.shape[1]).t()
+    if model.checkpoint_format == "gptq":
+        zeros = (zeros + 1) % 2**model.bits
+    offset = model.offset(module)
+    mu = torch.zeros_like(scales) if offset is None else offset.double()
+    return scales[g_idx] * (codes - zeros[g_idx] + mu[g_idx])
+
+
+# --- gptq ---------------------------------------------------------------------------------------------------------
+
+def test_gptq_is_a_plain_checkpoint(merged, tmp_path):
+    """Without offsets: no file of ours is needed; transformers and two of GPTQModel's kernels give the same logits."""
+    folder, out = merged(4, residual=False), tmp_path / "out"
+    export.export(folder, "gptq", out, verify=True)
+    assert not (out / "lota").exists()
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq"
+    inputs, want = ids(out), live_logits(folder)
+    for kernel in (BACKEND.GPTQ_TORCH, BACKEND.GPTQ_TORCH_ATEN):
+        model = GPTQModel.load(str(out), backend=kernel, device="cpu", dtype=torch.bfloat16).model
+        torch.testing.assert_close(logits(model, inputs), want, rtol=0.1, atol=0.1)
+    plain = load_gptq(out, dtype=torch.float32).model
+    torch.testing.assert_close(logits(plain, inputs), want, rtol=1e-4, atol=2e-4)
+    model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", dtype=torch.bfloat16)
+    torch.testing.assert_close(logits(model, inputs), want, rtol=0.1, atol=0.1)
+
+
+def test_offsets_do_not_fit_gptq(merged, tmp_path):
+    with pytest.raises(UserError, match="peft, gguf or dense"):
+        export.export(merged(4), "gptq", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- peft ---------------------------------------------------------------------------------------------------------
+
+def test_peft_adds_the_offset(merged, tmp_path):
+    """PEFT on the plain GPTQ model, and GPTQModel's Lora, give the merged model's logits; without the adapter not."""
+    folder, out = merged(4), tmp_path / "out"
+    export.export(folder, "peft", out, verify=True)
+    config = json.loads((out / "adapter/adapter_config.json").read_text())
+    model = MergedFolder(folder)
+    ranks = {m: model.shape(f"{m}.scales")[0] for m in model.modules}
+    assert {m: config["rank_pattern"].get(m, config["r"]) for m in ranks} == ranks and config["rank_pattern"]
+    inputs, want = ids(folder), live_logits(folder)
+    plain = load_gptq(out, dtype=torch.float32).model
+    assert (logits(plain, inputs) - want).abs().max() > 0.01
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, str(out / "adapter")), inputs), want,
+                               rtol=1e-4, atol=2e-4)
+    with_lora = GPTQModel.load(str(out), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16,
+                               adapter=Lora(path=str(out / "adapter"), rank=config["r"])).model.float()
+    torch.testing.assert_close(logits(with_lora, inputs), want, rtol=1e-4, atol=2e-4)
+
+
+# --- dense --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_dense_weights_are_the_oracles(merged, tmp_path, bits, monkeypatch):
+    """In small shards with an index; transformers opens them without GPTQModel and gives the merged model's logits."""
+    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
+    folder, out = merged(bits), tmp_path / "out"
+    export.export(folder, "dense", out, torch.float32, verify=True)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 3 and "quantization_config" not in json.loads((out / "config.json").read_text())
+    model = MergedFolder(folder)
+    for module in model.modules:
+        with safe_open(out / index[f"{module}.weight"], "pt") as tensors:
+            weight = tensors.get_tensor(f"{module}.weight")
+        torch.testing.assert_close(weight.double().t(), oracle_weight(model, module), rtol=1e-6, atol=1e-6)
+    dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(logits(dense, ids(out)), live_logits(folder), rtol=1e-4, atol=2e-4)
+
+
+def test_dense_takes_the_models_dtype(merged, tmp_path):
+    folder = merged(4)
+    export.export(folder, "dense", tmp_path / "out", verify=True)
+    own = json.loads((folder / "config.json").read_text())["dtype"]
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert {str(t.dtype) for n, t in tensors.items() if "proj" in n} == {f"torch.{own}"}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == own
+
+
+# --- gguf ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits, residual", [(2, True), (3, True), (4, True), (4, False)])
+def test_gguf_in_transformers(merged, tmp_path, bits, residual):
+    """transformers dequantizes the file to the oracle's weights but for float16's rounding of the minimum, in its own
+    order of rows, and its tokenizer and logits are the merged model's."""
+    folder, out = merged(bits, residual), tmp_path / "out"
+    export.export(folder, "gguf", out, verify=True)
+    model = AutoModelForCausalLM.from_pretrained(out, gguf_file=export.GGUF_FILE, dtype=torch.float32)
+    source = MergedFolder(folder)
+    for module in source.modules:
+        scales, g_idx = source.tensor(f"{module}.scales").double(), source.tensor(f"{module}.g_idx").long()
+        weight, want = model.get_submodule(module).weight.double().t(), oracle_weight(source, module)
+        bound = 2.0**-11 * scales[g_idx] * 2 * (2**bits + RANK) + 1e-6
+        assert ((weight - want).abs() <= bound).all()
+    torch.testing.assert_close(logits(model, ids(folder)), live_logits(folder), rtol=2e-2, atol=2e-2)
+    tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=export.GGUF_FILE)
+    text = "inform(name[Portal 2], rating[good])"
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("heads, rows", [(2, 16), (1, 8), (4, 64)])
+def test_the_order_of_rotary_rows(heads, rows):
+    """Row j of a head's first half and row j of its second become neighbours; the inverse brings them back."""
+    before = torch.arange(rows)
+    after = gguf_file.permute(before, heads)
+    half = rows // heads // 2
+    want = [head * 2 * half + j + part * half for head in range(heads) for j in range(half) for part in (0, 1)]
+    assert after.tolist() == want
+    assert torch.equal(gguf_file.permute(after, heads, inverse=True), before)
+
+
+def test_rope_factors_are_transformers():
+    """Llama 3.1's divisors, against the frequencies that transformers computes from the same config."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / 500000.0 ** (torch.arange(0, 128, 2).double() / 128)
+    torch.testing.assert_close(torch.from_numpy(gguf_file.rope_factors(config)).double(), plain / scaled.double(),
+                               rtol=1e-5, atol=0)
+    assert gguf_file.rope_factors(LlamaConfig()) is None
+
+
+@pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python: runs/deploy.sh installs it")
+def test_gguf_in_llama_cpp(merged, tmp_path):
+    """llama.cpp reads the file: the same tokens, and logits within its 8-bit rounding of the activations."""
+    from llama_cpp import Llama
+    folder, out = merged(4), tmp_path / "out"
+    export.export(folder, "gguf", out)
+    model = Llama(str(out / export.GGUF_FILE), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    text = "inform(name[Portal 2], rating[good])"
+    tokens = model.tokenize(text.encode(), add_bos=False, special=True)
+    assert tokens == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    model.eval(tokens)
+    got = torch.tensor(model.scores[:len(tokens)])
+    want = logits(LTA(path=str(folder)).load(dtype=torch.float32).model, [torch.tensor([tokens])])[0]
+    assert (got - want).abs().max() < 0.05 * want.abs().max()
+
+
+# --- what formats refuse ------------------------------------------------------------------------------------------
+
+def tiny_merged(tmp_path, **settings):
+    gptq = write_gptq(tmp_path / "gptq", **settings)
+    adapter = write_adapter(tmp_path / "adapter", gptq)
+    merge_folders(adapter, gptq, tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_gguf_refuses_8_bits(merged, tmp_path):
+    with pytest.raises(UserError, match="up to 4 bits"):
+        export.export(merged(8), "gguf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_across_groups_are_refused(tmp_path):
+    """desc_act, and a group size that 32 does not divide: GGUF's blocks cannot express them, PEFT's indicator can."""
+    for name, settings in (("desc_act", {"desc_act": True}), ("16", {"group_size": 16})):
+        folder = tiny_merged(tmp_path / name, **settings)
+        with pytest.raises(UserError, match="different groups"):
+            gguf_file.check_blocks(MergedFolder(folder), next(iter(LAYERS)))
+        export.export(folder, "peft", tmp_path / name / "out", verify=True)
+
+
+def test_other_architectures_and_tokenizers_are_refused(merged, tmp_path):
+    import shutil
+    folder = tmp_path / "model"
+    shutil.copytree(merged(4), folder)
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(UserError, match="knows llama"):
+        export.export(folder, "gguf", tmp_path / "out")
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}))
+    with pytest.raises(UserError, match="rotary"):
+        export.export(folder, "gguf", tmp_path / "out")
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="byte-level"):
+        export.export(folder, "gguf", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2"])
+def test_pre_tokenizers(name):
+    """The three that llama.cpp names; Llama 3's and Qwen 2's cut numbers differently."""
+    pattern = {v: k for k, v in gguf_file.PRE_TOKENIZERS.items()}[name]
+    steps = [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": pattern is None}]
+    if pattern:
+        steps.insert(0, {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"})
+    content = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    assert gguf_file.pre_tokenizer_name(content) == name
+
+
+# --- verification, whole folders, cards ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("format", ["gptq", "peft", "gguf", "dense"])
+def test_the_verification_catches_damage(merged, tmp_path, format):
+    """One byte changed in the middle of any file of weights."""
+    folder, out = merged(4, residual=format != "gptq"), tmp_path / "out"
+    export.export(folder, format, out)
+    model, check = MergedFolder(folder), export.FORMATS[format][1]
+    check(model, out)
+    for file in [f for f in out.rglob("*") if f.suffix in (".safetensors", ".gguf")]:
+        content = bytearray(file.read_bytes())
+        for place in (len(content) // 2, len(content) - 1):
+            content[place] ^= 1
+            file.write_bytes(content)
+            with pytest.raises(RuntimeError, match="differs"):
+                check(model, out)
+            content[place] ^= 1
+        file.write_bytes(content)
+    check(model, out)
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf", "dense"])
+def test_an_interrupted_export_leaves_nothing(merged, tmp_path, format, monkeypatch):
+    """Stopped while the card is written, after all weights: no folder, no temporary one."""
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("LoTA.model_card.write_model_card", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(merged(4), format, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_others_is_not_replaced(merged, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("data")
+    with pytest.raises(UserError, match="was not made by this project"):
+        export.export(merged(4), "dense", tmp_path / "out")
+    assert (tmp_path / "out/precious").read_text() == "data"
+    export.export(merged(4), "peft", tmp_path / "ours")
+    export.export(merged(4), "dense", tmp_path / "ours")            # our own export is
+    assert not (tmp_path / "ours/adapter").exists()
+
+
+def test_the_model_card(merged, tmp_path):
+    """Where it comes from, what moved, its evaluation, how to load it; and the checksum of every file but its own."""
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"data_set": "viggo", "accuracy": 0.5, "interval_95": [0.4, 0.6], "correct": 20,
+                                   "rows": 40}))
+    for format, line in (("peft", "PeftModel.from_pretrained"), ("gguf", 'gguf_file="model-q4_1.gguf"'),
+                         ("dense", "vllm serve out"), ("gptq", "GPTQModel.load(\"out\")")):
+        export.export(merged(4, format != "gptq"), format, tmp_path / "out", results=results, verify=True)
+        card = (tmp_path / "out/README.md").read_text()
+        moved = MergedFolder(merged(4, format != "gptq")).lota.training["moved"]["all"]
+        for text in (line, "base_model: some/base", "| Omega | 4.0 |", "| Training data | viggo |", f"{moved:.4%}",
+                     "50.0% (40.0% to 60.0%), 20 of 40 rows", "4 bits, group size 32"):
+            assert text in card, (format, text)
+        record = json.loads((tmp_path / "out/lota_export.json").read_text())
+        files = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file()}
+        assert set(record["sha256"]) == files - {"lota_export.json"} and record["verified"]
+        assert record["sha256"]["README.md"] == export.sha256(tmp_path / "out/README.md")
+
+
+def test_the_command(merged, tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "LoTA.export", *map(str, arguments)], cwd=ROOT, text=True,
+                              capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = run(merged(4), "--format", "gguf", "--output", tmp_path / "out", "--verify")
+    assert done.returncode == 0 and done.stdout == f"exported and verified: {tmp_path / 'out'}\n", done.stderr
+    failed = run(tmp_path / "nowhere", "--format", "dense", "--output", tmp_path / "out2")
+    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+# --- LoRA and QA-LoRA adapters ------------------------------------------------------------------------------------
+
+def trained_with_peft(gptq, folder, **extra):
+    """A PEFT adapter with random weights on a GPTQ folder, and its live logits in float32."""
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    model = get_peft_model(load_gptq(gptq, dtype=torch.float32).model, LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **extra))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.mul_(0.2)
+    model.save_pretrained(folder)
+    LotaConfig(method="QA-LoRA" if extra else "LoRA", rank=4, bits=4, quantized_model_dir=str(gptq)).save(folder)
+    return logits(model.eval(), ids(gptq))
+
+
+def test_qalora_merges_into_offsets(quantize, tmp_path):
+    """Its merged logits are its live logits, no integer moves, and it exports like LoTA; folders.py reads its name."""
+    gptq = quantize(4)
+    want = trained_with_peft(gptq, tmp_path / "adapter", use_qalora=True, qalora_group_size=32)
+    moved = merge_folders(tmp_path / "adapter", gptq, tmp_path / "merged")
+    assert moved["all"] == 0
+    inputs = ids(gptq)
+    assert (logits(load_gptq(gptq, dtype=torch.float32).model, inputs) - want).abs().max() > 0.05
+    merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
+    torch.testing.assert_close(logits(merged, inputs), want, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(logits(load_live(tmp_path / "adapter", gptq, dtype=torch.float32), inputs), want,
+                               rtol=1e-4, atol=2e-4)
+    export.export(tmp_path / "adapter", "dense", tmp_path / "dense", torch.float32, verify=True)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(dense, inputs), want, rtol=1e-4, atol=2e-4)
+
+
+def test_qalora_with_other_groups_is_refused(quantize, tmp_path):
+    trained_with_peft(quantize(4), tmp_path / "adapter", use_qalora=True, qalora_group_size=16)
+    with pytest.raises(UserError, match="does not fit|only with equal groups"):
+        merge_folders(tmp_path / "adapter", quantize(4), tmp_path / "merged")
+
+
+def test_lora_becomes_dense_only(quantize, tmp_path):
+    """The message says why it does not merge; dense writes the sum, whose logits are the live ones."""
+    gptq = quantize(4)
+    want = trained_with_peft(gptq, tmp_path / "adapter")
+    for format in ("gptq", "peft", "gguf"):
+        with pytest.raises(UserError, match="no low-bit grid holds; --format dense"):
+            export.export(tmp_path / "adapter", format, tmp_path / "out")
+    with pytest.raises(UserError, match="--format dense"):
+        merge_folders(tmp_path / "adapter", gptq, tmp_path / "out")
+    export.export(tmp_path / "adapter", "dense", tmp_path / "out", torch.float32, verify=True)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(dense, ids(gptq)), want, rtol=1e-4, atol=2e-4)
+    assert AdapterTensors(tmp_path / "adapter").modules
