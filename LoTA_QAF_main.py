@@ -123,6 +123,10 @@ class evalConfig:
     merge: bool = setting(True, "LoTA, QA-LoRA: merge the adapter into the grid first; False evaluates the layers as "
                                 "they were trained")
     merged_path: str | None = setting(None, "where the merged model is kept", shown="a temporary folder")
+    export: str | None = setting(None, "write the merged model in another format too: gptq, peft, gguf or dense (see "
+                                       "python -m LoTA.export --help)", choices=["gptq", "peft", "gguf", "dense"],
+                                 shown="none")
+    export_path: str | None = setting(None, "the folder that --export writes")
     load_ada_interval: float | None = setting(None, "omega of an adapter that says it neither in lota_config.json nor "
                                                     "in its name, nor in its parent's", shown="0.75 r: 48 at r = 64")
     backend: str = setting("auto", "GPTQModel's kernel for evaluation, by the name of its BACKEND")
@@ -446,8 +450,12 @@ def peak_memory_mb():
 def evaluate(base, evaluation):
     """Merges where there is something to merge, evaluates, and returns {task: results}."""
     only_merge = evaluation.tasks is None and evaluation.ft_dataset_name == "none"
-    if only_merge and evaluation.merged_path is None:
+    if only_merge and evaluation.merged_path is None and evaluation.export is None:
         raise UserError("nothing to evaluate: give --tasks, --ft_dataset_name, or --merged_path to only merge")
+    if (evaluation.export is None) != (evaluation.export_path is None):
+        raise UserError("--export FORMAT and --export_path FOLDER go together")
+    if evaluation.export and evaluation.load_adapter == "none":
+        raise UserError("--export writes a merged model: name it, or its adapter, with --load_adapter")
     if evaluation.eval_batch_size < 1 or evaluation.max_new_tokens < 1:
         raise UserError("--eval_batch_size and --max_new_tokens must be at least 1")
     # What can be wrong is looked at before anything is merged or loaded.
@@ -458,6 +466,7 @@ def evaluate(base, evaluation):
     with tempfile.TemporaryDirectory() as temporary:
         load, name, extra = choose_model(base, evaluation, temporary)
         if only_merge:
+            export_merged(evaluation)
             return {}
         from data_print_save import check_cuda, params_print, set_seed
         check_cuda()
@@ -473,7 +482,21 @@ def evaluate(base, evaluation):
             name=f"{name}_{evaluation.ft_dataset_name}_{when}", extra=extra)
     if tasks:
         results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, manager, base, evaluation, name, when, extra)
+    del model
+    export_merged(evaluation, results.get(evaluation.ft_dataset_name))
     return results
+
+
+def export_merged(evaluation, results=None):
+    """What --export asks for, with the results of the evaluation in its model card."""
+    if evaluation.export is None:
+        return
+    from LoTA.export import export
+    source = evaluation.load_adapter
+    if evaluation.merged_path and is_merged(evaluation.merged_path):        # merged a moment ago
+        source = evaluation.merged_path
+    export(source, evaluation.export, evaluation.export_path, evaluation=results, verify=True)
+    print(f"exported and verified: {evaluation.export_path}")
 
 
 def choose_model(base, evaluation, temporary):

@@ -47,17 +47,16 @@ SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def export(source, format, output, dtype=None, results=None, verify=False):
+def export(source, format, output, dtype=None, evaluation=None, verify=False):
     """Writes `source`, a merged or an adapter folder, in `format` to the folder `output`.
 
-    dtype: of dense weights, a torch dtype; None takes the model's own. results: a results file of mode 2, quoted in
-    the model card. verify: reads everything back and compares it with the source. Raises UserError where the format
+    dtype: of dense weights, a torch dtype; None takes the model's own. evaluation: results of mode 2 (a dict), quoted
+    in the model card. verify: reads everything back and compares it with the source. Raises UserError where the format
     cannot hold the model, RuntimeError where the verification fails.
     """
     if format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{format}'")
     check_output_folder(output, MARKER)
-    evaluation = read_json(results) if results else None
     write, check = FORMATS[format]
     with opened(source, format) as model, whole_folder(output, MARKER) as folder:
         write(model, folder, dtype)
@@ -269,7 +268,8 @@ def main():
     parser.add_argument("--results", help="a results file of mode 2, to be quoted in the model card")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare it, tensor by tensor")
     args = parser.parse_args()
-    export(args.source, args.format, args.output, DTYPES.get(args.dtype), args.results, args.verify)
+    evaluation = read_json(args.results) if args.results else None
+    export(args.source, args.format, args.output, DTYPES.get(args.dtype), evaluation, args.verify)
     print(f"exported{' and verified' if args.verify else ''}: {args.output}")
 
 

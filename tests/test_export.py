@@ -315,12 +315,10 @@ def test_a_folder_of_others_is_not_replaced(merged, tmp_path):
 
 def test_the_model_card(merged, tmp_path):
     """Where it comes from, what moved, its evaluation, how to load it; and the checksum of every file but its own."""
-    results = tmp_path / "results.json"
-    results.write_text(json.dumps({"data_set": "viggo", "accuracy": 0.5, "interval_95": [0.4, 0.6], "correct": 20,
-                                   "rows": 40}))
+    evaluation = {"data_set": "viggo", "accuracy": 0.5, "interval_95": [0.4, 0.6], "correct": 20, "rows": 40}
     for format, line in (("peft", "PeftModel.from_pretrained"), ("gguf", 'gguf_file="model-q4_1.gguf"'),
                          ("dense", "vllm serve out"), ("gptq", "GPTQModel.load(\"out\")")):
-        export.export(merged(4, format != "gptq"), format, tmp_path / "out", results=results, verify=True)
+        export.export(merged(4, format != "gptq"), format, tmp_path / "out", evaluation=evaluation, verify=True)
         card = (tmp_path / "out/README.md").read_text()
         moved = MergedFolder(merged(4, format != "gptq")).lota.training["moved"]["all"]
         for text in (line, "base_model: some/base", "| Omega | 4.0 |", "| Training data | viggo |", f"{moved:.4%}",

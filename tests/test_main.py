@@ -229,6 +229,34 @@ def test_lora_baseline(quantize, gptq, base_model, demo_data, tmp_path):
         merge_folders(adapter, gptq, tmp_path / "merged")
 
 
+def test_qalora_baseline_merges_and_exports(gptq, base_model, demo_data, tmp_path):
+    """--method qalora, from training to an export with its evaluation in the card: live = merged = dense."""
+    main(*TRAIN, "--lota_qaf", False, "--method", "qalora", "--quantized_model_dir", gptq, "--pretrained", base_model,
+         "--data_dir", demo_data, "--max_steps", 4, "--adapter_path", tmp_path / "a", "--learning_rate", 1e-2)
+    adapter, = (tmp_path / "a").iterdir()
+    assert "_int2_QA-LoRA_0.01_8_16_viggo_" in adapter.name and LotaConfig.load(adapter).residual
+    live = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merge", False)
+    merged = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merged_path", tmp_path / "merged",
+                      "--export", "dense", "--export_path", tmp_path / "dense")
+    dense = evaluate(demo_data, tmp_path, "--auto_gptq", "none", "--pretrained", tmp_path / "dense")
+    texts = [[p["prediction"] for p in r["predictions"]] for r in (live, merged)]
+    assert texts[0] == texts[1] and merged["moved"]["all"] == 0
+    assert sum(p["correct"] for p in dense["predictions"]) == pytest.approx(live["correct"], abs=4)    # bfloat16
+    assert f"{merged['correct']} of 40 rows" in (tmp_path / "dense/README.md").read_text()
+
+
+def test_residual_reaches_an_adapter_without_record_evaluated_live(trained, demo_data, gptq, tmp_path):
+    """An adapter folder without lota_config.json: --residual False leaves the offset out of its live layers too."""
+    named = tmp_path / "2M_int2_LoTA_4_0.950_0.999_viggo_1s_1MB_01_000000"
+    shutil.copytree(trained, named, ignore=shutil.ignore_patterns("lota_config.json", "checkpoint-*"))
+    flags = ("--load_adapter", named, "--quantized_model_dir", gptq, "--residual", False)
+    live = evaluate(demo_data, tmp_path, *flags, "--merge", False)
+    merged = evaluate(demo_data, tmp_path, *flags)
+    with_offset = evaluate(demo_data, tmp_path, *flags[:-2], "--merge", False)
+    texts = [[p["prediction"] for p in r["predictions"]] for r in (live, merged, with_offset)]
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_lm_eval_on_a_local_task(gptq, trained, tmp_path, capsys):
     """A multiple-choice task in MMLU's shape, offline: accuracies as computed from the model's own likelihoods."""
     tasks = tmp_path / "tasks"
@@ -358,7 +386,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_name(gptq, base_mo
     (("--quantized_model_dir", "{gptq}", "--lora_target_modules", "c_attn"), "--lora_target_modules"),
     (("--quantized_model_dir", "{gptq}", "--adapter_ckpt", "nowhere"), "nowhere is not a folder"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
+    (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
     (("--mode", 2), "nothing to evaluate"),
+    (("--mode", 2, "--export", "gguf"), "go together"),
+    (("--mode", 2, "--export", "gguf", "--export_path", "out"), "--load_adapter"),
     (("--mode", 2, "--tasks", "mmlu", "--quantized_model_dir", "{gptq}", "--eval_batch_size", 0), "at least 1"),
     (("--mode", 2, "--ft_dataset_name", "viggo", "--auto_gptq", "none", "--pretrained", "./nowhere"), "does not exist"),
     (("--mode", 2, "--tasks", "mmlu", "--quantized_model_dir", "{gptq}", "--include_path", "nowhere"), "not a folder"),
