@@ -45,6 +45,10 @@ class Layer:
     def lota(self, x):
         return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.grid, Threshold(self.omega, self.omega), METHOD)
 
+    def kept(self, x):
+        """LoTA that keeps W' from the forward to the backward instead of forming it again."""
+        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.grid, Threshold(self.omega, self.omega), Keeping())
+
     def plain(self, x):
         """The method with whole-matrix torch operations and autograd, as the published scripts do it."""
         grid, g = self.grid(), self.g_idx.long()
@@ -56,6 +60,18 @@ class Layer:
         offset = (aux - self.omega * step.detach()).view(-1, GROUP, self.cols).mean(1) / self.omega
         zeros, scales = grid.zeros.to(x.dtype), grid.scales.to(x.dtype)
         return x @ (scales[g] * (weight_int - zeros[g] + ternary + offset[g]))
+
+
+class Keeping:
+    """Stands in for LoTA.ternary in TernaryLinear: W' is formed in the forward and handed out again in the backward."""
+
+    weight = None
+    adapter_gradients = staticmethod(METHOD.adapter_gradients)
+
+    def adapted_weight(self, lora_A, lora_B, grid, threshold, dtype, out):
+        if self.weight is None:
+            self.weight = METHOD.adapted_weight(lora_A, lora_B, grid, threshold, dtype)
+        return self.weight
 
 
 def library_peers(layer, dtype):
@@ -109,7 +125,7 @@ def measure(rows, cols, bits, tokens, omega, device, dtype, rounds):
     layer = Layer(rows, cols, bits, omega, device)
     x = torch.randn(tokens, rows, device=device, dtype=dtype).requires_grad_()
     grad = torch.randn(tokens, cols, device=device, dtype=dtype)
-    peers = {"plain": layer.plain, "lota": layer.lota, **library_peers(layer, dtype)}
+    peers = {"plain": layer.plain, "lota": layer.lota, "lota, W' kept": layer.kept, **library_peers(layer, dtype)}
 
     def step(module):
         x.grad = layer.lora_A.grad = layer.lora_B.grad = None
