@@ -59,7 +59,8 @@ class baseConfig:
     residual: bool = setting(True, "use the offset factor (mu, Eq. 4); without it the merged model is a plain GPTQ "
                                    "checkpoint")
     offset_scale: str = setting("omega", "what mu is divided by (kappa): omega, as the published scripts do, or paper "
-                                         "(1, Eq. 4 as printed)", choices=["omega", "paper"])
+                                         "(1, Eq. 4 as printed); learned: mu is a parameter of its own",
+                                choices=["omega", "paper", "learned"])
     quantized_model_dir: str | None = setting(None, "the GPTQ model's folder", shown="mode 2: the adapter's own")
     pretrained: str | None = setting(None, "the 16-bit model, folder or hub name: the tokenizer where the GPTQ folder "
                                            "has none, and the model of --auto_gptq none", shown="the GPTQ folder")
@@ -99,6 +100,10 @@ class trainingConfig:
     filter_ratio: float = setting(0.95, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the gradients")
     min_grad: float = setting(0.999, "LoTA: sigma after 80 %% of the steps")
     filter_upper: float = setting(0.9999, "LoTA: sigma at the last step")
+    momentum: float = setting(0.0, "LoTA: the weight of the past in the average of gradients that moves the entries; "
+                                   "0, the published way, takes each step's own")
+    offset_lr: float = setting(0.01, "LoTA with --offset_scale learned: AdamW's learning rate for mu, in grid steps, "
+                                     "falling to 0")
     optimizer_type: str = setting("adamw_torch", "the LoRA baseline's optimizer; LoTA takes int_sign_sgd by itself",
                                   choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
     learning_rate: float = setting(1e-5, "LoRA baseline: learning rate")
@@ -270,7 +275,7 @@ def train(base, training):
                              target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
     if base.lota_qaf:
         from LoTA.layer import CustomLoraLinear, register
-        register(lora_config, threshold)
+        register(lora_config, threshold, config.learned_offset)
     model = get_peft_model(model, lora_config)
     model.print_trainable_parameters()
 
@@ -301,9 +306,11 @@ def train(base, training):
         def create_optimizer(self, model=None):
             if not base.lota_qaf:
                 return super().create_optimizer(model)
-            adapters = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            self.optimizer = tSignSGD(adapters, threshold_ratio=training.filter_ratio, min_grad=training.min_grad,
-                                      filter_upper=training.filter_upper)
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            self.optimizer = tSignSGD(
+                [(n, p) for n, p in trained if "lora_offset" not in n], threshold_ratio=training.filter_ratio,
+                min_grad=training.min_grad, filter_upper=training.filter_upper, momentum=training.momentum,
+                offsets=[p for n, p in trained if "lora_offset" in n], offset_lr=training.offset_lr)
             self.ternary_optimizer = self.optimizer             # accelerate will wrap self.optimizer
             return self.optimizer
 
@@ -378,6 +385,10 @@ def check_training(base, training, folder):
     for flag in ("filter_ratio", "min_grad", "filter_upper"):
         if not 0 < getattr(training, flag) < 1:
             raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")
+    if not 0 <= training.momentum < 1:
+        raise UserError(f"--momentum must lie in [0, 1), not {training.momentum}")
+    if base.offset_scale == "learned" and not base.residual:
+        raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
     if training.interval_point is None:
         training.interval_point = 0.75 * base.lora_r
     training.optimizer_type, training.max_grad_norm = "int_sign_sgd", 0.0

@@ -4,7 +4,9 @@ Each step moves the few entries with the largest gradients by one against their 
 
     p <- clip(p - sign(g) * [|g| > max(tau, sigma_t-quantile of |g|)], -1, 1)
 
-There is no learning rate, no weight decay and no gradient clipping; sigma_t alone says how many entries move.
+There is no learning rate, no weight decay and no gradient clipping; sigma_t alone says how many entries move. Beyond
+the paper: with `momentum`, g is an average of the gradients of the steps so far; and `offsets`, parameters that are no
+ternary ones, go along with AdamW.
 """
 import math
 
@@ -36,15 +38,21 @@ class tSignSGD(Optimizer):
     params: ternary tensors, or (name, tensor) pairs, whose names are used in errors. threshold_ratio, min_grad,
     filter_upper: sigma at the start, after 80 % of the steps, and at the end, each in (0, 1). int_params: where
     given, the ternary ones among `params`; any other raises ValueError, for this optimizer can train no others.
+    momentum in [0, 1): the weight of the past in the average of gradients that moves the entries; 0, the paper's,
+    takes each step's own. offsets: learned offset factors, which AdamW trains beside with the learning rate offset_lr,
+    in grid steps, falling to 0 along the schedule.
     num_training_steps comes with create_scheduler(); until then sigma stays at threshold_ratio.
     The step count and the schedule are part of state_dict, so a resumed run goes on where it was.
     """
 
-    def __init__(self, params, threshold_ratio=0.95, min_grad=0.999, filter_upper=0.9999, int_params=None):
+    def __init__(self, params, threshold_ratio=0.95, min_grad=0.999, filter_upper=0.9999, int_params=None,
+                 momentum=0.0, offsets=(), offset_lr=0.01):
         for name, value in (("threshold_ratio", threshold_ratio), ("min_grad", min_grad),
                             ("filter_upper", filter_upper)):
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie in (0, 1), not {value}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
         # torch's schedulers and Trainer want an "lr"; this method has none, and 1 is the size of its steps.
         super().__init__(params, {"lr": 1.0, "threshold_ratio": threshold_ratio, "min_grad": min_grad,
                                   "filter_upper": filter_upper, "num_training_steps": None, "step": 0})
@@ -52,6 +60,8 @@ class tSignSGD(Optimizer):
             ternary = {id(p) for p in int_params}
             if any(id(p) not in ternary for group in self.param_groups for p in group["params"]):
                 raise ValueError("tSignSGD trains ternary parameters only; params holds others")
+        self.momentum, self.offset_lr = momentum, offset_lr
+        self.offsets = torch.optim.AdamW(list(offsets), lr=offset_lr, weight_decay=0.0) if list(offsets) else None
         self.flipped = {}       # parameter -> entries that moved in the last step, 0-dim tensors on its device
         self._judged = None     # (names, step, their gradients' norms on the way to the CPU)
 
@@ -68,7 +78,9 @@ class tSignSGD(Optimizer):
         """Takes the step count from the state. The number of steps too, unless create_scheduler() was called before:
         a run resumed with another length follows the schedule of its own length."""
         own = [group["num_training_steps"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        if self.offsets is not None:
+            self.offsets.load_state_dict(state_dict["offsets"])
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "offsets"})
         for group, num_training_steps in zip(self.param_groups, own, strict=True):
             group["num_training_steps"] = num_training_steps or group["num_training_steps"]
 
@@ -85,7 +97,8 @@ class tSignSGD(Optimizer):
 
     def state_dict(self):
         self._raise_unless_finite()
-        return super().state_dict()
+        state = super().state_dict()
+        return state if self.offsets is None else {**state, "offsets": self.offsets.state_dict()}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -108,11 +121,26 @@ class tSignSGD(Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
                 if p.device.type == "cpu":
-                    self.flipped[p] = move_one(p, level, last_phase and bool(spike))
+                    self.flipped[p] = move_one(p, self._direction(p), level, last_phase and bool(spike))
             for batch in batches([p for p in parameters if p.device.type != "cpu"]):
-                flipped = move_together(batch, level, spike if last_phase else None, finite)
+                flipped = move_together(batch, [self._direction(p) for p in batch], level,
+                                        spike if last_phase else None, finite)
                 self.flipped.update(zip(batch, flipped, strict=True))
+        if self.offsets is not None:
+            group, own = self.param_groups[0], self.offsets.param_groups[0]
+            if group["num_training_steps"] is not None:
+                own["lr"] = self.offset_lr * max(0.0, 1 - (group["step"] - 1) / group["num_training_steps"])
+            self.offsets.step()
         return loss
+
+    def _direction(self, p):
+        """What moves the entries of p: its gradient, or the average of its gradients."""
+        if not self.momentum:
+            return p.grad
+        state = self.state[p]
+        if "average" not in state:
+            state["average"] = torch.zeros_like(p.grad)
+        return state["average"].lerp_(p.grad, 1 - self.momentum)
 
     def _judge_gradients(self):
         """(all gradients are finite, their global norm is beyond SPIKE_NORM): 0-dim tensors on the first's device."""
@@ -154,12 +182,12 @@ def _to_host(values):
 
 
 @torch.no_grad()
-def move_one(p, level, spike):
+def move_one(p, gradient, level, spike):
     """Eq. 6 on one tensor, touching only the entries that move: fast where a look at the data costs nothing (a CPU).
 
     Returns how many entries changed, a 0-dim tensor.
     """
-    size, gradient, flat = p.grad.abs().flatten(), p.grad.flatten(), p.view(-1)
+    size, gradient, flat = gradient.abs().flatten(), gradient.flatten(), p.view(-1)
     where, chosen, low = largest(size, math.floor(level * (len(size) - 1)))
     moves = chosen > low.clamp(min=TAU)
     if spike:
@@ -182,14 +210,14 @@ def batches(parameters):
 
 
 @torch.no_grad()
-def move_together(parameters, level, spike, finite):
+def move_together(parameters, gradients, level, spike, finite):
     """Eq. 6 on tensors of one shape in a few launches, none of which the CPU waits for. Moves nothing unless `finite`.
 
     spike: whether the largest entries stay, or None before the last phase; both are 0-dim tensors. Returns how many
     entries of each changed, [len(parameters)].
     """
     device = parameters[0].device
-    gradient = torch.stack([p.grad.flatten() for p in parameters])
+    gradient = torch.stack([g.flatten() for g in gradients])
     size, last = gradient.abs(), gradient.shape[1] - 1
     moves = size > size.kthvalue(math.floor(level * last) + 1, 1, keepdim=True).values.clamp(min=TAU)
     if spike is not None:

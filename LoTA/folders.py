@@ -216,7 +216,7 @@ class LotaConfig:
     method: str = "LoTA"                        # LoTA, LoRA or QA-LoRA
     omega: float | None = None
     residual: bool = True
-    offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1
+    offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1; "learned": a parameter
     bits: int | None = None
     group_size: int | None = None
     rank: int | None = None
@@ -235,6 +235,10 @@ class LotaConfig:
     def threshold(self):
         return make_threshold(self.omega, self.residual, self.offset_scale)
 
+    @property
+    def learned_offset(self):
+        return self.method == "LoTA" and self.residual and self.offset_scale == "learned"
+
     def save(self, folder):
         write_json(Path(folder) / LOTA_CONFIG, asdict(self))
 
@@ -250,9 +254,10 @@ class LotaConfig:
 
 def make_threshold(omega, residual, offset_scale):
     """ternary.Threshold from the three settings as the flags name them."""
-    if offset_scale not in ("omega", "paper"):
-        raise UserError(f"--offset_scale must be omega or paper, not '{offset_scale}'")
-    kappa = (omega if offset_scale == "omega" else 1.0) if residual else None
+    kappas = {"omega": omega, "paper": 1.0, "learned": None}        # learned: mu does not come from Eq. 4
+    if offset_scale not in kappas:
+        raise UserError(f"--offset_scale must be omega, paper or learned, not '{offset_scale}'")
+    kappa = kappas[offset_scale] if residual else None
     return Threshold(omega=float(omega), kappa=kappa)
 
 
@@ -327,6 +332,11 @@ class AdapterTensors:
         """(A [in, r], B [r, out]) of one layer; with QA-LoRA A is [groups, r]."""
         with safe_open(self.file, "pt") as tensors:
             return [tensors.get_tensor(f"{self.PREFIX}{module}.{kind}.weight").t() for kind in ("lora_A", "lora_B")]
+
+    def offset(self, module):
+        """The learned mu [groups, out] float32 of one layer."""
+        with safe_open(self.file, "pt") as tensors:
+            return tensors.get_tensor(f"{self.PREFIX}{module}.lora_offset").float()
 
     def pair(self, module):
         """matrices() of a LoTA adapter. Raises UserError where an entry is not -1, 0 or 1."""

@@ -25,10 +25,11 @@ OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 
 @torch.no_grad()
-def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=None):
+def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=None, learned=None):
     """W' [in, out] = s * (W_int - z + W^ + mu) in `dtype`, computed in float32: ternary.adapted_weight."""
     weight = out if out is not None else torch.empty(grid.shape, dtype=dtype, device=grid.qweight.device)
-    _launch_step(weight, weight, lora_A, lora_B, grid, threshold, merging=False)
+    offset = weight if learned is None else learned.float().contiguous()        # not read where there is none
+    _launch_step(weight, offset, lora_A, lora_B, grid, threshold, learned=learned is not None)
     return weight
 
 
@@ -45,19 +46,20 @@ def merge(lora_A, lora_B, grid, threshold):
 
 @torch.no_grad()
 def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
-    """Gradients of A [in, r] and B [r, out], float32: ternary.adapter_gradients.
+    """Gradients of A [in, r], B [r, out] and a learned mu [groups, out], float32: ternary.adapter_gradients.
 
     x^T @ grad_output becomes dL/d(dW) in place, in the dtype of x; the two thin products add up in float32.
     """
     gradient = x.t() @ grad_output
     pieces, rows_block = _pieces(grid.groups)
     cols = grid.shape[1]
+    scaled_sum = torch.empty(grid.scales.shape, device=gradient.device)
     _gradient_kernel[grid.groups.count, triton.cdiv(cols, BLOCK_COLS)](
-        gradient, grid.scales, _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
+        gradient, scaled_sum, grid.scales, _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
         OFFSET=threshold.kappa is not None, SHUFFLED=grid.groups.order is not None, PIECES=pieces, ROWS=rows_block,
         COLS=BLOCK_COLS, **OPTIONS)
     lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
-    return _product(gradient, lora_B.t()), _product(lora_A.t(), gradient)
+    return _product(gradient, lora_B.t()), _product(lora_A.t(), gradient), scaled_sum
 
 
 def _product(a, b):
@@ -77,7 +79,7 @@ def _order(groups):
     return groups.starts if groups.order is None else groups.order      # not read where the rows are in order
 
 
-def _launch_step(out, offset, lora_A, lora_B, grid, threshold, merging):
+def _launch_step(out, offset, lora_A, lora_B, grid, threshold, merging=False, learned=False):
     groups, cols = grid.groups, grid.shape[1]
     pieces, rows_block = _pieces(groups)
     rank = lora_B.shape[0]
@@ -87,9 +89,8 @@ def _launch_step(out, offset, lora_A, lora_B, grid, threshold, merging):
         *lora_A.stride(), *lora_B.stride(), grid.qweight.stride(0), grid.qzeros.stride(0), cols, rank,
         float(math.floor(threshold.omega)), float(threshold.omega), float(threshold.kappa or 1.0),
         BITS=grid.bits, ONE_LESS=grid.checkpoint_format == "gptq", OFFSET=threshold.kappa is not None,
-        SHUFFLED=groups.order is not None, MERGING=merging, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS,
-        RANK=rank_block, RANK_PIECES=triton.cdiv(rank, rank_block),
-        **OPTIONS)
+        SHUFFLED=groups.order is not None, MERGING=merging, LEARNED=learned, PIECES=pieces, ROWS=rows_block,
+        COLS=BLOCK_COLS, RANK=rank_block, RANK_PIECES=triton.cdiv(rank, rank_block), **OPTIONS)
 
 
 # --- the kernels --------------------------------------------------------------------------------------------------
@@ -158,9 +159,11 @@ def _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, 
 @triton.jit
 def _step_kernel(out, offset, lora_A, lora_B, qweight, qzeros, scales, order, starts, a_row, a_rank, b_rank, b_col,
                  q_row, z_row, width, rank, omega_floor, omega, kappa, BITS: tl.constexpr, ONE_LESS: tl.constexpr,
-                 OFFSET: tl.constexpr, SHUFFLED: tl.constexpr, MERGING: tl.constexpr, PIECES: tl.constexpr,
-                 ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr, RANK_PIECES: tl.constexpr):
-    """W', or W_int' and mu (MERGING), of one group x COLS outputs (Eq. 3 to 5)."""
+                 OFFSET: tl.constexpr, SHUFFLED: tl.constexpr, MERGING: tl.constexpr, LEARNED: tl.constexpr,
+                 PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+                 RANK_PIECES: tl.constexpr):
+    """W', or W_int' and mu (MERGING), of one group x COLS outputs (Eq. 3 to 5). offset: where mu goes when merging,
+    and where it comes from when it is LEARNED."""
     group = tl.program_id(0)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -183,6 +186,8 @@ def _step_kernel(out, offset, lora_A, lora_B, qweight, qzeros, scales, order, st
             step_sum += tl.sum(stepped - codes, 0)
     if OFFSET:
         mu = tl.div_rn(aux_sum - omega * step_sum, kappa * (end - start).to(tl.float32))
+    if LEARNED:
+        mu += tl.load(offset + group * width + cols, mask=inside, other=0)
     if MERGING:
         tl.store(offset + group * width + cols, mu, mask=inside)
     shift = -_zeros(qzeros, group, cols, z_row, inside, BITS, ONE_LESS) + mu
@@ -207,23 +212,26 @@ def _store_step(out, stepped, shift, scale, rows, there, cols, inside, width, ME
 
 
 @triton.jit
-def _gradient_kernel(gradient, scales, order, starts, width, kappa, OFFSET: tl.constexpr, SHUFFLED: tl.constexpr,
-                     PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """x^T @ grad_output -> dL/d(dW) = s * (G + (sum of G over the group) / (kappa * n)), in place."""
+def _gradient_kernel(gradient, scaled_sum, scales, order, starts, width, kappa, OFFSET: tl.constexpr,
+                     SHUFFLED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x^T @ grad_output -> dL/d(dW) = s * (G + (sum of G over the group) / (kappa * n)), in place; and the sums of
+    s * G over the group."""
     group = tl.program_id(0)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = cols < width
     scale = tl.load(scales + group * width + cols, mask=inside, other=0).to(tl.float32)
     total = tl.zeros([COLS], tl.float32)
+    for piece in range(PIECES):
+        rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
+        total += tl.sum(_load(gradient, rows, there, cols, inside, width), 0)
+    tl.store(scaled_sum + group * width + cols, total * scale, mask=inside)
+    mean = tl.zeros([COLS], tl.float32)
     if OFFSET:
-        for piece in range(PIECES):
-            rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
-            total += tl.sum(_load(gradient, rows, there, cols, inside, width), 0)
-        total = total / (kappa * (end - start).to(tl.float32))
+        mean = total / (kappa * (end - start).to(tl.float32))
     for piece in range(PIECES):                 # the second read of one piece comes out of the cache
         rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
-        result = (_load(gradient, rows, there, cols, inside, width) + total[None, :]) * scale[None, :]
+        result = (_load(gradient, rows, there, cols, inside, width) + mean[None, :]) * scale[None, :]
         tl.store(gradient + rows[:, None] * width + cols[None, :], result.to(gradient.dtype.element_ty),
                  mask=there[:, None] & inside[None, :])
 

@@ -36,11 +36,16 @@ class CustomLoraLinear(nn.Module, LoraLayer):
 
     lora_A.weight [r, in], lora_B.weight [out, r]; see LoTA.ternary for W^ and mu. threshold: ternary.Threshold.
     PEFT hands over `config` and keyword arguments; lora_alpha is recorded, but no scaling enters the method.
+    learned_offset: mu is a parameter of its own, lora_offset [groups, out], instead of Eq. 4's.
     """
 
-    def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, *, threshold, **kwargs):
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_offset")
+
+    def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, *, threshold, learned_offset=False,
+                 **kwargs):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
+        self.lora_offset, self.learned_offset = nn.ParameterDict(), learned_offset
         if config.lora_dropout or config.use_dora or config.use_rslora or config.use_qalora:
             raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: they could not be merged")
         self.threshold = threshold
@@ -55,6 +60,8 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.lora_dropout[adapter_name] = nn.Identity()
         self.lora_A[adapter_name] = IntLinear(self.in_features, r)
         self.lora_B[adapter_name] = IntLinear(r, self.out_features)
+        if self.learned_offset:
+            self.lora_offset[adapter_name] = nn.Parameter(torch.zeros(self.groups().count, self.out_features))
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -83,8 +90,8 @@ class CustomLoraLinear(nn.Module, LoraLayer):
             return self.base_layer(x)
         if torch.is_grad_enabled():
             self._evaluated = None
-            out = TernaryLinear.apply(x, *self.adapter_pair(), self.grid, self.threshold,
-                                      method_for(x.device))
+            out = TernaryLinear.apply(x, *self.adapter_pair(), self.grid, self.threshold, method_for(x.device),
+                                      self.offset())
         else:
             out = x @ self.adapted_weight(x.dtype)
         bias = self.get_base_layer().bias
@@ -95,16 +102,23 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         name, = self.active_adapters
         return self.lora_A[name].weight.t(), self.lora_B[name].weight.t()
 
+    def offset(self):
+        """The learned mu [groups, out] of the active adapter, or None."""
+        name, = self.active_adapters
+        return self.lora_offset[name] if self.learned_offset else None
+
     def adapted_weight(self, dtype):
         """W' for evaluation, kept from call to call until the adapter changes: generating a text is many calls.
 
         It is as large as the 16-bit layer; to evaluate in the memory of the quantized model, merge.
         """
-        lora_A, lora_B = self.adapter_pair()
-        made_from = (lora_A._version, lora_B._version, lora_A.data_ptr(), lora_A.device, dtype)
+        (lora_A, lora_B), offset = self.adapter_pair(), self.offset()
+        made_from = (lora_A._version, lora_B._version, None if offset is None else offset._version,
+                     lora_A.data_ptr(), lora_A.device, dtype)
         if self._evaluated is None or self._evaluated[0] != made_from:
             method = method_for(lora_A.device)
-            self._evaluated = made_from, method.adapted_weight(lora_A, lora_B, self.grid(), self.threshold, dtype)
+            self._evaluated = made_from, method.adapted_weight(lora_A, lora_B, self.grid(), self.threshold, dtype,
+                                                               learned=offset)
         return self._evaluated[1]
 
     @torch.no_grad()
@@ -114,7 +128,8 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return grid, method_for(grid.qweight.device).merge(*self.adapter_pair(), grid, self.threshold)[0]
 
 
-def register(lora_config: LoraConfig, threshold):
+def register(lora_config: LoraConfig, threshold, learned_offset=False):
     """Makes PEFT put a CustomLoraLinear on every targeted GPTQModel layer; returns the config."""
-    lora_config._register_custom_module({TorchLinear: partial(CustomLoraLinear, threshold=threshold)})
+    lora_config._register_custom_module({TorchLinear: partial(CustomLoraLinear, threshold=threshold,
+                                                              learned_offset=learned_offset)})
     return lora_config

@@ -87,7 +87,8 @@ def layer_merger(adapter_dir, config, adapter):
     def merge_ternary(module, grid):
         lora_A, lora_B = adapter.pair(module)
         check_settings(lora_A.shape[1], threshold.omega, grid.groups.largest)
-        return merge(lora_A, lora_B, grid, threshold)
+        merged, offset = merge(lora_A, lora_B, grid, threshold)
+        return merged, adapter.offset(module) if config.learned_offset else offset
     return merge_ternary
 
 
@@ -140,7 +141,9 @@ def verify_folders(adapter, source, merged, merge_layer):
         if merged.lota.method == "QA-LoRA":
             same = torch.equal(before.qweight, after.qweight) and torch.equal(offset, merge_layer(module, before)[1])
         else:
-            same = is_merge(*adapter.pair(module), before, after, offset, merged.lota.threshold)
+            learned = merged.lota.learned_offset
+            same = is_merge(*adapter.pair(module), before, after, None if learned else offset, merged.lota.threshold)
+            same &= not learned or torch.equal(offset, adapter.offset(module))
         if not same:
             raise RuntimeError(f"{module}: the merged weights differ from the trained ones")
         if not all(torch.equal(source.tensor(f"{module}.{t}"), merged.tensor(f"{module}.{t}"))

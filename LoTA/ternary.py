@@ -153,7 +153,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Threshold:
-    """omega of Eq. 3, and kappa, what the offset factor is divided by; kappa None leaves the offset out."""
+    """omega of Eq. 3, and kappa, what the offset factor is divided by; kappa None leaves Eq. 4's offset out."""
     omega: float
     kappa: float | None
 
@@ -237,16 +237,19 @@ def _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
 
 
 @torch.no_grad()
-def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=None):
+def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=None, learned=None):
     """W' [in, out] = s * (W_int - z + W^ + mu) in `dtype`, computed in float32: what training multiplies with.
 
-    Written into `out` where it is given.
+    Written into `out` where it is given. learned: mu [groups, out], where it is a parameter of its own instead of
+    Eq. 4's (kappa None).
     """
     aux_sum, steps = _sum_of_aux(lora_A, lora_B, grid, threshold), _few_steps(lora_A, lora_B, threshold.omega)
     if steps is not None:
-        return dequantize(*_take_few_steps(steps, aux_sum, grid, threshold), dtype, out)
+        merged, offset = _take_few_steps(steps, aux_sum, grid, threshold)
+        return dequantize(merged, offset if learned is None else learned, dtype, out)
     weight = out if out is not None else torch.empty(grid.shape, dtype=dtype, device=grid.scales.device)
     for rows, first, last, stepped, _, offset in _adapted_blocks(lora_A, lora_B, aux_sum, grid, threshold):
+        offset = offset if learned is None else learned[first:last]
         _write_weight(weight, rows, stepped, offset, grid, first, last)
     return weight
 
@@ -298,7 +301,7 @@ def _write_weight(weight, rows, codes, offset, grid, first, last):
     """
     shift = -grid.zeros[first:last].float()
     if offset is not None:
-        shift += offset
+        shift += offset.float()
     codes.add_(shift[:, None])
     scales = grid.scales[first:last, None].float()
     if isinstance(rows, slice) and weight.dtype == torch.float32:
@@ -309,10 +312,11 @@ def _write_weight(weight, rows, codes, offset, grid, first, last):
 
 @torch.no_grad()
 def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
-    """Gradients of A [in, r] and B [r, out], float32, with the straight-through estimator for W^.
+    """Gradients of A [in, r], B [r, out] and a learned mu [groups, out], float32; straight-through for W^.
 
     x [tokens, in], grad_output [tokens, out]. With H = s * (x^T @ grad_output):
-    dL/d(dW) = H + (sum of H over the group) / (kappa * n), dL/dA = dL/d(dW) @ B^T, dL/dB = A^T @ dL/d(dW).
+    dL/d(dW) = H + (sum of H over the group) / (kappa * n), dL/dA = dL/d(dW) @ B^T, dL/dB = A^T @ dL/d(dW);
+    dL/d(mu) = sum of H over the group, where mu is a parameter of its own.
     """
     lora_A, lora_B = lora_A.float(), lora_B.float()
     scaled = torch.mm(x.t(), grad_output, out=_workspace(grid.shape, x)).float()     # H, scaled below
@@ -324,10 +328,10 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
             scaled[rows] = block.flatten(0, 1)
     grad_A, grad_B = scaled @ lora_B.t(), lora_A.t() @ scaled
     if threshold.kappa is not None:
-        scaled_sum /= threshold.kappa * grid.groups.sizes[:, None]
-        grad_A += (scaled_sum @ lora_B.t())[grid.groups.g_idx]
-        grad_B.addmm_(grid.groups.sum(lora_A).t(), scaled_sum)
-    return grad_A, grad_B
+        mean = scaled_sum / (threshold.kappa * grid.groups.sizes[:, None])
+        grad_A += (mean @ lora_B.t())[grid.groups.g_idx]
+        grad_B.addmm_(grid.groups.sum(lora_A).t(), mean)
+    return grad_A, grad_B, scaled_sum
 
 
 _workspaces = {}
@@ -352,30 +356,29 @@ class TernaryLinear(torch.autograd.Function):
 
     W' is formed again in the backward rather than kept: it is as large as the layer would be without quantization.
     load_grid: called without arguments, returns the layer's grid. method: the module whose adapted_weight and
-    adapter_gradients compute, this one or LoTA.kernels.
+    adapter_gradients compute, this one or LoTA.kernels. learned: mu [groups, out] as a parameter of its own, or None.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, load_grid, threshold, method=sys.modules[__name__]):
-        ctx.save_for_backward(x, lora_A, lora_B)
+    def forward(ctx, x, lora_A, lora_B, load_grid, threshold, method=sys.modules[__name__], learned=None):
+        ctx.save_for_backward(x, lora_A, lora_B, learned)
         ctx.load_grid, ctx.threshold, ctx.method = load_grid, threshold, method
         grid = load_grid()
-        weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.shape, x))
-        return x @ weight
+        return x @ method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.shape, x), learned)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, lora_A, lora_B = ctx.saved_tensors
+        x, lora_A, lora_B, learned = ctx.saved_tensors
         grid, threshold, method = ctx.load_grid(), ctx.threshold, ctx.method
         grad_output = grad_output.to(x.dtype)           # they differ under autocast
-        grad_x = grad_A = grad_B = None
+        grad_x = grad_A = grad_B = grad_learned = None
         if ctx.needs_input_grad[0]:
             # W' is used up before x^T @ grad_output comes: one tensor of the layer's size lives at a time.
-            weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.shape, x))
+            weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.shape, x), learned)
             grad_x = grad_output @ weight.t()
             del weight
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_A, grad_B = method.adapter_gradients(
+        if any(ctx.needs_input_grad[1:]):
+            grad_A, grad_B, grad_learned = method.adapter_gradients(
                 x.flatten(0, -2), grad_output.flatten(0, -2), lora_A, lora_B, grid, threshold)
             grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
-        return grad_x, grad_A, grad_B, None, None, None
+        return grad_x, grad_A, grad_B, None, None, None, None if learned is None else grad_learned.to(learned.dtype)

@@ -68,7 +68,7 @@ class Keeping:
     weight = None
     adapter_gradients = staticmethod(METHOD.adapter_gradients)
 
-    def adapted_weight(self, lora_A, lora_B, grid, threshold, dtype, out):
+    def adapted_weight(self, lora_A, lora_B, grid, threshold, dtype, out, learned):
         if self.weight is None:
             self.weight = METHOD.adapted_weight(lora_A, lora_B, grid, threshold, dtype)
         return self.weight

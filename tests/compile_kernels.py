@@ -11,7 +11,8 @@ from triton.compiler import ASTSource
 from LoTA import kernels
 
 POINTERS = {"lora_A": "*fp32", "lora_B": "*fp32", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16",
-            "order": "*i64", "starts": "*i32", "omega_floor": "fp32", "omega": "fp32", "kappa": "fp32"}
+            "order": "*i64", "scaled_sum": "*fp32", "starts": "*i32", "omega_floor": "fp32", "omega": "fp32",
+            "kappa": "fp32"}
 TILE = {"ROWS": 64, "COLS": kernels.BLOCK_COLS}
 
 
@@ -30,9 +31,10 @@ def main():
     for capability, bits in itertools.product((80, 90), (3, 4)):
         dtype, pieces = ("bf16", 1) if bits % 2 == 0 else ("fp16", 3)
         for merging in (False, True):
-            types = {"out": "*u8", "offset": "*fp32"} if merging else {"out": f"*{dtype}", "offset": f"*{dtype}"}
+            types = {"out": "*u8", "offset": "*fp32"} if merging else {"out": f"*{dtype}", "offset": "*fp32"}
             rows.append(compile_for(capability, kernels._step_kernel, types, {
                 "BITS": bits, "ONE_LESS": True, "OFFSET": True, "SHUFFLED": pieces > 1, "MERGING": merging,
+                "LEARNED": not merging,
                 "PIECES": pieces, "RANK": 64, "RANK_PIECES": pieces, **TILE}))
         rows.append(compile_for(capability, kernels._gradient_kernel, {"gradient": f"*{dtype}"}, {
             "OFFSET": True, "SHUFFLED": pieces > 1, "PIECES": pieces, **TILE}))

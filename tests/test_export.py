@@ -214,6 +214,64 @@ def test_gguf_in_llama_cpp(merged, tmp_path):
     assert (got - want).abs().max() < 0.05 * want.abs().max()
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python: runs/deploy.sh installs it")
+@pytest.mark.parametrize("kind, extra", [("llama", {}), ("llama", {"rope_parameters": LLAMA3_ROPE}), ("mistral", {}),
+                                         ("qwen2", {}), ("qwen3", {"head_dim": 32})])
+def test_architectures_in_llama_cpp(kind, extra, base_model, tmp_path):
+    """A random model of each architecture, with grouped queries: llama.cpp's logits on 100 tokens are those that
+    transformers computes from the dense export, to its 8-bit rounding of the activations."""
+    import shutil
+
+    from llama_cpp import Llama
+    from transformers import AutoConfig
+    torch.manual_seed(0)
+    vocabulary = len(AutoTokenizer.from_pretrained(base_model))
+    config = AutoConfig.for_model(kind, **{
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 256,
+        "tie_word_embeddings": False, "initializer_range": 0.3, **extra})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors, folder = {}, tmp_path / "gptq"
+    for name, tensor in model.state_dict().items():
+        module, _, kind_of = name.rpartition(".")
+        if not (module.endswith("_proj") and kind_of == "weight"):
+            tensors[name] = tensor + 0.3 * torch.randn_like(tensor)
+            continue
+        (cols, rows), groups = tensor.shape, tensor.shape[1] // 32
+        tensors |= {f"{module}.qweight": oracle.pack_columns(torch.randint(0, 16, (rows, cols)), 4),
+                    f"{module}.qzeros": oracle.pack_columns(torch.randint(6, 9, (cols, groups)), 4).t().contiguous(),
+                    f"{module}.scales": (torch.rand(groups, cols) * 0.02 + 0.01).half(),
+                    f"{module}.g_idx": (torch.arange(rows) // 32).int()}
+    shutil.copytree(base_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    quantization = {"bits": 4, "group_size": 32, "quant_method": "gptq", "checkpoint_format": "gptq_v2", "sym": False}
+    (folder / "quantize_config.json").write_text(json.dumps(quantization))
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "quantization_config": quantization,
+                                                    "dtype": "float32"}))
+    adapter, source = tmp_path / "adapter", GPTQFolder(folder)
+    adapter.mkdir()
+    save_file({f"{PREFIX}{m}.lora_{k}.weight": torch.randint(-1, 2, (RANK, source.shape(f"{m}.g_idx")[0])
+                                                             if k == "A" else (source.shape(f"{m}.scales")[1], RANK))
+               .float() for m in source.modules for k in "AB"}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": RANK, "peft_type": "LORA"}))
+    LotaConfig(omega=4.0, rank=RANK, quantized_model_dir=str(folder)).save(adapter)
+    for format in ("dense", "gguf"):
+        export.export(adapter, format, tmp_path / format, verify=True)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    tokens = torch.randint(5, vocabulary, (100,)).tolist()
+    want = logits(dense, [torch.tensor([tokens])])[0]
+    llama = Llama(str(tmp_path / "gguf" / export.GGUF_FILE), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    llama.eval(tokens)
+    got = torch.tensor(llama.scores[:len(tokens)])
+    # Without the reordered rows, or with other rotary frequencies, single tokens fall below 0.1.
+    cosine = torch.nn.functional.cosine_similarity(got, want)
+    assert cosine.min() > 0.99 and cosine.mean() > 0.999
+
+
 # --- what formats refuse ------------------------------------------------------------------------------------------
 
 def tiny_merged(tmp_path, **settings):

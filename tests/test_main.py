@@ -245,6 +245,28 @@ def test_qalora_baseline_merges_and_exports(gptq, base_model, demo_data, tmp_pat
     assert f"{merged['correct']} of 40 rows" in (tmp_path / "dense/README.md").read_text()
 
 
+def test_learned_offsets_and_momentum_merge_what_they_trained(gptq, base_model, demo_data, tmp_path):
+    """--offset_scale learned --momentum, saved by PEFT, resumed from a checkpoint, live = merged, and mu learned."""
+    flags = (*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
+             "--max_steps", 6, "--offset_scale", "learned", "--momentum", 0.9, "--offset_lr", 0.05,
+             "--interval_point", 2)
+    main(*flags, "--adapter_path", tmp_path / "a", "--save_number", 3)
+    adapter, = (tmp_path / "a").iterdir()
+    main(*flags, "--adapter_path", tmp_path / "b", "--adapter_ckpt", adapter / "checkpoint-4", "--save_strategy", "no")
+    resumed, = (tmp_path / "b").iterdir()
+    one, other = (load_file(f / "adapter_model.safetensors") for f in (adapter, resumed))
+    assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one)
+    offsets = {k: v for k, v in one.items() if k.endswith(".lora_offset")}
+    assert len(offsets) * 3 == len(one) and all(v.abs().max() > 0.01 for v in offsets.values())
+    live = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merge", False)
+    merged = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merged_path", tmp_path / "merged")
+    assert [p["prediction"] for p in live["predictions"]] == [p["prediction"] for p in merged["predictions"]]
+    folder = MergedFolder(tmp_path / "merged")
+    for name in folder.modules:
+        assert torch.equal(folder.offset(name), offsets[f"base_model.model.{name}.lora_offset"])
+    assert merged["moved"]["all"] > 0
+
+
 def test_residual_reaches_an_adapter_without_record_evaluated_live(trained, demo_data, gptq, tmp_path):
     """An adapter folder without lota_config.json: --residual False leaves the offset out of its live layers too."""
     named = tmp_path / "2M_int2_LoTA_4_0.950_0.999_viggo_1s_1MB_01_000000"
@@ -386,6 +408,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_name(gptq, base_mo
     (("--quantized_model_dir", "{gptq}", "--lora_target_modules", "c_attn"), "--lora_target_modules"),
     (("--quantized_model_dir", "{gptq}", "--adapter_ckpt", "nowhere"), "nowhere is not a folder"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
+    (("--quantized_model_dir", "{gptq}", "--momentum", 1), "--momentum must lie in"),
+    (("--quantized_model_dir", "{gptq}", "--offset_scale", "learned", "--residual", False), "leaves out"),
     (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
     (("--mode", 2), "nothing to evaluate"),
     (("--mode", 2, "--export", "gguf"), "go together"),

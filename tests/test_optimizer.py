@@ -116,8 +116,8 @@ def test_order_statistic_of_two_dims_by_hand():
 def way(request, monkeypatch):
     """Steps as a CPU takes them, and as a GPU does: tensors of one shape together, on the CPU here."""
     if request.param == "together":
-        def move_one(p, level, spike):
-            count, = move_together([p], level, torch.tensor(spike), torch.tensor(True))
+        def move_one(p, gradient, level, spike):
+            count, = move_together([p], [gradient], level, torch.tensor(spike), torch.tensor(True))
             return count
         monkeypatch.setattr(t_signSGD, "move_one", move_one)
 
@@ -206,14 +206,15 @@ def test_tensors_of_one_shape_move_together(monkeypatch):
         [id(together[i]) for i in batch] for batch in ((0, 1), (3,), (2, 4))]
     before = values(together)
     for batch in cut:
-        none = move_together(batch, 0.9, torch.tensor(True), torch.tensor(False))
+        none = move_together(batch, [p.grad for p in batch], 0.9, torch.tensor(True), torch.tensor(False))
         assert none.tolist() == [0] * len(batch)
     assert all(torch.equal(p, b) for p, b in zip(together, before, strict=True))
     counts = {}
     for batch in cut:
-        counts.update(zip(batch, move_together(batch, 0.9, torch.tensor(True), torch.tensor(True)), strict=True))
+        moved = move_together(batch, [p.grad for p in batch], 0.9, torch.tensor(True), torch.tensor(True))
+        counts.update(zip(batch, moved, strict=True))
     for p, q in zip(together, alone, strict=True):
-        assert counts[p] == move_one(q, 0.9, True) > 0
+        assert counts[p] == move_one(q, q.grad, 0.9, True) > 0
         assert torch.equal(p, q)
 
 
@@ -410,3 +411,50 @@ def test_order_statistic_of_large_tensors(kind, side):
     ordered = values.sort().values
     for level in (0.5, 0.95, 0.999, 0.9999, 0.99995):
         assert order_statistic(values, level, side) == ordered[side(level * (count - 1))]
+
+
+def test_momentum_moves_by_the_average_of_the_gradients():
+    """Each step is the oracle's with 0.9 of the last average and 0.1 of the new gradient in the gradient's place; a run
+    resumed from its state goes on with the average; and sizes and signs differ from a run without."""
+    parameters, plain = ternary_parameters(), ternary_parameters()
+    optimizer, other = tSignSGD(parameters, threshold_ratio=0.8, momentum=0.9), tSignSGD(plain, threshold_ratio=0.8)
+    averages = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
+    for t in range(1, 9):
+        if t == 5:
+            state, copies = optimizer.state_dict(), [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+            parameters, optimizer = copies, tSignSGD(copies, threshold_ratio=0.8, momentum=0.9)
+            optimizer.load_state_dict(state)
+        for some in (parameters, plain):
+            set_gradients(some, t)
+        before = values(parameters)
+        averages = [0.9 * a + 0.1 * p.grad.double() for a, p in zip(averages, parameters, strict=True)]
+        optimizer.step()
+        other.step()
+        for p, want in zip(parameters, oracle.sign_step(before, averages, 0.8, False), strict=True):
+            assert torch.equal(p.detach().double(), want), t
+    assert not all(torch.equal(p, q) for p, q in zip(parameters, plain, strict=True))
+    with pytest.raises(ValueError, match="momentum"):
+        tSignSGD(parameters, momentum=1.0)
+
+
+def test_learned_offsets_go_along_with_adamw():
+    """The offsets take AdamW's steps with a learning rate that falls to 0 along the schedule, and are resumed."""
+    def gradient(t):
+        return torch.randn(6, 5, generator=seeded(t))
+
+    ours, own = (torch.nn.Parameter(torch.zeros(6, 5)) for _ in range(2))
+    optimizer = tSignSGD(ternary_parameters([(4, 4)]), offsets=[ours], offset_lr=0.1)
+    optimizer.create_scheduler(10)
+    adamw = torch.optim.AdamW([own], lr=0.1, weight_decay=0.0)
+    for t in range(1, 11):
+        if t == 6:
+            again = torch.nn.Parameter(ours.detach().clone())
+            resumed = tSignSGD(ternary_parameters([(4, 4)]), offsets=[again], offset_lr=0.1)
+            resumed.load_state_dict(optimizer.state_dict())
+            ours, optimizer = again, resumed
+        ours.grad, own.grad = gradient(t), gradient(t)
+        adamw.param_groups[0]["lr"] = 0.1 * (1 - (t - 1) / 10)
+        optimizer.step()
+        adamw.step()
+        assert torch.equal(ours, own), t
+    assert bool(ours.any())
