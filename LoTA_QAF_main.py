@@ -33,7 +33,7 @@ from LoTA.folders import (
     read_adapter,
     write_json,
 )
-from LoTA.lota_merge import check_match, count_moved, merge_folders, print_moved, shares
+from LoTA.lota_merge import check_match, merge_folders, print_moved, shares
 from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -274,7 +274,8 @@ def train(base, training):
     lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
                              target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
     if base.lota_qaf:
-        from LoTA.layer import CustomLoraLinear, register
+        from LoTA.layer import register
+        from LoTA.monitor import Monitor
         register(lora_config, threshold, config.learned_offset)
     model = get_peft_model(model, lora_config)
     model.print_trainable_parameters()
@@ -318,13 +319,15 @@ def train(base, training):
             if not base.lota_qaf:
                 return super().create_scheduler(num_training_steps, optimizer)
             self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
+            self.monitor = Monitor(self.model, self.ternary_optimizer, training.interval_point, num_training_steps)
             return self.lr_scheduler
 
         def log(self, logs, *args, **kwargs):
             if base.lota_qaf and "learning_rate" in logs:
                 logs.pop("learning_rate")                       # t-SignSGD has none
                 logs["sigma"] = self.ternary_optimizer.current_sigma()
-                logs["flipped"] = sum(int(n) for n in self.ternary_optimizer.flipped.values())
+                if self.monitor.is_due(self.state.global_step):
+                    logs |= self.monitor.look(self.state.global_step, logs["loss"])
             super().log(logs, *args, **kwargs)
 
     checkpoints = Checkpoints()
@@ -344,12 +347,10 @@ def train(base, training):
     config.training = {"runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": trainer.state.global_step,
                        "loss": trainer.state.log_history[-1].get("train_loss")}
     if base.lota_qaf:
-        moved = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, CustomLoraLinear):
-                count_moved(moved, name, *layer.merged_grids())
-        config.training["moved"] = shares(moved)
+        config.training["moved"] = shares(trainer.monitor.moved()[0])
         print_moved(config.training["moved"])
+        trainer.monitor.look(trainer.state.global_step, config.training["loss"])
+        trainer.monitor.write(running)
     model.save_pretrained(str(running), save_embedding_layers=False)
     write_json(running / "log_history.json", trainer.state.log_history)
     config.save(running)

@@ -40,7 +40,7 @@ from LoTA.folders import (
     whole_folder,
     write_json,
 )
-from LoTA.lota_merge import merge_folders
+from LoTA.lota_merge import check_match, merge_folders
 
 MARKER = "lota_export.json"         # written last; says that a folder is a whole export of ours
 SHARD_BYTES = 5 * 10**9
@@ -85,7 +85,9 @@ def opened(source, format):
         if format != "dense":
             raise UserError(f"{source} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
                             "which no low-bit grid holds; --format dense writes the sum in 16 bits")
-        yield LoraFolder(config.quantized_model_dir, source)
+        model = LoraFolder(config.quantized_model_dir, source)
+        check_match(source, config, model.adapter, model)
+        yield model
         return
     with tempfile.TemporaryDirectory() as temporary:
         merge_folders(source, config.quantized_model_dir, Path(temporary) / "merged")

@@ -54,10 +54,11 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
     pieces, rows_block = _pieces(grid.groups)
     cols = grid.shape[1]
     scaled_sum = torch.empty(grid.scales.shape, device=gradient.device)
-    _gradient_kernel[grid.groups.count, triton.cdiv(cols, BLOCK_COLS)](
-        gradient, scaled_sum, grid.scales, _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
-        OFFSET=threshold.kappa is not None, SHUFFLED=grid.groups.order is not None, PIECES=pieces, ROWS=rows_block,
-        COLS=BLOCK_COLS, **OPTIONS)
+    with torch.cuda.device_of(gradient):            # of several GPUs, the one where the layer is
+        _gradient_kernel[grid.groups.count, triton.cdiv(cols, BLOCK_COLS)](
+            gradient, scaled_sum, grid.scales, _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
+            OFFSET=threshold.kappa is not None, SHUFFLED=grid.groups.order is not None, PIECES=pieces,
+            ROWS=rows_block, COLS=BLOCK_COLS, **OPTIONS)
     lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
     return _product(gradient, lora_B.t()), _product(lora_A.t(), gradient), scaled_sum
 
@@ -84,13 +85,14 @@ def _launch_step(out, offset, lora_A, lora_B, grid, threshold, merging=False, le
     pieces, rows_block = _pieces(groups)
     rank = lora_B.shape[0]
     rank_block = min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
-    _step_kernel[groups.count, triton.cdiv(cols, BLOCK_COLS)](
-        out, offset, lora_A, lora_B, grid.qweight, grid.qzeros, grid.scales, _order(groups), groups.starts,
-        *lora_A.stride(), *lora_B.stride(), grid.qweight.stride(0), grid.qzeros.stride(0), cols, rank,
-        float(math.floor(threshold.omega)), float(threshold.omega), float(threshold.kappa or 1.0),
-        BITS=grid.bits, ONE_LESS=grid.checkpoint_format == "gptq", OFFSET=threshold.kappa is not None,
-        SHUFFLED=groups.order is not None, MERGING=merging, LEARNED=learned, PIECES=pieces, ROWS=rows_block,
-        COLS=BLOCK_COLS, RANK=rank_block, RANK_PIECES=triton.cdiv(rank, rank_block), **OPTIONS)
+    with torch.cuda.device_of(out):
+        _step_kernel[groups.count, triton.cdiv(cols, BLOCK_COLS)](
+            out, offset, lora_A, lora_B, grid.qweight, grid.qzeros, grid.scales, _order(groups), groups.starts,
+            *lora_A.stride(), *lora_B.stride(), grid.qweight.stride(0), grid.qzeros.stride(0), cols, rank,
+            float(math.floor(threshold.omega)), float(threshold.omega), float(threshold.kappa or 1.0),
+            BITS=grid.bits, ONE_LESS=grid.checkpoint_format == "gptq", OFFSET=threshold.kappa is not None,
+            SHUFFLED=groups.order is not None, MERGING=merging, LEARNED=learned, PIECES=pieces, ROWS=rows_block,
+            COLS=BLOCK_COLS, RANK=rank_block, RANK_PIECES=triton.cdiv(rank, rank_block), **OPTIONS)
 
 
 # --- the kernels --------------------------------------------------------------------------------------------------

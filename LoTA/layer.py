@@ -123,9 +123,10 @@ class CustomLoraLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merged_grids(self):
-        """(before, after): the layer's ternary.Grid, and what the adapter makes of it."""
+        """(before, after, mu): the layer's ternary.Grid, what the adapter makes of it, and the offset or None."""
         grid = self.grid()
-        return grid, method_for(grid.qweight.device).merge(*self.adapter_pair(), grid, self.threshold)[0]
+        after, offset = method_for(grid.qweight.device).merge(*self.adapter_pair(), grid, self.threshold)
+        return grid, after, self.offset() if self.learned_offset else offset
 
 
 def register(lora_config: LoraConfig, threshold, learned_offset=False):

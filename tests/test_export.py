@@ -296,6 +296,18 @@ def test_blocks_across_groups_are_refused(tmp_path):
         export.export(folder, "peft", tmp_path / name / "out", verify=True)
 
 
+def test_sharded_models(tmp_path):
+    """A model in three shards with an index: the same dense weights and offsets as in one file."""
+    folders = {shards: tiny_merged(tmp_path / str(shards), shards=shards) for shards in (1, 3)}
+    for shards, folder in folders.items():
+        for format in ("dense", "peft"):
+            export.export(folder, format, tmp_path / f"{format}{shards}", verify=True)
+    assert len(list((tmp_path / "peft3").glob("model-*-of-00003.safetensors"))) == 3
+    for file in ("dense{}/model.safetensors", "peft{}/adapter/adapter_model.safetensors"):
+        one, three = (load_file(tmp_path / file.format(shards)) for shards in (1, 3))
+        assert set(one) == set(three) and all(torch.equal(one[k], three[k]) for k in one)
+
+
 def test_other_architectures_and_tokenizers_are_refused(merged, tmp_path):
     import shutil
     folder = tmp_path / "model"

@@ -73,6 +73,28 @@ def test_only_the_adapter_is_saved_and_checkpoints_are_whole(trained):
         assert (trained / name / "lota_config.json").exists() and (trained / name / "optimizer.pt").exists()
 
 
+def test_the_report_beside_the_adapter(trained, gptq, base_model, demo_data, tmp_path):
+    """metrics.jsonl has a line for every step; its last numbers are those of the adapter that was saved; and a run in
+    which nothing moves says so."""
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, 9), 8]
+    assert rows[0]["loss"] > rows[-2]["loss"] > 0 and all(row["flips_B"] > 0 for row in rows[:-1])
+    tensors, config = load_file(trained / "adapter_model.safetensors"), LotaConfig.load(trained)
+    assert rows[-1]["moved_by_projection"] == config.training["moved"] and rows[-1]["moved"] > 0
+    zeros = sum(int((t == 0).sum()) for t in tensors.values()) / sum(t.numel() for t in tensors.values())
+    assert rows[-1]["zeros"] == pytest.approx(zeros)
+    largest = max(float((tensors[k].t().double() @ tensors[k.replace("lora_A", "lora_B")].t().double()).abs().max())
+                  for k in tensors if "lora_A" in k)
+    assert rows[-1]["dW_max"] == pytest.approx(largest / 4) and 0 < rows[-1]["dW_median"] < rows[-1]["dW_99"]
+    assert rows[-1]["mu"] > 0 and "of the integer weights moved" in (trained / "report.md").read_text()
+    assert (trained / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 2,
+         "--adapter_path", tmp_path, "--interval_point", 7.5, "--save_strategy", "no")
+    still, = tmp_path.iterdir()
+    assert "No integer weight moved" in (still / "report.md").read_text()
+
+
 def test_resuming_goes_on_where_it_was(trained, tmp_path, gptq, base_model, demo_data):
     """A run resumed at step 4 ends with the very adapter of the run that was not interrupted: sigma, batches, all."""
     home = tmp_path / "home"                    # a checkpoint may lie anywhere; nothing around it is touched

@@ -1,0 +1,147 @@
+"""What happens inside a run: numbers of every logging step, and a report with pictures at its end.
+
+Touches CustomLoraLinear layers and their optimizer, by reading; writes metrics.jsonl, report.png and report.md into the
+adapter folder.
+"""
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from LoTA.layer import CustomLoraLinear
+from LoTA.lota_merge import count_moved, shares
+
+LOOKS = 100             # times a run is looked into at most: every look merges all layers in memory
+SAMPLE_ROWS = 64        # rows of each layer whose dW is formed
+
+
+class Monitor:
+    """Looks into the ternary layers of a model while tSignSGD trains them."""
+
+    def __init__(self, model, optimizer, omega, num_steps):
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
+        self.optimizer, self.omega = optimizer, omega
+        self.every = max(1, math.ceil(num_steps / LOOKS))
+        self.kinds = {id(p): n for layer in self.layers.values() for n in ("lora_A", "lora_B")
+                      for p in getattr(layer, n).parameters()}
+        self.rows = []                      # one dict for each look
+
+    def is_due(self, step):
+        return step % self.every == 0 or step == 1
+
+    @torch.no_grad()
+    def look(self, step, loss):
+        """The numbers of this step: a flat dict, for the console and any tracker.
+
+        flips_A, flips_B: entries moved in the last step; zeros: share of entries that are 0; dW_median, dW_99, dW_max:
+        quantiles of |dW|, in omega, over SAMPLE_ROWS rows of every layer; mu: mean |offset| in grid steps; moved: share
+        of the integer weights that a merge would move.
+        """
+        flips = {"lora_A": 0, "lora_B": 0}
+        for p, count in self.optimizer.flipped.items():
+            flips[self.kinds[id(p)]] += int(count)
+        zeros = entries = 0
+        for layer in self.layers.values():
+            for matrix in layer.adapter_pair():
+                zeros, entries = zeros + int((matrix == 0).sum()), entries + matrix.numel()
+        sizes = self.sizes_of_aux()
+        moved, mu, groups = self.moved()
+        by_projection = shares(moved)
+        numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"],
+                   "zeros": zeros / entries, "dW_median": _quantile(sizes, 0.5) / self.omega,
+                   "dW_99": _quantile(sizes, 0.99) / self.omega, "dW_max": float(sizes.max()) / self.omega,
+                   "mu": mu / max(1, groups), "moved": by_projection["all"]}
+        self.rows.append({"step": step, "loss": loss, **numbers, "moved_by_projection": by_projection})
+        return numbers
+
+    @torch.no_grad()
+    def sizes_of_aux(self):
+        """|dW| of some rows of every layer, flat, on the CPU."""
+        sizes = []
+        for layer in self.layers.values():
+            lora_A, lora_B = layer.adapter_pair()
+            some = lora_A[::max(1, lora_A.shape[0] // SAMPLE_ROWS)]
+            sizes.append((some.float() @ lora_B.float()).abs().flatten().cpu())
+        return torch.cat(sizes)
+
+    def moved(self):
+        """({projection: [moved, all]}, the sum of |mu|, how many mu) of a merge of all layers as they are now."""
+        moved, total, count = {}, 0.0, 0
+        for name, layer in self.layers.items():
+            before, after, mu = layer.merged_grids()
+            count_moved(moved, name, before, after)
+            if mu is not None:
+                total, count = total + float(mu.abs().sum()), count + mu.numel()
+        return moved, total, count
+
+    def write(self, folder):
+        """metrics.jsonl, report.md and report.png in `folder`."""
+        folder = Path(folder)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        by_layer = {}
+        for name, layer in self.layers.items():
+            before, after, _ = layer.merged_grids()
+            moved = {}
+            count_moved(moved, name, before, after)
+            by_layer[name] = shares(moved)["all"]
+        draw(folder / "report.png", self.rows, by_layer, self.sizes_of_aux(), self.omega)
+        last = self.rows[-1]
+        verdict = ("**No integer weight moved.** All of the effect is in the offsets: lower --interval_point, or see "
+                   "--recipe." if last["moved"] == 0 else
+                   f"{last['moved']:.4%} of the integer weights moved.")
+        lines = ["# What this run did", "", verdict, "", "![](report.png)", "", "| at the last look | |", "|---|---|",
+                 f"| step | {last['step']} |", f"| loss | {last['loss']:.4f} |",
+                 f"| entries of A and B that are 0 | {last['zeros']:.1%} |",
+                 f"| median, 99 % and largest \\|dW\\| over omega | {last['dW_median']:.2f}, {last['dW_99']:.2f}, "
+                 f"{last['dW_max']:.2f} |", f"| mean \\|mu\\| in grid steps | {last['mu']:.4f} |", "",
+                 "| projection | integers moved |", "|---|---|",
+                 *(f"| {name} | {share:.4%} |" for name, share in last["moved_by_projection"].items()), ""]
+        (folder / "report.md").write_text("\n".join(lines))
+
+
+def _quantile(values, level):
+    """An entry near the quantile: these are pictures of a distribution, and torch.quantile takes 2**24 entries only."""
+    return float(values.kthvalue(1 + math.floor(level * (len(values) - 1))).values)
+
+
+def draw(file, rows, by_layer, sizes, omega):
+    """Four pictures: loss and sigma, flips, |dW| with omega, and the share moved in each layer and projection."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, ((loss, flips), (histogram, heat)) = plt.subplots(2, 2, figsize=(11, 7.5))
+    steps = [row["step"] for row in rows]
+    loss.plot(steps, [row["loss"] for row in rows], color="#1f6fb2")
+    loss.set_ylabel("loss", color="#1f6fb2")
+    level = loss.twinx()
+    level.plot(steps, [row["sigma"] for row in rows], color="#d9822b")
+    level.set_ylabel("sigma", color="#d9822b")
+    for name, color in (("flips_A", "#7fb069"), ("flips_B", "#1f6fb2")):
+        flips.plot(steps, [row[name] for row in rows], label=f"{name[-1]}: entries moved in the step", color=color)
+    flips.set_yscale("symlog")
+    flips.legend(fontsize=8, frameon=False)
+    histogram.hist(sizes.numpy(), bins=range(int(max(float(sizes.max()), omega)) + 3), color="#9aa0a6", align="left")
+    histogram.axvline(omega, color="#b2182b")
+    histogram.set_yscale("log")
+    histogram.set_xlabel("|dW|; the line is omega: only what is beyond it can move an integer")
+    columns = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in by_layer))
+    numbers = list(dict.fromkeys(_block(name) for name in by_layer))
+    table = [[math.nan] * len(columns) for _ in numbers]
+    for name, share in by_layer.items():
+        table[numbers.index(_block(name))][columns.index(name.rsplit(".", 1)[-1])] = 100 * share
+    picture = heat.imshow(table, aspect="auto", cmap="Blues", vmin=0)
+    heat.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+    heat.set_ylabel("layer")
+    figure.colorbar(picture, ax=heat, label="% of the integers moved")
+    moved = rows[-1]["moved"]
+    figure.suptitle(f"{moved:.4%} of the integer weights moved" if moved else "NO INTEGER WEIGHT MOVED",
+                    color="black" if moved else "#b2182b")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _block(name):
+    """The layer's number in a module's name."""
+    return next((part for part in name.split(".") if part.isdigit()), name)
