@@ -10,9 +10,11 @@ Chen et al., "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-
     mu      offset      [groups, out]  what the steps left over, moved into the zero factor  (Eq. 4)
     omega   threshold in (0, r);  kappa: what mu is divided by, omega in the published scripts, 1 in the paper
 
-Two things make the fast path exact and cheap. All sums over A and B are sums of integers, exact in float32 in any
-order, so every device and every blocking gives the same integers and the same mu. And sums over a group go through
-the small factor: sum_i dW_ij = (sum_i A_i) @ B, so mu and both gradients need no [in, out] pass of their own.
+Three things make the fast path exact and cheap. All sums over A and B are sums of integers, exact in float32 in any
+order, so every device and every blocking gives the same integers and the same mu. Sums over a group go through the
+small factor: sum_i dW_ij = (sum_i A_i) @ B, so mu and both gradients need no [in, out] pass of their own. And |dW_ij|
+is at most the number of entries that are not 0 in row i of A, and in column j of B: at omega = 0.75 r next to no weight
+can step, and only the products of those that can are needed at all.
 """
 import math
 import sys
@@ -185,18 +187,14 @@ def offset_factor(aux_sum, ternary_sum, sizes, threshold):
 
 
 def _few_steps(lora_A, lora_B, omega):
-    """(rows, cols, step) of the weights whose |dW| passes omega, or None where they may be many or are costly to find.
-
-    |dW_ij| is at most the number of entries that are not 0 in row i of A, and in column j of B. So only where both
-    pass omega the product is needed at all: at omega = 0.75 r next to nowhere.
-    """
+    """(rows, cols, step) of the weights whose |dW| passes omega; None where they may be many, or are costly to find."""
     if lora_A.device.type != "cpu":                 # selecting would stop a GPU's queue
         return None
     rows = (torch.count_nonzero(lora_A, 1) > omega).nonzero().flatten()
     cols = (torch.count_nonzero(lora_B, 0) > omega).nonzero().flatten()
     if len(rows) * len(cols) > FEW * lora_A.shape[0] * lora_B.shape[1]:
         return None
-    aux = lora_A[rows] @ lora_B[:, cols]
+    aux = lora_A[rows].float() @ lora_B[:, cols].float()
     where = (aux.abs() > omega).nonzero(as_tuple=True)
     return rows[where[0]], cols[where[1]], aux[where].sign()
 

@@ -14,12 +14,11 @@ COMMON = ["--training_data_name", "viggo", "--lora_r", 16, "--max_steps", 160, "
           "--gradient_checkpointing", False, "--dtype", "float32", "--logging_steps", 10, "--save_strategy", "no"]
 # omega is a share of the rank 16: 12 is the published 0.75 r.
 LORA = {f"LoRA, learning rate {lr}": ["--method", "lora", "--learning_rate", lr] for lr in (1e-3, 3e-3)}
-QALORA = {f"QA-LoRA, learning rate {lr}": ["--method", "qalora", "--learning_rate", lr] for lr in (1e-3, 3e-3, 1e-2)}
+QALORA = {f"QA-LoRA, learning rate {lr}": ["--method", "qalora", "--learning_rate", lr] for lr in (3e-3, 1e-2)}
 LOTA = {
     "LoTA, published": ["--interval_point", 12],
     "LoTA, omega 0.5 r": ["--interval_point", 8],
     "LoTA, omega 0.3 r, momentum, no offset": ["--interval_point", 5, "--momentum", 0.9, "--residual", False],
-    "LoTA, learned offset alone, 0.01": ["--interval_point", 15.5, "--offset_scale", "learned", "--offset_lr", 0.01],
     "LoTA, learned offset alone, 0.03": ["--interval_point", 15.5, "--offset_scale", "learned", "--offset_lr", 0.03],
     "LoTA, omega 0.3 r, momentum, learned offset 0.01": [
         "--interval_point", 5, "--momentum", 0.9, "--offset_scale", "learned", "--offset_lr", 0.01],

@@ -443,6 +443,15 @@ def test_adapters_in_bfloat16(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_few_steps_in_bfloat16_are_exact_at_any_rank(both_ways):
+    """Adapters in bfloat16 with |dW| beyond 256, where bfloat16 stops counting by one: 299 and 301 around omega 300."""
+    A, B = torch.ones(2, 301).bfloat16(), torch.ones(301, 1).bfloat16()
+    A[1, :2] = 0
+    grid = make_grid(torch.tensor([[1], [1]]), torch.zeros(1, 1).int(), torch.ones(1, 1), torch.zeros(2).int(), 4)
+    assert merged(A, B, grid, Threshold(300.0, None))[0].flatten().tolist() == [2, 1]
+    assert merged(A, B, grid, Threshold(298.0, None))[0].flatten().tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("needed", ["x", "A", "B"])
 def test_only_the_gradients_asked_for(needed):
     """Each gradient is the same bits when it is the only one asked for, and the others stay None."""
