@@ -45,7 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="the end of the JSON files' names [cpu]")
     device = parser.parse_args().device
-    layer = [row for row in results("layer", device) if row["bits"] == 4]
+    layer = [row for row in results("layer", device) if row["bits"] == 4 and row["peer"] != "lota, W' kept"]
     panels = [
         (layer, lambda r: f"{r['shape']}\n{r['tokens']} tokens", "peer", "step / bare",
          "One layer, forward + backward, 4 bits: time / bare products", 1),
