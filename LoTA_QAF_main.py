@@ -349,7 +349,8 @@ def train(base, training):
     if base.lota_qaf:
         config.training["moved"] = shares(trainer.monitor.moved()[0])
         print_moved(config.training["moved"])
-        trainer.monitor.look(trainer.state.global_step, config.training["loss"])
+        if not trainer.monitor.rows or trainer.monitor.rows[-1]["step"] != trainer.state.global_step:
+            trainer.monitor.look(trainer.state.global_step, config.training["loss"])
         trainer.monitor.write(running)
     model.save_pretrained(str(running), save_embedding_layers=False)
     write_json(running / "log_history.json", trainer.state.log_history)

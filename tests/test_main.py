@@ -74,17 +74,17 @@ def test_only_the_adapter_is_saved_and_checkpoints_are_whole(trained):
 
 
 def test_the_report_beside_the_adapter(trained, gptq, base_model, demo_data, tmp_path):
-    """metrics.jsonl has a line for every step; its last numbers are those of the adapter that was saved; and a run in
-    which nothing moves says so."""
+    """metrics.jsonl has a line for every logging step; its last numbers are those of the adapter that was saved (dW: of
+    about 64 rows a layer); and a run in which nothing moves says so."""
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [*range(1, 9), 8]
-    assert rows[0]["loss"] > rows[-2]["loss"] > 0 and all(row["flips_B"] > 0 for row in rows[:-1])
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert rows[0]["loss"] > rows[-1]["loss"] > 0 and all(row["flips_B"] > 0 for row in rows)
     tensors, config = load_file(trained / "adapter_model.safetensors"), LotaConfig.load(trained)
     assert rows[-1]["moved_by_projection"] == config.training["moved"] and rows[-1]["moved"] > 0
     zeros = sum(int((t == 0).sum()) for t in tensors.values()) / sum(t.numel() for t in tensors.values())
     assert rows[-1]["zeros"] == pytest.approx(zeros)
-    largest = max(float((tensors[k].t().double() @ tensors[k.replace("lora_A", "lora_B")].t().double()).abs().max())
-                  for k in tensors if "lora_A" in k)
+    largest = max(float((A.t()[::max(1, A.shape[1] // 64)].double() @ tensors[k.replace("lora_A", "lora_B")].t()
+                         .double()).abs().max()) for k, A in tensors.items() if "lora_A" in k)
     assert rows[-1]["dW_max"] == pytest.approx(largest / 4) and 0 < rows[-1]["dW_median"] < rows[-1]["dW_99"]
     assert rows[-1]["mu"] > 0 and "of the integer weights moved" in (trained / "report.md").read_text()
     assert (trained / "report.png").read_bytes().startswith(b"\x89PNG")
