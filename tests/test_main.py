@@ -85,7 +85,7 @@ def test_the_report_beside_the_adapter(trained, gptq, base_model, demo_data, tmp
     assert rows[-1]["zeros"] == pytest.approx(zeros)
     largest = max(float((A.t()[::max(1, A.shape[1] // 64)].double() @ tensors[k.replace("lora_A", "lora_B")].t()
                          .double()).abs().max()) for k, A in tensors.items() if "lora_A" in k)
-    assert rows[-1]["dW_max"] == pytest.approx(largest / 4) and 0 < rows[-1]["dW_median"] < rows[-1]["dW_99"]
+    assert rows[-1]["dW_max"] == pytest.approx(largest / 4) and 0 <= rows[-1]["dW_median"] < rows[-1]["dW_99"]
     assert rows[-1]["mu"] > 0 and "of the integer weights moved" in (trained / "report.md").read_text()
     assert (trained / "report.png").read_bytes().startswith(b"\x89PNG")
 
