@@ -38,6 +38,11 @@ from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
+# Opt-in settings for LoTA, found on a small model (experiments/LOG.md); interval_point is a share of the rank.
+RECIPES = {
+    "published": {},
+    "learned": {"interval_point": 0.3, "momentum": 0.9, "offset_scale": "learned", "offset_lr": 0.03},
+    "grid": {"interval_point": 0.3, "momentum": 0.9, "residual": False}}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 SPLIT_TARGETS = re.compile(r"[,\s]+")
 
@@ -96,6 +101,9 @@ class trainingConfig:
     gradient_accumulation_steps: int = setting(1, "batches of an optimizer step")
     source_max_len: int = setting(1024, "tokens of a prompt at most")
     target_max_len: int = setting(256, "tokens of an answer at most, its end token counted in")
+    recipe: str = setting("published", "LoTA: settings that go together, for flags that are not given: learned trains mu "
+                                       "as a parameter and lets more integers move; grid does without mu, so that the "
+                                       "merged model is plain GPTQ", choices=list(RECIPES))
     interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)", shown="0.75 r: 48 at r = 64")
     filter_ratio: float = setting(0.95, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the gradients")
     min_grad: float = setting(0.999, "LoTA: sigma after 80 %% of the steps")
@@ -228,6 +236,8 @@ def train(base, training):
         base.lora_r = 64 if parameters < LARGE_MODEL else 32
     if base.lora_alpha is None:
         base.lora_alpha = 2 * base.lora_r
+    if base.lota_qaf:
+        apply_recipe(base, training)
     check_training(base, training, folder)
     threshold = make_threshold(training.interval_point, base.residual, base.offset_scale) if base.lota_qaf else None
 
@@ -395,6 +405,14 @@ def check_training(base, training, folder):
         training.interval_point = 0.75 * base.lora_r
     training.optimizer_type, training.max_grad_norm = "int_sign_sgd", 0.0
     check_settings(base.lora_r, training.interval_point, max(1, folder.group_size))
+
+
+def apply_recipe(base, training):
+    """Fills in what --recipe says, where a flag still has its default."""
+    for flag, value in RECIPES[training.recipe].items():
+        settings = base if hasattr(base, flag) else training
+        if getattr(settings, flag) == getattr(type(settings)(), flag):
+            setattr(settings, flag, value * base.lora_r if flag == "interval_point" else value)
 
 
 def trainer_arguments(base, training, output_dir):

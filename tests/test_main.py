@@ -289,6 +289,20 @@ def test_learned_offsets_and_momentum_merge_what_they_trained(gptq, base_model, 
     assert merged["moved"]["all"] > 0
 
 
+def test_recipes_fill_in_what_is_not_given():
+    """Each recipe's settings, omega as a share of the rank; a flag that is given counts."""
+    def applied(name, **given):
+        base, training = LoTA_QAF_main.baseConfig(lora_r=8), LoTA_QAF_main.trainingConfig(recipe=name)
+        for flag, value in given.items():
+            setattr(base if hasattr(base, flag) else training, flag, value)
+        LoTA_QAF_main.apply_recipe(base, training)
+        return training.interval_point, training.momentum, base.offset_scale, base.residual, training.offset_lr
+    assert applied("published") == (None, 0.0, "omega", True, 0.01)
+    assert applied("learned") == (pytest.approx(2.4), 0.9, "learned", True, 0.03)
+    assert applied("grid") == (pytest.approx(2.4), 0.9, "omega", False, 0.01)
+    assert applied("learned", interval_point=3.0, offset_lr=0.5) == (3.0, 0.9, "learned", True, 0.5)
+
+
 def test_residual_reaches_an_adapter_without_record_evaluated_live(trained, demo_data, gptq, tmp_path):
     """An adapter folder without lota_config.json: --residual False leaves the offset out of its live layers too."""
     named = tmp_path / "2M_int2_LoTA_4_0.950_0.999_viggo_1s_1MB_01_000000"
