@@ -101,7 +101,7 @@ class trainingConfig:
     gradient_accumulation_steps: int = setting(1, "batches of an optimizer step")
     source_max_len: int = setting(1024, "tokens of a prompt at most")
     target_max_len: int = setting(256, "tokens of an answer at most, its end token counted in")
-    recipe: str = setting("published", "LoTA: settings that go together, for flags that are not given: learned trains mu "
+    recipe: str = setting("published", "LoTA: settings that go together, for flags not given: learned trains mu "
                                        "as a parameter and lets more integers move; grid does without mu, so that the "
                                        "merged model is plain GPTQ", choices=list(RECIPES))
     interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)", shown="0.75 r: 48 at r = 64")
