@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 from common import print_table, save, time_interleaved
 from peft import LoraConfig, get_peft_model
-from random_model import SHAPES, projections, write_gptq_llama, write_lota_adapter
+from random_model import SHAPES, TARGETS, projections, write_gptq_llama, write_lota_adapter
 
 from LoTA.adapter import LTA, load_gptq
 from LoTA.lota_merge import merge_folders
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def measure(work, shape, bits, backend, batches, new_tokens, prompt, rounds, dtype):

@@ -12,6 +12,7 @@ from LoTA.packing import pack_rows
 
 SHAPES = {"tiny": (192, 512, 4, 6, 1500), "60M": (512, 1408, 16, 8, 8000), "200M": (1024, 2816, 16, 16, 8000),
           "1B": (2048, 8192, 16, 32, 32000), "8B": (4096, 14336, 32, 32, 128256)}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def projections(hidden, intermediate, layers):

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from common import peak_extra_memory, print_table, save, time_interleaved
 from peft import LoraConfig, get_peft_model
-from random_model import SHAPES, write_gptq_llama
+from random_model import SHAPES, TARGETS, write_gptq_llama
 
 from LoTA.adapter import load_gptq
 from LoTA.layer import register
 from LoTA.ternary import Threshold, ternarize_
 from t_signSGD import tSignSGD
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, GROUP, OMEGA = 64, 64, 48.0
 
 
