@@ -24,10 +24,10 @@ LOTA = {
         "--interval_point", 5, "--momentum", 0.9, "--offset_scale", "learned", "--offset_lr", 0.01],
     "LoTA, omega 0.3 r, momentum, learned offset 0.03": [
         "--interval_point", 5, "--momentum", 0.9, "--offset_scale", "learned", "--offset_lr", 0.03],
-    "LoTA, omega 0.3 r, momentum, learned offset 0.1": [
-        "--interval_point", 5, "--momentum", 0.9, "--offset_scale", "learned", "--offset_lr", 0.1],
-    "LoTA, omega 0.2 r, momentum, learned offset 0.03": [
-        "--interval_point", 3, "--momentum", 0.9, "--offset_scale", "learned", "--offset_lr", 0.03],
+    "LoTA, learned offset alone, 0.1": ["--interval_point", 15.5, "--offset_scale", "learned", "--offset_lr", 0.1],
+    "LoTA, omega 0.3 r, momentum, learned offset 0.03, sigma from 0.995": [
+        "--interval_point", 5, "--momentum", 0.9, "--offset_scale", "learned", "--offset_lr", 0.03,
+        "--filter_ratio", 0.995],
 }
 # What stage choose gave, at 2 bits; see experiments/LOG.md.
 CHOSEN = ()
