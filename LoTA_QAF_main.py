@@ -41,7 +41,8 @@ METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
 # Opt-in settings for LoTA, found on a small model (experiments/LOG.md); interval_point is a share of the rank.
 RECIPES = {
     "published": {},
-    "learned": {"interval_point": 0.3, "momentum": 0.9, "offset_scale": "learned", "offset_lr": 0.03},
+    "learned": {"interval_point": 0.3, "momentum": 0.9, "filter_ratio": 0.995, "offset_scale": "learned",
+                "offset_lr": 0.03},
     "grid": {"interval_point": 0.3, "momentum": 0.9, "residual": False}}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 SPLIT_TARGETS = re.compile(r"[,\s]+")

@@ -132,6 +132,7 @@ def draw(file, rows, by_layer, sizes, omega):
         table[numbers.index(_block(name))][columns.index(name.rsplit(".", 1)[-1])] = 100 * share
     picture = heat.imshow(table, aspect="auto", cmap="Blues", vmin=0)
     heat.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+    heat.set_yticks(range(0, len(numbers), max(1, len(numbers) // 16)), numbers[::max(1, len(numbers) // 16)])
     heat.set_ylabel("layer")
     figure.colorbar(picture, ax=heat, label="% of the integers moved")
     moved = rows[-1]["moved"]

@@ -91,6 +91,11 @@ def evaluate(run, adapter, data_dir, limit):
     return {**figures, **merged, "live_accuracy": live["accuracy"], "differ_from_live": differ}
 
 
+def name_only(value):
+    """The last part of an absolute path, which belongs to one machine; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", required=True)
@@ -110,7 +115,9 @@ def main():
             adapter, seconds = train(run, work, log) if "flags" in run else (None, None)
         figures = evaluate(run, adapter, args.data_dir, args.limit)
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-        line = {**run, "train_s": seconds, "commit": commit.stdout.strip(), **figures}
+        names = {**run, "gptq": name_only(run["gptq"])} | (
+            {"flags": [name_only(flag) for flag in run["flags"]]} if "flags" in run else {})
+        line = {**names, "train_s": seconds, "commit": commit.stdout.strip(), **figures}
         with open(results, "a") as f:
             f.write(json.dumps(line) + "\n")
         print(f"{run['name']} seed {run['seed']}: {figures['accuracy']:.1%}, loss {figures['loss']:.4f}")

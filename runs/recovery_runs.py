@@ -30,7 +30,8 @@ LOTA = {
         "--filter_ratio", 0.995],
 }
 # What stage choose gave, at 2 bits; see experiments/LOG.md.
-CHOSEN = ()
+CHOSEN = ("LoTA, omega 0.3 r, momentum, learned offset 0.03, sigma from 0.995", "QA-LoRA, learning rate 0.003",
+          "LoRA, learning rate 0.001", "LoTA, published")
 
 
 def main():
@@ -54,7 +55,7 @@ def main():
         runs.append({"name": f"{bits} bits, GPTQ", "bits": bits, "setting": "GPTQ", "seed": 0, "gptq": gptq})
         runs += [{"name": f"{bits} bits, {name}".replace(" ", "_").replace(",", ""), "bits": bits, "setting": name,
                   "seed": seed, "gptq": gptq, "flags": [*COMMON, "--data_dir", str(work / "data/tune"), *flags]}
-                 for name, flags in settings.items() for seed in (SEEDS if args.stage == "test" else SEEDS[:1])]
+                 for seed in (SEEDS if args.stage == "test" else SEEDS[:1]) for name, flags in settings.items()]
     Path(args.output).write_text(json.dumps(runs, indent=1))
     print(f"{len(runs)} runs in {args.output}")
 

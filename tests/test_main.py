@@ -296,11 +296,12 @@ def test_recipes_fill_in_what_is_not_given():
         for flag, value in given.items():
             setattr(base if hasattr(base, flag) else training, flag, value)
         LoTA_QAF_main.apply_recipe(base, training)
-        return training.interval_point, training.momentum, base.offset_scale, base.residual, training.offset_lr
-    assert applied("published") == (None, 0.0, "omega", True, 0.01)
-    assert applied("learned") == (pytest.approx(2.4), 0.9, "learned", True, 0.03)
-    assert applied("grid") == (pytest.approx(2.4), 0.9, "omega", False, 0.01)
-    assert applied("learned", interval_point=3.0, offset_lr=0.5) == (3.0, 0.9, "learned", True, 0.5)
+        return (training.interval_point, training.momentum, training.filter_ratio, base.offset_scale, base.residual,
+                training.offset_lr)
+    assert applied("published") == (None, 0.0, 0.95, "omega", True, 0.01)
+    assert applied("learned") == (pytest.approx(2.4), 0.9, 0.995, "learned", True, 0.03)
+    assert applied("grid") == (pytest.approx(2.4), 0.9, 0.95, "omega", False, 0.01)
+    assert applied("learned", interval_point=3.0, offset_lr=0.5) == (3.0, 0.9, 0.995, "learned", True, 0.5)
 
 
 def test_residual_reaches_an_adapter_without_record_evaluated_live(trained, demo_data, gptq, tmp_path):
