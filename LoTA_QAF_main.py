@@ -389,6 +389,8 @@ def check_training(base, training, folder):
         raise UserError("training in float16 is not supported, its gradients overflow: use bfloat16 or float32")
     if training.optimizer_type == "paged_adamw_32bit" and not base.lota_qaf and not find_spec("bitsandbytes"):
         raise UserError("--optimizer_type paged_adamw_32bit needs bitsandbytes: pip install bitsandbytes")
+    if base.method == "qalora" and folder.group_size < 1:
+        raise UserError(f"--method qalora pools the inputs of a group, and {folder.path} has no groups")
     if not base.lota_qaf:
         if training.optimizer_type == "int_sign_sgd":
             raise UserError("--optimizer_type int_sign_sgd trains ternary adapters only: give --lota_qaf True")

@@ -130,6 +130,9 @@ class tSignSGD(Optimizer):
             group, own = self.param_groups[0], self.offsets.param_groups[0]
             if group["num_training_steps"] is not None:
                 own["lr"] = self.offset_lr * max(0.0, 1 - (group["step"] - 1) / group["num_training_steps"])
+            for p in own["params"]:
+                if p.grad is not None and p.device.type != "cpu":
+                    p.grad.masked_fill_(~finite.to(p.device), 0.0)
             self.offsets.step()
         return loss
 
@@ -147,6 +150,10 @@ class tSignSGD(Optimizer):
         named = [(name, p) for group in self.param_groups
                  for name, p in zip(group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))],
                                     group["params"], strict=True) if p.grad is not None]
+        ternary = len(named)
+        if self.offsets is not None:
+            named += [(f"offset {i}", p) for i, p in enumerate(self.offsets.param_groups[0]["params"])
+                      if p.grad is not None]
         if not named:
             return torch.tensor(True), torch.tensor(False)
         norms = torch._foreach_norm([p.grad for _, p in named], 2, torch.float32)
@@ -155,7 +162,7 @@ class tSignSGD(Optimizer):
         self._judged = [name for name, _ in named], self.param_groups[0]["step"] + 1, _to_host(norms)
         if norms.device.type == "cpu":
             self._raise_unless_finite()
-        return torch.isfinite(norms).all(), torch.linalg.vector_norm(norms) > SPIKE_NORM
+        return torch.isfinite(norms).all(), torch.linalg.vector_norm(norms[:ternary]) > SPIKE_NORM
 
     def _raise_unless_finite(self):
         """Raises FloatingPointError where a gradient of the step that was judged last was not finite."""

@@ -458,3 +458,22 @@ def test_learned_offsets_go_along_with_adamw():
         adamw.step()
         assert torch.equal(ours, own), t
     assert bool(ours.any())
+
+
+def test_an_offset_gradient_that_is_not_finite_stops_everything():
+    """The error names the offset, neither it nor a ternary entry has moved; offsets do not count in the spike norm."""
+    offsets = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2)]
+    parameters = ternary_parameters([(4, 4)])
+    optimizer = tSignSGD(parameters, threshold_ratio=0.5, offsets=offsets)
+    set_gradients(parameters, 1)
+    for p in offsets:
+        p.grad = torch.ones(3, 2)
+    offsets[1].grad[0, 0] = math.inf
+    before = values(parameters)
+    with pytest.raises(FloatingPointError, match="offset 1 "):
+        optimizer.step()
+    assert torch.equal(parameters[0], before[0]) and not any(bool(p.any()) for p in offsets)
+    offsets[1].grad[0, 0] = 1e6
+    parameters[0].grad = torch.full((4, 4), 0.1)
+    _, spike = optimizer._judge_gradients()
+    assert not spike
