@@ -65,6 +65,7 @@ class Monitor:
             sizes.append((some.float() @ lora_B.float()).abs().flatten().cpu())
         return torch.cat(sizes)
 
+    @torch.no_grad()
     def moved(self):
         """({projection: [moved, all]}, the sum of |mu|, how many mu) of a merge of all layers as they are now."""
         moved, total, count = {}, 0.0, 0
