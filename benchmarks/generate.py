@@ -11,12 +11,19 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import print_table, save, time_interleaved
+from common import peak_extra_memory, print_table, save, time_interleaved
 from peft import LoraConfig, get_peft_model
 from random_model import SHAPES, TARGETS, projections, write_gptq_llama, write_lota_adapter
 
 from LoTA.adapter import LTA, load_gptq
 from LoTA.lota_merge import merge_folders
+
+
+def weights_of(model):
+    """Bytes of a model's parameters and buffers, and of the offsets that LTA keeps beside them."""
+    held = {t.data_ptr(): t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers())}
+    offsets = (m.adapter.offset for m in model.modules() if isinstance(getattr(m, "adapter", None), LTA))
+    return sum(held.values()) + sum(o.numel() * o.itemsize for o in offsets)
 
 
 def measure(work, shape, bits, backend, batches, new_tokens, prompt, rounds, dtype):
@@ -35,8 +42,10 @@ def measure(work, shape, bits, backend, batches, new_tokens, prompt, rounds, dty
                                min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
         seconds = time_interleaved({n: lambda m=m: generate(m) for n, m in models.items()}, rounds)
         speed = {n: batch * new_tokens / s for n, s in seconds.items()}
+        memory = {n: (weights_of(m), peak_extra_memory(lambda m=m: generate(m))) for n, m in models.items()}
         rows += [{"shape": shape, "bits": bits, "kernel": backend, "batch": batch, "model": n, "tokens / s": v,
-                  "/ GPTQ": v / speed["GPTQ"], "/ GPTQ + LoRA": v / speed["GPTQ + LoRA"]} for n, v in speed.items()]
+                  "/ GPTQ": v / speed["GPTQ"], "/ GPTQ + LoRA": v / speed["GPTQ + LoRA"],
+                  "model MB": memory[n][0] / 1e6, "peak extra MB": memory[n][1] / 1e6} for n, v in speed.items()]
     return rows
 
 
