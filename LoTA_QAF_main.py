@@ -33,7 +33,7 @@ from LoTA.folders import (
     read_adapter,
     write_json,
 )
-from LoTA.lota_merge import check_match, merge_folders, print_moved, shares
+from LoTA.lota_merge import check_match, merge_folders, print_moved
 from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -358,10 +358,10 @@ def train(base, training):
     config.training = {"runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": trainer.state.global_step,
                        "loss": trainer.state.log_history[-1].get("train_loss")}
     if base.lota_qaf:
-        config.training["moved"] = shares(trainer.monitor.moved()[0])
-        print_moved(config.training["moved"])
         if not trainer.monitor.rows or trainer.monitor.rows[-1]["step"] != trainer.state.global_step:
             trainer.monitor.look(trainer.state.global_step, config.training["loss"])
+        config.training["moved"] = trainer.monitor.rows[-1]["moved_by_projection"]
+        print_moved(config.training["moved"])
         trainer.monitor.write(running)
     model.save_pretrained(str(running), save_embedding_layers=False)
     write_json(running / "log_history.json", trainer.state.log_history)

@@ -83,7 +83,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         if self._groups is not None:
             self._groups.to(base.qweight.device)
         return Grid(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
-                          "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
+                    "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
 
     def forward(self, x, *args, **kwargs):
         if self.disable_adapters:
