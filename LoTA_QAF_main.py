@@ -147,6 +147,7 @@ class evalConfig:
     ft_dataset_name: str = setting("none", "generate and score on gsm8k, sql or viggo",
                                    choices=["none", "gsm8k", "sql", "viggo"])
     max_new_tokens: int = setting(512, "tokens of a generated answer at most")
+    answer_loss: bool = setting(False, "with --ft_dataset_name: measure the mean loss of the right answers' tokens too")
     tasks: str | None = setting(None, "lm-eval tasks, comma-separated, such as mmlu", shown="none")
     num_fewshot: int = setting(5, "lm-eval: examples before a question")
     include_path: str | None = setting(None, "lm-eval: a folder of local task files", shown="none")

@@ -8,7 +8,15 @@ import re
 import torch
 from tqdm import tqdm
 
-from data_print_save import encode_prompt, load_rows, prepare_tokenizer, read_messages, render_prompt, save_results
+from data_print_save import (
+    IGNORE_INDEX,
+    encode_prompt,
+    load_rows,
+    prepare_tokenizer,
+    read_messages,
+    render_prompt,
+    save_results,
+)
 
 
 def is_correct(pred, label, dataset_name):
@@ -77,11 +85,34 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens):
     return answers
 
 
+@torch.inference_mode()
+def answer_loss(model, tokenizer, prompts, labels, batch_size):
+    """Mean cross entropy of the labels' tokens and the end token after rendered prompts, in nats: what training
+    minimizes."""
+    items = sorted(((encode_prompt(tokenizer, prompt),
+                     tokenizer(label + tokenizer.eos_token, add_special_tokens=False)["input_ids"])
+                    for prompt, label in zip(prompts, labels, strict=True)), key=lambda item: -len(item[0] + item[1]))
+    total = tokens = 0
+    for start in range(0, len(items), batch_size):
+        batch = items[start:start + batch_size]
+        width = max(len(prompt + answer) for prompt, answer in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        targets = torch.full((len(batch), width), IGNORE_INDEX)
+        for i, (prompt, answer) in enumerate(batch):        # padded on the right: nothing attends to it
+            ids[i, :len(prompt + answer)] = torch.tensor(prompt + answer)
+            targets[i, len(prompt):len(prompt + answer)] = torch.tensor(answer)
+        logits = model(input_ids=ids.to(model.device)).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten().to(logits.device),
+                                                   ignore_index=IGNORE_INDEX, reduction="sum").item()
+        tokens += sum(len(answer) for _, answer in batch)
+    return total / tokens
+
+
 def evalgsv(model, tokenizer, base_args, eval_args, subsample=None, name=None, extra=None):
     """Evaluates `model` on the test split of eval_args.ft_dataset_name; returns the results and saves them as JSON.
 
     subsample: only the first rows. name: of the JSON file. extra: more entries for it. The results: accuracy with its
-    95 % interval, and every prediction with its prompt and label.
+    95 % interval, every prediction with its prompt and label, and with eval_args.answer_loss the loss of the labels.
     """
     data_name = eval_args.ft_dataset_name
     prepare_tokenizer(tokenizer)
@@ -101,5 +132,9 @@ def evalgsv(model, tokenizer, base_args, eval_args, subsample=None, name=None, e
     low, high = results["interval_95"]
     print(f"{data_name}: {correct} of {len(items)} correct, accuracy {correct / len(items):.2%} "
           f"(95 % interval {low:.2%} to {high:.2%})")
+    if eval_args.answer_loss:
+        results["loss"] = answer_loss(model, tokenizer, prompts, [label for _, label in pairs],
+                                      eval_args.eval_batch_size)
+        print(f"{data_name}: mean loss of the answers' tokens {results['loss']:.4f}")
     save_results(eval_args.output_path, name or data_name, results, base_args, eval_args)
     return results

@@ -1,126 +1,116 @@
-"""One line of JSON for each run of an experiment: trains what is missing, scores it, goes on where it was interrupted.
+"""Trains and scores the runs of an experiment, a line of JSON for each; goes on where it was interrupted.
 
-    python runs/experiment.py --runs RUNS.json --data_dir DIR --work WORK --results RESULTS.jsonl --jobs 2
+    python runs/experiment.py --runs RUNS.json --work WORK --results RESULTS.jsonl --jobs 2
 
-RUNS.json is a list of {"name": ..., "gptq": GPTQ folder, "seed": ..., "flags": [flags of mode 1]}, with anything else
-that shall stand in the results. A run without "flags" scores the GPTQ model itself, one with "base": true the 16-bit
-model. A run whose name and seed are in RESULTS already is left out. Each is scored on DIR's test.csv: exact match, and
-the mean loss of the answers' tokens; LoTA and QA-LoRA merged, with how many answers differ live, LoRA live.
+RUNS.json (see runs/experiment_runs.py) is a list of {"name", "seed", "gptq", "train", "evaluate"}, and whatever else
+shall stand in the results. "train" holds flags of mode 1; what it trains on the GPTQ folder "gptq" is scored by mode 2
+with the flags "evaluate": a LoRA adapter live, LoTA and QA-LoRA merged and live, and the answers that differ between the
+two are counted. Without "train", "evaluate" says by itself what is scored. A run whose name and seed are in RESULTS is
+left out. Adapters stay in WORK/adapters, what the runs print in WORK/logs.
 """
 import argparse
+import contextlib
+import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MAX_NEW_TOKENS = 160
+
+def parse(mode, flags):
+    """The settings of LoTA_QAF_main.py's command line with these flags."""
+    from LoTA_QAF_main import parse_args
+    sys.argv = ["LoTA_QAF_main.py", "--mode", str(mode), *(str(flag) for flag in flags)]
+    return parse_args()
 
 
-def train(run, work, log):
-    """Trains a run's adapter in a process of its own; returns (its folder, seconds)."""
-    into = work / "adapters" / f"{run['name']}_seed{run['seed']}"
-    shutil.rmtree(into, ignore_errors=True)         # what an interrupted run left
-    start = time.time()
-    command = [sys.executable, "LoTA_QAF_main.py", "--mode", "1", "--quantized_model_dir", run["gptq"], "--seed",
-               run["seed"], "--adapter_path", into, *run["flags"]]
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, stdout=log, stderr=log)
-    if done.returncode:
-        sys.exit(f"error: {run['name']} failed; see {log.name}")
-    return next(f for f in into.iterdir() if "MB_" in f.name), time.time() - start
+def train(run, work):
+    """Mode 1; returns the adapter's folder. One that an interrupted run finished is taken as it is."""
+    from LoTA_QAF_main import train
+    into = work / "adapters" / f"{run['name']}_seed{run['seed']}".replace(" ", "_").replace(",", "")
+    for folder in into.glob("*MB_*"):
+        return folder
+    base, training, _ = parse(1, ["--quantized_model_dir", run["gptq"], "--seed", run["seed"], "--adapter_path", into,
+                                  *run["train"]])
+    return train(base, training)
 
 
-def score(model, tokenizer, rows):
-    """{"accuracy", "correct", "rows", "loss"} of a model on rows of ViGGO, and its answers."""
-    import torch
-
-    from data_print_save import encode_prompt, read_messages, render_prompt
-    from evalGSV import generate, is_correct
-    pairs = [read_messages("viggo", row) for row in rows]
-    prompts = [render_prompt(tokenizer, messages) for messages, _ in pairs]
-    texts = generate(model, tokenizer, prompts, 64, MAX_NEW_TOKENS)
-    correct = sum(is_correct(text, label, "viggo") for text, (_, label) in zip(texts, pairs, strict=True))
-    total = tokens = 0
-    items = sorted(((encode_prompt(tokenizer, p), tokenizer(label, add_special_tokens=False)["input_ids"]
-                     + [tokenizer.eos_token_id]) for p, (_, label) in zip(prompts, pairs, strict=True)),
-                   key=lambda item: len(item[0]) + len(item[1]))
-    for start in range(0, len(items), 64):
-        batch = items[start:start + 64]
-        width = max(len(p) + len(a) for p, a in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        labels = torch.full((len(batch), width), -100)
-        for i, (prompt, answer) in enumerate(batch):        # padded on the right: nothing attends to it
-            ids[i, :len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            labels[i, len(prompt):len(prompt) + len(answer)] = torch.tensor(answer)
-        with torch.inference_mode():
-            logits = model(input_ids=ids).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100,
-                                                   reduction="sum").item()
-        tokens += int((labels[:, 1:] != -100).sum())
-    return {"accuracy": correct / len(rows), "correct": correct, "rows": len(rows), "loss": total / tokens}, texts
+def score(flags, output):
+    """Mode 2: ({"accuracy", ...}, the answers): of generation, or of lm-eval's tasks, whose accuracy is their mean."""
+    from LoTA_QAF_main import evaluate
+    base, _, evaluation = parse(2, [*flags, "--output_path", output])
+    results = evaluate(base, evaluation)
+    gc.collect()
+    if evaluation.ft_dataset_name != "none":
+        found = results[evaluation.ft_dataset_name]
+        return ({key: found[key] for key in ("accuracy", "correct", "rows", "loss") if key in found},
+                [item["prediction"] for item in found["predictions"]])
+    found = results["lm_eval"]["results"]
+    accuracies = [found[task]["acc,none"] for task in evaluation.tasks.split(",")]
+    return {"accuracy": sum(accuracies) / len(accuracies), "lm_eval": found}, []
 
 
-def evaluate(run, adapter, data_dir, limit):
+def megabytes(folder):
+    return round(sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) / 1e6, 3)
+
+
+def perform(run, work):
     """The figures of one run."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from data_print_save import load_rows, prepare_tokenizer
-    from LoTA.adapter import LTA, load_gptq, load_live
     from LoTA.folders import LotaConfig
-    rows = list(load_rows("viggo", "test", data_dir))[:limit]
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(run["gptq"]))
-    if adapter is None:
-        model = (AutoModelForCausalLM.from_pretrained(run["gptq"], dtype=torch.float32) if run.get("base")
-                 else load_gptq(run["gptq"], torch.float32).model)
-        return score(model, tokenizer, rows)[0]
+    output = work / "predictions"
+    if "train" not in run:
+        return score(run["evaluate"], output)[0]
+    adapter = train(run, work)
+    gc.collect()
     config = LotaConfig.load(adapter)
-    figures = {"training_loss": config.training["loss"], "moved": (config.training.get("moved") or {}).get("all"),
-               "adapter_mb": (adapter / "adapter_model.safetensors").stat().st_size / 1e6}
+    figures = {"training_loss": config.training["loss"], "train_s": config.training["runtime_s"],
+               "train_mb": config.training["peak_mb"], "moved": (config.training.get("moved") or {}).get("all"),
+               "adapter_mb": megabytes(adapter), "gptq_mb": megabytes(run["gptq"])}
+    flags = ["--load_adapter", adapter, "--quantized_model_dir", run["gptq"], *run["evaluate"]]
     if config.method == "LoRA":
-        return {**figures, **score(load_live(adapter, run["gptq"], dtype=torch.float32), tokenizer, rows)[0]}
-    merged, texts = score(LTA(path=str(adapter)).load(dtype=torch.float32).model, tokenizer, rows)
-    live, live_texts = score(load_live(adapter, run["gptq"], dtype=torch.float32), tokenizer, rows)
-    differ = sum(a != b for a, b in zip(texts, live_texts, strict=True))
-    return {**figures, **merged, "live_accuracy": live["accuracy"], "differ_from_live": differ}
+        return {**figures, **score(flags, output)[0]}
+    with tempfile.TemporaryDirectory(dir=work) as temporary:
+        merged, answers = score([*flags, "--merged_path", f"{temporary}/merged"], output)
+        figures["merged_mb"] = megabytes(f"{temporary}/merged")
+    live, live_answers = score([*flags, "--merge", False], output)
+    return {**figures, **merged, "live_accuracy": live["accuracy"],
+            "differ_from_live": sum(a != b for a, b in zip(answers, live_answers, strict=True))}
 
 
 def name_only(value):
-    """The last part of an absolute path, which belongs to one machine; anything else as it is."""
+    """The last part of an absolute path, which belongs to one machine; lists of values one by one."""
+    if isinstance(value, list):
+        return [name_only(one) for one in value]
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", required=True)
-    parser.add_argument("--data_dir", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--results", required=True)
-    parser.add_argument("--limit", type=int, help="score only the first so many rows [all]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread if more than one [1]")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    work, results = Path(args.work), Path(args.results)
+    work, results = Path(args.work).resolve(), Path(args.results).resolve()
     runs = json.loads(Path(args.runs).read_text())
+    (work / "logs").mkdir(parents=True, exist_ok=True)
     if args.one is not None:
-        run = runs[int(args.one)]
-        (work / "logs").mkdir(parents=True, exist_ok=True)
-        with open(work / "logs" / f"{run['name']}_seed{run['seed']}.log", "w") as log:
-            adapter, seconds = train(run, work, log) if "flags" in run else (None, None)
-        figures = evaluate(run, adapter, args.data_dir, args.limit)
+        run = runs[args.one]
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-        names = {**run, "gptq": name_only(run["gptq"])} | (
-            {"flags": [name_only(flag) for flag in run["flags"]]} if "flags" in run else {})
-        line = {**names, "train_s": seconds, "commit": commit.stdout.strip(), **figures}
+        with open(work / "logs" / f"{run['name']}_seed{run['seed']}.log".replace(" ", "_"), "w") as log, \
+                contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            figures = perform(run, work)
+        line = {**{key: name_only(value) for key, value in run.items()}, "commit": commit.stdout.strip(), **figures}
         with open(results, "a") as f:
             f.write(json.dumps(line) + "\n")
-        print(f"{run['name']} seed {run['seed']}: {figures['accuracy']:.1%}, loss {figures['loss']:.4f}")
+        print(f"{run['name']}, seed {run['seed']}: {figures['accuracy']:.1%}", flush=True)
         return
     results.parent.mkdir(parents=True, exist_ok=True)
     lines = results.read_text().splitlines() if results.exists() else []
@@ -129,10 +119,14 @@ def main():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
 
     def start(i):
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", str(i)], check=True, env=environment,
-                       stderr=subprocess.DEVNULL)
+        command = [sys.executable, __file__, "--runs", args.runs, "--work", work, "--results", results, "--one", i]
+        if subprocess.run([str(c) for c in command], env=environment).returncode:
+            print(f"failed: {runs[i]['name']}, seed {runs[i]['seed']}; see {work / 'logs'}", flush=True)
+            return 1
+        return 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(start, missing))
+        failed = sum(pool.map(start, missing))
+    sys.exit(f"error: {failed} runs failed" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Writes the list of runs of an experiment for runs/experiment.py.
+
+    python runs/experiment_runs.py --work WORK --stage choose --output RUNS.json
+
+WORK holds what runs/experiment.sh makes: base_SETTING, gptq/ and data/. Stage choose: candidates side by side, one seed,
+scored on rows of the train split that nothing is trained on. Stage ablation: one setting at a time away from the
+published recipe and from the best ones, the same rows. Stage test: what was chosen, three seeds, on the test split.
+"""
+import argparse
+import json
+from pathlib import Path
+
+SEEDS = (1, 2, 3)
+RANK = 16
+TRAIN = {"training_data_name": "viggo", "lora_r": RANK, "max_steps": 160, "train_batch_size": 64,
+         "gradient_checkpointing": False, "dtype": "float32", "logging_steps": 10, "save_strategy": "no"}
+EVALUATE = {"ft_dataset_name": "viggo", "max_new_tokens": 160, "eval_batch_size": 128, "dtype": "float32",
+            "answer_loss": True}
+
+LORA, QALORA, LOTA = ({"method": method} for method in ("lora", "qalora", "lota"))
+GRID = {**LOTA, "interval_point": 0.3 * RANK, "momentum": 0.9, "residual": False}
+LEARNED = {**LOTA, "interval_point": 0.3 * RANK, "momentum": 0.9, "filter_ratio": 0.995, "offset_scale": "learned",
+           "offset_lr": 0.03}
+CANDIDATES = {
+    "LoRA, 1e-3": {**LORA, "learning_rate": 1e-3},
+    "LoRA, 2e-3": {**LORA, "learning_rate": 2e-3},
+    "QA-LoRA, 3e-3": {**QALORA, "learning_rate": 3e-3},
+    "QA-LoRA, 1e-2": {**QALORA, "learning_rate": 1e-2},
+    "LoTA, published": LOTA,
+    "LoTA, grid": GRID,
+    "LoTA, grid, sigma from 0.99": {**GRID, "filter_ratio": 0.99},
+    "LoTA, grid, sigma from 0.995": {**GRID, "filter_ratio": 0.995},
+    "LoTA, grid, sigma from 0.998": {**GRID, "filter_ratio": 0.998, "min_grad": 0.9995},
+    "LoTA, grid, momentum 0.95, sigma from 0.99": {**GRID, "momentum": 0.95, "filter_ratio": 0.99},
+    "LoTA, grid, omega 0.2 r, sigma from 0.99": {**GRID, "interval_point": 0.2 * RANK, "filter_ratio": 0.99},
+    "LoTA, learned": LEARNED,
+    "LoTA, learned, no step": {**LEARNED, "interval_point": 0.97 * RANK},
+    "LoTA, learned, 0.05": {**LEARNED, "offset_lr": 0.05},
+}
+# What stage choose gave; see experiments/LOG.md.
+CHOSEN = ("LoRA, 1e-3", "QA-LoRA, 3e-3", "LoTA, published", "LoTA, learned", "LoTA, grid, sigma from 0.99")
+
+
+def flags(settings):
+    """{"name": value} as flags of the command line."""
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--stage", choices=["choose", "ablation", "test"], required=True)
+    parser.add_argument("--settings", nargs="+", choices=["recovery", "task"], default=["recovery"])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="[1; of stage test 1 2 3]")
+    parser.add_argument("--only", nargs="+", help="only methods whose names hold one of these texts")
+    parser.add_argument("--output", required=True)
+    args = parser.parse_args()
+    work = Path(args.work).resolve()
+    seeds = args.seeds or (SEEDS if args.stage == "test" else SEEDS[:1])
+    rows = str(work / "data" / ("tune" if args.stage == "test" else "choose"))
+    evaluate = flags({**EVALUATE, "data_dir": rows})
+    methods = {name: CANDIDATES[name] for name in CHOSEN} if args.stage == "test" else CANDIDATES
+    runs = []
+    for setting in args.settings:
+        base = str(work / f"base_{setting}")
+        runs.append({"name": f"{setting}, 16-bit base", "setting": setting, "method": "16-bit base", "bits": 16,
+                     "seed": 0, "evaluate": [*evaluate, "--auto_gptq", "none", "--pretrained", base]})
+        for bits in args.bits:
+            gptq = str(work / f"gptq/int{bits}_32_base_{setting}")
+            common = {"setting": setting, "bits": bits, "gptq": gptq}
+            runs.append({"name": f"{setting}, {bits} bits, GPTQ", **common, "method": "GPTQ", "seed": 0,
+                         "evaluate": [*evaluate, "--quantized_model_dir", gptq]})
+            runs += [{"name": f"{setting}, {bits} bits, {method}", **common, "method": method, "seed": seed,
+                      "train": flags({**TRAIN, **own, "data_dir": str(work / "data/tune")}), "evaluate": evaluate}
+                     for seed in seeds for method, own in methods.items()
+                     if not args.only or any(text in method for text in args.only)]
+    Path(args.output).write_text(json.dumps(runs, indent=1))
+    print(f"{len(runs)} runs in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
