@@ -4,9 +4,9 @@
 
 RUNS.json (see runs/experiment_runs.py) is a list of {"name", "seed", "gptq", "train", "evaluate"}, and whatever else
 shall stand in the results. "train" holds flags of mode 1; what it trains on the GPTQ folder "gptq" is scored by mode 2
-with the flags "evaluate": a LoRA adapter live, LoTA and QA-LoRA merged and live, and the answers that differ between the
-two are counted. Without "train", "evaluate" says by itself what is scored. A run whose name and seed are in RESULTS is
-left out. Adapters stay in WORK/adapters, what the runs print in WORK/logs.
+with the flags "evaluate": a LoRA adapter live, LoTA and QA-LoRA merged and live, and the answers that differ between
+the two are counted. Without "train", "evaluate" says by itself what is scored. A run whose name and seed are in RESULTS
+is left out. Adapters stay in WORK/adapters, what the runs print in WORK/logs.
 """
 import argparse
 import contextlib

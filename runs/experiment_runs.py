@@ -2,8 +2,8 @@
 
     python runs/experiment_runs.py --work WORK --stage choose --output RUNS.json
 
-WORK holds what runs/experiment.sh makes: base_SETTING, gptq/ and data/. Stage choose: candidates side by side, one seed,
-scored on rows of the train split that nothing is trained on. Stage ablation: one setting at a time away from the
+WORK holds what runs/experiment.sh makes: base_SETTING, gptq/ and data/. Stage choose: candidates side by side, one
+seed, scored on rows of the train split that nothing is trained on. Stage ablation: one setting at a time away from the
 published recipe and from the best ones, the same rows. Stage test: what was chosen, three seeds, on the test split.
 """
 import argparse
