@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 from LoTA import UserError, run_script
@@ -111,6 +112,8 @@ class trainingConfig:
     filter_upper: float = setting(0.9999, "LoTA: sigma at the last step")
     momentum: float = setting(0.0, "LoTA: the weight of the past in the average of gradients that moves the entries; "
                                    "0, the published way, takes each step's own")
+    init_batches: int = setting(0, "LoTA: take the directions of A from the gradients of so many batches before "
+                                   "training; 0, the published way, takes random ones")
     offset_lr: float = setting(0.01, "LoTA with --offset_scale learned: AdamW's learning rate for mu, in grid steps, "
                                      "falling to 0")
     optimizer_type: str = setting("adamw_torch", "the LoRA baseline's optimizer; LoTA takes int_sign_sgd by itself",
@@ -346,6 +349,10 @@ def train(base, training):
     trainer = LotaTrainer(model=model, train_dataset=data, args=arguments, callbacks=[checkpoints],
                           data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8))
     start = time.time()
+    if base.lota_qaf and training.init_batches and not training.adapter_ckpt:
+        from LoTA.initialize import initialize_from_gradients
+        initialize_from_gradients(model.train(), lambda batch: trainer.compute_loss(model, trainer._prepare_inputs(batch)),
+                                  list(islice(trainer.get_train_dataloader(), training.init_batches)))
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.train(resume_from_checkpoint=training.adapter_ckpt)

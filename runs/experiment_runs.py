@@ -33,7 +33,9 @@ CANDIDATES = {
     "LoTA, grid, sigma from 0.998": {**GRID, "filter_ratio": 0.998, "min_grad": 0.9995},
     "LoTA, grid, momentum 0.95, sigma from 0.99": {**GRID, "momentum": 0.95, "filter_ratio": 0.99},
     "LoTA, grid, omega 0.2 r, sigma from 0.99": {**GRID, "interval_point": 0.2 * RANK, "filter_ratio": 0.99},
+    "LoTA, grid, sigma from 0.99, A from gradients": {**GRID, "filter_ratio": 0.99, "init_batches": 8},
     "LoTA, learned": LEARNED,
+    "LoTA, learned, A from gradients": {**LEARNED, "init_batches": 8},
     "LoTA, learned, no step": {**LEARNED, "interval_point": 0.97 * RANK},
     "LoTA, learned, 0.05": {**LEARNED, "offset_lr": 0.05},
 }
