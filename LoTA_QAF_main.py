@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
@@ -235,6 +236,8 @@ def train(base, training):
         raise UserError(f"--lota_qaf True contradicts --method {base.method}")
     base.method = base.method or ("lota" if base.lota_qaf else "lora")
     base.lota_qaf = base.method == "lota"
+    if training.recipe != "published" and not base.lota_qaf:
+        raise UserError(f"--recipe {training.recipe} is for ternary adapters: give --method lota too")
     folder = resolve_gptq(base)
     size, parameters = model_size(base.pretrained, folder)
     if base.lora_r is None:
@@ -351,8 +354,9 @@ def train(base, training):
     start = time.time()
     if base.lota_qaf and training.init_batches and not training.adapter_ckpt:
         from LoTA.initialize import initialize_from_gradients
-        initialize_from_gradients(model.train(), lambda batch: trainer.compute_loss(model, trainer._prepare_inputs(batch)),
-                                  list(islice(trainer.get_train_dataloader(), training.init_batches)))
+        batches = islice(trainer.get_train_dataloader(), training.init_batches)
+        initialize_from_gradients(model.train(), partial(trainer.compute_loss, model),
+                                  [trainer._prepare_inputs(batch) for batch in batches])
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.train(resume_from_checkpoint=training.adapter_ckpt)

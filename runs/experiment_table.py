@@ -1,0 +1,184 @@
+"""Makes the README's table of results and its two figures from the lines of JSON in experiments/results/.
+
+    python runs/experiment_table.py            # prints the table, draws results.svg and ablation.svg beside the lines
+    python runs/experiment_table.py --readme   # and puts the table between the marks in README.md
+    python runs/experiment_table.py --lines choose.jsonl      # any other file of lines, run by run, for the log
+
+Means over the seeds with their standard deviation (n - 1).
+"""
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+MARKS = "<!-- made by runs/experiment_table.py -->\n", "<!-- end of what it made -->\n"
+# Methods in the table's order: (as the runs call them, as the README does, colour).
+METHODS = (("GPTQ", "GPTQ", "#c9c9c9"), ("LoRA", "LoRA, 16-bit adapter", "#7fb069"),
+           ("QA-LoRA", "QA-LoRA", "#e6b450"), ("LoTA, published", "LoTA, as published", "#a6c8e6"),
+           ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"), ("LoTA, learned", "LoTA, `--recipe learned`", "#1f4e8c"))
+SETTINGS = ("recovery", "task")
+# Table 1 of the paper, Llama 3.1 8B: {bits: {method: (MMLU after Alpaca, ViGGO after an epoch of it)}}.
+PAPER = {16: {"16-bit base": ("68.25", "–")},
+         4: {"GPTQ": ("66.89", "–"), "LoRA": ("67.08", "88.64"), "QA-LoRA": ("66.96", "51.15"),
+             "LoTA, published": ("67.18", "60.30")},
+         3: {"GPTQ": ("38.61", "–"), "LoRA": ("54.68", "82.20"), "QA-LoRA": ("52.37", "43.86"),
+             "LoTA, published": ("55.89", "55.96")},
+         2: {"GPTQ": ("26.53", "–"), "LoRA": ("27.35", "80.70"), "QA-LoRA": ("26.56", "37.18"),
+             "LoTA, published": ("28.49", "41.98")}}
+
+
+def read_lines(file):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def method_of(line):
+    """The first of METHODS' names that the line's method begins with; the longest wins."""
+    names = [name for name, _, _ in METHODS if line["method"].startswith(name)]
+    return max(names, key=len) if names else line["method"]
+
+
+def chosen(lines, **wanted):
+    return [line for line in lines if all((method_of(line) if key == "method" else line[key]) == value
+                                          for key, value in wanted.items())]
+
+
+def spread(values, form, scale=1):
+    """"mean ± standard deviation" of the values that are there; "" for none."""
+    values = [scale * value for value in values if value is not None]
+    if not values:
+        return ""
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def row_of(lines, bits, method, label):
+    """One row of the README's table, or None where nothing was run."""
+    both = [chosen(lines, setting=setting, bits=bits, method=method) for setting in SETTINGS]
+    if not any(both):
+        return None
+    cells = [str(bits), label]
+    for some in both:
+        cells += [spread([line["accuracy"] for line in some], ".1f", 100), spread([line["loss"] for line in some], ".3f")]
+    every = both[0] + both[1]
+
+    def average(key, form, scale=1):
+        values = [line[key] for line in every if line.get(key) is not None]
+        return f"{scale * mean(values):{form}}" if values else ""
+    cells += [average("moved", ".3f", 100), average("adapter_mb", ".2f"), average("merged_mb", ".2f"),
+              average("train_s", ".0f"), *PAPER[bits].get(method, ("", ""))]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(lines):
+    """The README's table, with what it needs to be read."""
+    header = ["bits", "method", "recovery: exact match, %", "loss", "task: exact match, %", "loss",
+              "integers moved, %", "adapter MB", "merged MB", "training, s", "*paper, 8B: MMLU*", "*paper, 8B: ViGGO*"]
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows += [row_of(lines, 16, "16-bit base", "the base")]
+    rows += [row_of(lines, bits, method, label) for bits in (4, 3, 2) for method, label, _ in METHODS]
+    merging = [line for line in lines if line.get("differ_from_live") is not None]
+    seeds = {line["seed"] for line in lines if "train" in line}
+    differ = sum(line["differ_from_live"] for line in merging)
+    note = (f"Seeds {', '.join(map(str, sorted(seeds)))}, mean ± standard deviation. Of the {len(merging)} runs that "
+            f"merge, {sum(line['rows'] for line in merging):,} answers were given merged and live: {differ} differ.")
+    return "\n".join([*filter(None, rows), "", note, ""])
+
+
+def draw_results(lines, file):
+    """Exact match by bits and method, both settings side by side, with the seeds as dots."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(SETTINGS), figsize=(11, 3.6), sharey=True)
+    for ax, setting in zip(axes, SETTINGS, strict=True):
+        present = [m for m in METHODS if chosen(lines, setting=setting, method=m[0])]
+        width = 0.84 / max(1, len(present))
+        for place, bits in enumerate((4, 3, 2)):
+            for i, (method, label, color) in enumerate(present):
+                values = [100 * line["accuracy"] for line in chosen(lines, setting=setting, bits=bits, method=method)]
+                if not values:
+                    continue
+                x = place + (i - (len(present) - 1) / 2) * width
+                ax.bar(x, mean(values), width, color=color, label=label.replace("`", "") if place == 0 else None)
+                if len(values) > 1:
+                    ax.plot([x] * len(values), values, ".", color="black", markersize=3)
+        for base in chosen(lines, setting=setting, method="16-bit base"):
+            ax.axhline(100 * base["accuracy"], color="black", linewidth=0.8, linestyle=":", label="16-bit base")
+        ax.set_xticks(range(3), ["4 bits", "3 bits", "2 bits"])
+        ax.set_title({"recovery": "recovery: the base knows the task",
+                      "task": "task-specific: the base lacks three of nine functions"}[setting], fontsize=10, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    low = min(100 * line["accuracy"] for line in lines)
+    axes[0].set_ylim(max(0, low - 8))
+    axes[0].set_ylabel("exact match, %")
+    axes[0].legend(fontsize=7, frameon=False, ncols=2)
+    save(figure, file)
+
+
+def draw_ablation(lines, file):
+    """One panel for each thing that was changed: exact match of the recipes along it."""
+    plt = pyplot()
+    what = list(dict.fromkeys(line["varied"] for line in lines if "varied" in line))
+    figure, axes = plt.subplots((len(what) + 2) // 3, 3, figsize=(11, 3 * ((len(what) + 2) // 3)), squeeze=False)
+    for ax, varied in zip(axes.flat, what, strict=False):
+        some = [line for line in lines if line.get("varied") == varied]
+        values = list(dict.fromkeys(str(line["value"]) for line in some))
+        for recipe in dict.fromkeys(line["recipe"] for line in some):
+            points = {str(line["value"]): line["loss"] for line in some if line["recipe"] == recipe}
+            color = {f"LoTA, {recipe}": color for recipe in (recipe,) for m, _, color in METHODS
+                     if m == f"LoTA, {recipe}"}.get(f"LoTA, {recipe}", "#444444")
+            places = [i for i, value in enumerate(values) if value in points]
+            ax.plot(places, [points[values[i]] for i in places], "o-", markersize=4, color=color, label=recipe)
+        ax.set_xticks(range(len(values)), values, fontsize=8)
+        ax.set_title(varied, fontsize=10, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("loss")
+    for ax in axes.flat[len(what):]:
+        ax.axis("off")
+    axes.flat[0].legend(fontsize=7, frameon=False)
+    save(figure, file)
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "lota"        # the same lines draw the same file
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save(figure, file):
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    print(f"drawn: {Path(file).relative_to(ROOT)}")
+
+
+def replace_block(text, block):
+    """`text` with `block` between MARKS."""
+    before, rest = text.split(MARKS[0], 1)
+    return before + MARKS[0] + block + MARKS[1] + rest.split(MARKS[1], 1)[1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--lines", help="print this file of experiments/results/ run by run instead")
+    args = parser.parse_args()
+    if args.lines:
+        print("| run | seed | exact match | loss | integers moved | differ live |\n|---|---|---|---|---|---|")
+        for line in read_lines(RESULTS / args.lines):
+            moved = "" if line.get("moved") is None else f"{line['moved']:.3%}"
+            print(f"| {line['name']} | {line['seed']} | {line['accuracy']:.1%} | {line['loss']:.4f} | {moved} | "
+                  f"{line.get('differ_from_live', '')} |")
+        return
+    lines = read_lines(RESULTS / "test.jsonl")
+    print(table(lines))
+    draw_results(lines, RESULTS / "results.svg")
+    draw_ablation(read_lines(RESULTS / "ablation.jsonl"), RESULTS / "ablation.svg")
+    if args.readme:
+        readme = ROOT / "README.md"
+        readme.write_text(replace_block(readme.read_text(), table(lines)))
+
+
+if __name__ == "__main__":
+    main()
