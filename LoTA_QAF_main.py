@@ -251,7 +251,7 @@ def train(base, training):
 
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
+    from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainerCallback
 
     from data_print_save import check_cuda, get_Ada_path, params_print, prepare_dataset, set_seed
     from t_signSGD import tSignSGD
@@ -293,7 +293,7 @@ def train(base, training):
                              target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
     if base.lota_qaf:
         from LoTA.layer import register
-        from LoTA.monitor import Monitor
+        from LoTA.monitor import Monitor, line_of
         register(lora_config, threshold, config.learned_offset)
     model = get_peft_model(model, lora_config)
     model.print_trainable_parameters()
@@ -318,6 +318,15 @@ def train(base, training):
 
         def on_save(self, args, state, control, **kwargs):
             config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    class ConsoleLine(ProgressCallback):
+        """Progress with one readable line for each log of a LoTA run."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and "sigma" in logs:
+                self.training_bar.write(line_of(logs, f"{state.global_step}/{state.max_steps}"))
+            else:
+                super().on_log(args, state, control, logs=logs, **kwargs)
 
     class LotaTrainer(Trainer):
         """Trainer whose optimizer for ternary adapters is tSignSGD, over the run's real number of steps."""
@@ -351,6 +360,8 @@ def train(base, training):
     checkpoints = Checkpoints()
     trainer = LotaTrainer(model=model, train_dataset=data, args=arguments, callbacks=[checkpoints],
                           data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8))
+    if base.lota_qaf and trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(ConsoleLine)
     start = time.time()
     if base.lota_qaf and training.init_batches and not training.adapter_ckpt:
         from LoTA.initialize import initialize_from_gradients

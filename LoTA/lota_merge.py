@@ -152,10 +152,11 @@ def verify_folders(adapter, source, merged, merge_layer):
 
 
 def count_moved(moved, module, before, after):
-    """Adds one layer, its Grid before and after, to {projection: [integers moved, integers]}."""
+    """Adds one layer, its Grid before and after, to {projection: [integers moved, integers]}; returns its share."""
     count = moved.setdefault(module.rsplit(".", 1)[-1], [0, 0])
-    count[0] += count_different(before.qweight, after.qweight, before.bits)
-    count[1] += math.prod(before.shape)
+    different, size = count_different(before.qweight, after.qweight, before.bits), math.prod(before.shape)
+    count[0], count[1] = count[0] + different, count[1] + size
+    return different / size
 
 
 def shares(moved):

@@ -26,6 +26,7 @@ class Monitor:
         self.kinds = {id(p): n for layer in self.layers.values() for n in ("lora_A", "lora_B")
                       for p in getattr(layer, n).parameters()}
         self.rows = []                      # one dict for each look
+        self.moved = self.moved_in_layer = None
 
     def is_due(self, step):
         return step % self.every == 0 or step == 1
@@ -34,26 +35,27 @@ class Monitor:
     def look(self, step, loss):
         """The numbers of this step: a flat dict, for the console and any tracker.
 
-        flips_A, flips_B: entries moved in the last step; zeros: share of entries that are 0; dW_median, dW_99, dW_max:
-        quantiles of |dW|, in omega, over SAMPLE_ROWS rows of every layer; mu: mean |offset| in grid steps; moved: share
-        of the integer weights that a merge would move.
+        flips_A, flips_B: entries moved in the last step; minus, zeros, plus: shares of the entries that are -1, 0, 1;
+        dW_median, dW_99, dW_max: quantiles of |dW|, in omega, over SAMPLE_ROWS rows of every layer; mu: mean |offset|
+        in grid steps; moved: share of the integer weights that a merge would move, and moved_PROJECTION of each.
         """
         flips = {"lora_A": 0, "lora_B": 0}
         for p, count in self.optimizer.flipped.items():
             flips[self.kinds[id(p)]] += int(count)
-        zeros = entries = 0
+        minus = plus = entries = 0
         for layer in self.layers.values():
             for matrix in layer.adapter_pair():
-                zeros, entries = zeros + int((matrix == 0).sum()), entries + matrix.numel()
+                minus, plus = minus + int((matrix < 0).sum()), plus + int((matrix > 0).sum())
+                entries += matrix.numel()
         sizes = self.sizes_of_aux()
-        moved, mu, groups = self.moved()
-        by_projection = shares(moved)
+        mu = self.merge_in_memory()
+        by_projection = shares(self.moved)
         numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"],
-                   "zeros": zeros / entries, "dW_median": _quantile(sizes, 0.5) / self.omega,
-                   "dW_99": _quantile(sizes, 0.99) / self.omega, "dW_max": float(sizes.max()) / self.omega,
-                   "mu": mu / max(1, groups), "moved": by_projection["all"]}
+                   "minus": minus / entries, "zeros": 1 - (minus + plus) / entries, "plus": plus / entries,
+                   "dW_median": _quantile(sizes, 0.5) / self.omega, "dW_99": _quantile(sizes, 0.99) / self.omega,
+                   "dW_max": float(sizes.max()) / self.omega, "mu": mu, "moved": by_projection["all"]}
         self.rows.append({"step": step, "loss": loss, **numbers, "moved_by_projection": by_projection})
-        return numbers
+        return numbers | {f"moved_{name}": share for name, share in by_projection.items() if name != "all"}
 
     @torch.no_grad()
     def sizes_of_aux(self):
@@ -66,39 +68,47 @@ class Monitor:
         return torch.cat(sizes)
 
     @torch.no_grad()
-    def moved(self):
-        """({projection: [moved, all]}, the sum of |mu|, how many mu) of a merge of all layers as they are now."""
-        moved, total, count = {}, 0.0, 0
+    def merge_in_memory(self):
+        """Notes what a merge of all layers as they are now would move; returns the mean |mu|."""
+        self.moved, self.moved_in_layer, total, count = {}, {}, 0.0, 0
         for name, layer in self.layers.items():
             before, after, mu = layer.merged_grids()
-            count_moved(moved, name, before, after)
+            self.moved_in_layer[name] = count_moved(self.moved, name, before, after)
             if mu is not None:
                 total, count = total + float(mu.abs().sum()), count + mu.numel()
-        return moved, total, count
+        return total / max(1, count)
 
     def write(self, folder):
-        """metrics.jsonl, report.md and report.png in `folder`."""
+        """metrics.jsonl, report.md and report.png in `folder`, of the last look."""
         folder = Path(folder)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        by_layer = {}
-        for name, layer in self.layers.items():
-            before, after, _ = layer.merged_grids()
-            moved = {}
-            count_moved(moved, name, before, after)
-            by_layer[name] = shares(moved)["all"]
-        draw(folder / "report.png", self.rows, by_layer, self.sizes_of_aux(), self.omega)
+        draw(folder / "report.png", self.rows, self.moved_in_layer, self.sizes_of_aux(), self.omega)
         last = self.rows[-1]
         verdict = ("**No integer weight moved.** All of the effect is in the offsets: lower --interval_point, or see "
                    "--recipe." if last["moved"] == 0 else
                    f"{last['moved']:.4%} of the integer weights moved.")
         lines = ["# What this run did", "", verdict, "", "![](report.png)", "", "| at the last look | |", "|---|---|",
                  f"| step | {last['step']} |", f"| loss | {last['loss']:.4f} |",
-                 f"| entries of A and B that are 0 | {last['zeros']:.1%} |",
+                 f"| entries of A and B that are -1, 0, 1 | {last['minus']:.1%}, {last['zeros']:.1%}, "
+                 f"{last['plus']:.1%} |",
                  f"| median, 99 % and largest \\|dW\\| over omega | {last['dW_median']:.2f}, {last['dW_99']:.2f}, "
                  f"{last['dW_max']:.2f} |", f"| mean \\|mu\\| in grid steps | {last['mu']:.4f} |", "",
                  "| projection | integers moved |", "|---|---|",
                  *(f"| {name} | {share:.4%} |" for name, share in last["moved_by_projection"].items()), ""]
         (folder / "report.md").write_text("\n".join(lines))
+
+
+def line_of(logs, steps):
+    """One line for the console out of what a step logged; `steps` is "done/all"."""
+    parts = [f"step {steps}", *(f"{name} {logs[name]:{form}}" for name, form in (
+        ("loss", ".4f"), ("grad_norm", ".3g"), ("learning_rate", ".2e"), ("sigma", ".5f")) if name in logs)]
+    if "moved" in logs:
+        by_projection = " ".join(f"{name.removeprefix('moved_').removesuffix('_proj')} {share:.3%}"
+                                 for name, share in logs.items() if name.startswith("moved_"))
+        parts += [f"flips A {logs['flips_A']} B {logs['flips_B']}", f"-1/0/1 {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
+                  f"|dW|/omega {logs['dW_median']:.2f} {logs['dW_99']:.2f} {logs['dW_max']:.2f}",
+                  f"mu {logs['mu']:.3f}", f"moved {logs['moved']:.3%} ({by_projection})"]
+    return "  ".join(parts)
 
 
 def _quantile(values, level):

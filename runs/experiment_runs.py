@@ -43,21 +43,75 @@ CANDIDATES = {
 CHOSEN = ("LoRA, 1e-3", "QA-LoRA, 3e-3", "LoTA, published", "LoTA, learned", "LoTA, grid, sigma from 0.99")
 
 
+# The paper's settings for 8B: section 4 and appendix; QA-LoRA and LoRA alike. 64 rows a step, in pieces of 16.
+TABLE1 = {
+    "alpaca": {"train": {"training_data_name": "alpaca", "max_steps": 300, "learning_rate": 1e-5},
+               "evaluate": {"tasks": "mmlu", "num_fewshot": 5}},
+    **{name: {"train": {"training_data_name": name, "num_train_epochs": 1, "learning_rate": 5e-4},
+              "evaluate": {"ft_dataset_name": name, "answer_loss": True}} for name in ("gsm8k", "sql", "viggo")}}
+TABLE1_TRAIN = {"lora_r": 64, "train_batch_size": 16, "gradient_accumulation_steps": 4, "save_strategy": "no"}
+TABLE1_METHODS = {"LoRA": LORA, "QA-LoRA": QALORA, "LoTA, published": LOTA,
+                  "LoTA, learned": {**LOTA, "recipe": "learned"}}
+VIGGO_OMEGA = 0.875 * TABLE1_TRAIN["lora_r"]        # the others: 0.75 r, the default
+
+
 def flags(settings):
     """{"name": value} as flags of the command line."""
     return [part for name, value in settings.items() for part in (f"--{name}", value)]
 
 
+def table1(args):
+    """The runs of runs/table1_8b.sh."""
+    runs, work, name = [], Path(args.work).resolve(), Path(args.model).name
+    for data in args.sets:
+        place = {"data_dir": str(Path(args.data).resolve() / data)} if args.data else {}
+        evaluate = [*flags({**TABLE1[data]["evaluate"], **place}), *args.evaluate.split()]
+        common = {"setting": data, "seed": 0, "evaluate": evaluate}
+        runs.append({"name": f"{data}, 16-bit base", **common, "method": "16-bit base", "bits": 16,
+                     "evaluate": [*evaluate, "--auto_gptq", "none", "--pretrained", args.model]})
+        for bits in args.bits:
+            gptq = str(work / f"gptq/int{bits}_64_{name}")
+            common |= {"bits": bits, "gptq": gptq}
+            runs.append({"name": f"{data}, {bits} bits, GPTQ", **common, "method": "GPTQ",
+                         "evaluate": [*evaluate, "--quantized_model_dir", gptq]})
+            for seed in args.seeds or [1]:
+                for method, own in TABLE1_METHODS.items():
+                    omega = {"interval_point": VIGGO_OMEGA} if data == "viggo" and method == "LoTA, published" else {}
+                    settings = {**TABLE1_TRAIN, **TABLE1[data]["train"], **own, **omega, **place,
+                                "pretrained": args.model}
+                    if named(method, args.only):
+                        runs.append({"name": f"{data}, {bits} bits, {method}", **common, "method": method, "seed": seed,
+                                     "train": [*flags(settings), *args.train.split()]})
+    return runs
+
+
+def named(method, only):
+    return not only or any(text in method for text in only)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True)
-    parser.add_argument("--stage", choices=["choose", "ablation", "test"], required=True)
+    parser.add_argument("--stage", choices=["choose", "ablation", "test", "table1"], required=True)
     parser.add_argument("--settings", nargs="+", choices=["recovery", "task"], default=["recovery"])
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
     parser.add_argument("--seeds", type=int, nargs="+", help="[1; of stage test 1 2 3]")
     parser.add_argument("--only", nargs="+", help="only methods whose names hold one of these texts")
     parser.add_argument("--output", required=True)
+    only = parser.add_argument_group("stage table1")
+    only.add_argument("--model", help="the 16-bit model, folder or hub name")
+    only.add_argument("--sets", nargs="+", choices=list(TABLE1), default=list(TABLE1))
+    only.add_argument("--data", help="a folder with the data sets in folders of their own [the hub]")
+    only.add_argument("--train", default="", help="more flags of mode 1, in one text")
+    only.add_argument("--evaluate", default="", help="more flags of mode 2, in one text")
     args = parser.parse_args()
+    runs = table1(args) if args.stage == "table1" else small(args)
+    Path(args.output).write_text(json.dumps(runs, indent=1))
+    print(f"{len(runs)} runs in {args.output}")
+
+
+def small(args):
+    """The runs of runs/experiment.sh."""
     work = Path(args.work).resolve()
     seeds = args.seeds or (SEEDS if args.stage == "test" else SEEDS[:1])
     rows = str(work / "data" / ("tune" if args.stage == "test" else "choose"))
@@ -76,9 +130,8 @@ def main():
             runs += [{"name": f"{setting}, {bits} bits, {method}", **common, "method": method, "seed": seed,
                       "train": flags({**TRAIN, **own, "data_dir": str(work / "data/tune")}), "evaluate": evaluate}
                      for seed in seeds for method, own in methods.items()
-                     if not args.only or any(text in method for text in args.only)]
-    Path(args.output).write_text(json.dumps(runs, indent=1))
-    print(f"{len(runs)} runs in {args.output}")
+                     if named(method, args.only)]
+    return runs
 
 
 if __name__ == "__main__":

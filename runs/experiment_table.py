@@ -18,7 +18,8 @@ MARKS = "<!-- made by runs/experiment_table.py -->\n", "<!-- end of what it made
 METHODS = (("GPTQ", "GPTQ", "#c9c9c9"), ("LoRA", "LoRA, 16-bit adapter", "#7fb069"),
            ("QA-LoRA", "QA-LoRA", "#e6b450"), ("LoTA, published", "LoTA, as published", "#a6c8e6"),
            ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"), ("LoTA, learned", "LoTA, `--recipe learned`", "#1f4e8c"))
-SETTINGS = ("recovery", "task")
+SETTINGS = {"recovery": "recovery: the base knows the task",
+            "task": "task-specific: the base lacks three of nine functions"}
 # Table 1 of the paper, Llama 3.1 8B: {bits: {method: (MMLU after Alpaca, ViGGO after an epoch of it)}}.
 PAPER = {16: {"16-bit base": ("68.25", "–")},
          4: {"GPTQ": ("66.89", "–"), "LoRA": ("67.08", "88.64"), "QA-LoRA": ("66.96", "51.15"),
@@ -59,7 +60,8 @@ def row_of(lines, bits, method, label):
         return None
     cells = [str(bits), label]
     for some in both:
-        cells += [spread([line["accuracy"] for line in some], ".1f", 100), spread([line["loss"] for line in some], ".3f")]
+        cells += [spread([line["accuracy"] for line in some], ".1f", 100),
+                  spread([line["loss"] for line in some], ".3f")]
     every = both[0] + both[1]
 
     def average(key, form, scale=1):
@@ -104,8 +106,7 @@ def draw_results(lines, file):
         for base in chosen(lines, setting=setting, method="16-bit base"):
             ax.axhline(100 * base["accuracy"], color="black", linewidth=0.8, linestyle=":", label="16-bit base")
         ax.set_xticks(range(3), ["4 bits", "3 bits", "2 bits"])
-        ax.set_title({"recovery": "recovery: the base knows the task",
-                      "task": "task-specific: the base lacks three of nine functions"}[setting], fontsize=10, loc="left")
+        ax.set_title(SETTINGS[setting], fontsize=10, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
     low = min(100 * line["accuracy"] for line in lines)
     axes[0].set_ylim(max(0, low - 8))
@@ -124,8 +125,7 @@ def draw_ablation(lines, file):
         values = list(dict.fromkeys(str(line["value"]) for line in some))
         for recipe in dict.fromkeys(line["recipe"] for line in some):
             points = {str(line["value"]): line["loss"] for line in some if line["recipe"] == recipe}
-            color = {f"LoTA, {recipe}": color for recipe in (recipe,) for m, _, color in METHODS
-                     if m == f"LoTA, {recipe}"}.get(f"LoTA, {recipe}", "#444444")
+            color = next((color for name, _, color in METHODS if name == f"LoTA, {recipe}"), "#444444")
             places = [i for i, value in enumerate(values) if value in points]
             ax.plot(places, [points[values[i]] for i in places], "o-", markersize=4, color=color, label=recipe)
         ax.set_xticks(range(len(values)), values, fontsize=8)

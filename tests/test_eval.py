@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import evalGSV
 from data_print_save import prepare_dataset
-from evalGSV import confidence_interval, evalgsv, generate, is_correct
+from evalGSV import answer_loss, confidence_interval, evalgsv, generate, is_correct
 from LoTA import UserError
 from LoTA_QAF_main import baseConfig, evalConfig
 
@@ -251,6 +251,22 @@ def test_progress_bar_counts_rows(capsys):
     assert "generating: 100%" in shown and "5/5" in shown
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 9])
+def test_loss_of_answers_is_the_mean_over_their_tokens(batch_size):
+    """Each row alone, without padding: minus the log-probability of every answer token and of the end token."""
+    model, prompts = tiny_model(seed=2), mixed_prompts()
+    labels = [p[::-1][:n] for p, n in zip(prompts, (1, 7, 1, 20, 2, 50, 3, 5, 9), strict=True)]
+    total = count = 0
+    for prompt, label in zip(prompts, labels, strict=True):
+        ids, answer = by_hand(prompt), [*by_hand(label), EOS]
+        with torch.inference_mode():
+            logs = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+        total -= sum(logs[len(ids) + i - 1, token].item() for i, token in enumerate(answer))
+        count += len(answer)
+    got = answer_loss(model, char_tokenizer(), prompts, labels, batch_size)
+    assert got == pytest.approx(total / count, rel=1e-6)
+
+
 # --- the whole evaluation -----------------------------------------------------------------------------------------
 
 def prompt_of(data_name, user):
@@ -352,7 +368,11 @@ def test_evalgsv_with_a_real_model(tmp_path):
     base, evaluation = settings_of(tmp_path, "sql", tmp_path / "data", max_new_tokens=9)
     model.train()
     results = evalgsv(model, tokenizer, base, evaluation)
-    assert not model.training
+    assert not model.training and "loss" not in results
+    evaluation.answer_loss = True
+    items = results["predictions"]
+    assert evalgsv(model, tokenizer, base, evaluation)["loss"] == answer_loss(
+        model, tokenizer, [item["prompt"] for item in items], [item["label"] for item in items], 16)
     assert len(results["predictions"]) == 2
     for item in results["predictions"]:
         ids = [BOS, *by_hand(item["prompt"].removeprefix("<bos>"))]

@@ -81,8 +81,9 @@ def test_the_report_beside_the_adapter(trained, gptq, base_model, demo_data, tmp
     assert rows[0]["loss"] > rows[-1]["loss"] > 0 and all(row["flips_B"] > 0 for row in rows)
     tensors, config = load_file(trained / "adapter_model.safetensors"), LotaConfig.load(trained)
     assert rows[-1]["moved_by_projection"] == config.training["moved"] and rows[-1]["moved"] > 0
-    zeros = sum(int((t == 0).sum()) for t in tensors.values()) / sum(t.numel() for t in tensors.values())
-    assert rows[-1]["zeros"] == pytest.approx(zeros)
+    entries = sum(t.numel() for t in tensors.values())
+    for value, name in ((-1, "minus"), (0, "zeros"), (1, "plus")):
+        assert rows[-1][name] == pytest.approx(sum(int((t == value).sum()) for t in tensors.values()) / entries)
     largest = max(float((A.t()[::max(1, A.shape[1] // 64)].double() @ tensors[k.replace("lora_A", "lora_B")].t()
                          .double()).abs().max()) for k, A in tensors.items() if "lora_A" in k)
     assert rows[-1]["dW_max"] == pytest.approx(largest / 4) and 0 <= rows[-1]["dW_median"] < rows[-1]["dW_99"]
@@ -304,6 +305,13 @@ def test_recipes_fill_in_what_is_not_given():
     assert applied("learned", interval_point=3.0, offset_lr=0.5) == (3.0, 0.9, 0.995, "learned", True, 0.5)
 
 
+@pytest.mark.parametrize("method", [("--method", "lora"), ("--method", "qalora"), ()])
+def test_a_recipe_without_ternary_adapters_is_refused(gptq, demo_data, method):
+    with pytest.raises(UserError, match="--recipe learned is for ternary adapters"):
+        main("--mode", 1, *method, "--recipe", "learned", "--quantized_model_dir", gptq, "--data_dir", demo_data,
+             "--max_steps", 1)
+
+
 def test_residual_reaches_an_adapter_without_record_evaluated_live(trained, demo_data, gptq, tmp_path):
     """An adapter folder without lota_config.json: --residual False leaves the offset out of its live layers too."""
     named = tmp_path / "2M_int2_LoTA_4_0.950_0.999_viggo_1s_1MB_01_000000"
@@ -503,3 +511,19 @@ def test_help_explains_every_flag(capsys):
             assert f.metadata["help"].rstrip().endswith("]"), f.name
     for symbol in ("omega", "sigma", "mu, Eq. 4", "rank (r)", "kappa"):
         assert symbol in text
+
+
+def test_a_step_on_the_console_is_one_readable_line(trained, gptq, base_model, demo_data, tmp_path, capsys):
+    """The line of a step has the numbers that metrics.jsonl has, with the share moved of every projection."""
+    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
+         "--adapter_path", tmp_path, "--save_strategy", "no")
+    adapter, = tmp_path.iterdir()
+    row = json.loads((adapter / "metrics.jsonl").read_text().splitlines()[-1])
+    line, = (part for part in capsys.readouterr().out.splitlines() if part.startswith("step 8/8"))
+    moved = " ".join(f"{name.removesuffix('_proj')} {share:.3%}" for name, share in row["moved_by_projection"].items()
+                     if name != "all")
+    assert f"loss {row['loss']:.4f}  " in line and "sigma 0.99990  " in line
+    assert f"flips A {row['flips_A']} B {row['flips_B']}  " in line
+    assert f"-1/0/1 {row['minus']:.0%}/{row['zeros']:.0%}/{row['plus']:.0%}  " in line
+    assert f"|dW|/omega {row['dW_median']:.2f} {row['dW_99']:.2f} {row['dW_max']:.2f}  mu {row['mu']:.3f}  " in line
+    assert line.endswith(f"moved {row['moved']:.3%} ({moved})")

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The README's results on a CPU, from nothing: data, two 16-bit bases, GPTQ at 4, 3 and 2 bits, and the runs of a stage.
+#   bash runs/experiment.sh DATA test          the table: 3 seeds, all test rows; about 3 hours on 2 cores
+#   bash runs/experiment.sh DATA choose        candidates side by side, on rows of the train split
+#   bash runs/experiment.sh DATA ablation      one setting at a time, the same rows
+# DATA holds ViGGO's train.csv and test.csv, published in github.com/jjuraska/data2text-nlg. What is already made, trained
+# or scored is left alone: start it again after an interruption. Lines of JSON go to WORK/STAGE.jsonl (LOTA_WORK names
+# WORK); JOBS runs go on at a time [the number of cores], each on one thread.
+set -euo pipefail
+data=$(realpath "${1:?usage: bash runs/experiment.sh DATA test}")
+stage=${2:?usage: bash runs/experiment.sh DATA test}
+source "$(dirname "$0")/environment.sh"
+work=${LOTA_WORK:-work/experiment}
+mkdir -p "$work"
+
+# 1. Rows for the bases, for tuning, for choosing. No row is in two of them.
+[ -e "$work/data" ] || python runs/experiment_data.py --data_dir "$data" --output "$work/data"
+
+# 2. The bases: one has seen all nine functions, one six of them. GPTQ of each, group 32 (16 and 64 for the ablation).
+quantize() { [ -e "$work/gptq/int$2_$3_base_$1" ] || python gptq_quantize.py --model "$work/base_$1" --bits "$2" \
+    --group_size "$3" --calibration viggo --data_dir "$work/data/base_$1" --samples 128 --output_dir "$work/gptq"; }
+for setting in recovery task; do
+    [ -e "$work/base_$setting/model.safetensors" ] || python runs/tiny_base.py --data_name viggo \
+        --data_dir "$work/data/base_$setting" --output "$work/base_$setting"
+    for bits in 4 3 2; do quantize "$setting" "$bits" 32; done
+done
+if [ "$stage" = ablation ]; then quantize recovery 2 16; quantize recovery 2 64; fi
+
+# 3. The runs.
+if [ "$stage" = test ]; then range=(--settings recovery task --bits 2 3 4); fi
+python runs/experiment_runs.py --work "$work" --stage "$stage" ${range[@]+"${range[@]}"} --output "$work/$stage.json"
+# glibc gives the memory of large tensors back and faults it in again at every step: 14 % of a step's time.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
+python runs/experiment.py --runs "$work/$stage.json" --work "$work" --results "$work/$stage.jsonl" \
+    --jobs "${JOBS:-$(nproc)}"
+echo "lines in $work/$stage.jsonl; runs/experiment_table.py makes the README's table and figures of those in experiments/results/"

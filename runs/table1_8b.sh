@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Table 1 of the paper for Llama 3.1 8B: GPTQ at 4, 3 and 2 bits (group 64, 1,024 samples of C4); LoRA, QA-LoRA and LoTA
+# on each: MMLU (5-shot) after 300 steps of Alpaca; GSM8K, SQL and ViGGO after one epoch of their own rows. Needs a GPU
+# and the hub; ready to start, not run at this size here.
+#   bash runs/table1_8b.sh
+#   BITS=2 SEEDS="1 2 3" METHODS="QA-LoRA LoTA" bash runs/table1_8b.sh
+# What is made or measured already is left alone: start it again after an interruption. Every run adds a line of JSON to
+# WORK/results.jsonl. By environment variables:
+#   MODEL       the 16-bit model, folder or hub name   [meta-llama/Llama-3.1-8B]
+#   WORK        where everything goes                  [work/table1_8b]
+#   BITS SEEDS  [4 3 2] [1]
+#   METHODS     only methods whose names hold one of these texts   [all: LoRA, QA-LoRA, LoTA published, LoTA learned]
+#   SETS        [alpaca gsm8k sql viggo]
+#   DATA        a folder with the data sets in folders of their own, instead of the hub
+#   QUANTIZE TRAIN EVALUATE   more flags of gptq_quantize.py, of mode 1, of mode 2, for all runs
+set -euo pipefail
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-0}
+source "$(dirname "$0")/environment.sh"
+model=${MODEL:-meta-llama/Llama-3.1-8B}
+work=${WORK:-work/table1_8b}
+bits=${BITS:-4 3 2}
+mkdir -p "$work"
+
+# 1. GPTQ.
+for b in $bits; do
+    [ -e "$work/gptq/int${b}_64_$(basename "$model")" ] || python gptq_quantize.py --model "$model" --bits "$b" \
+        --group_size 64 --output_dir "$work/gptq" ${QUANTIZE:-}
+done
+
+# 2. The list of runs, with the paper's settings, and the runs themselves.
+# shellcheck disable=SC2086        # lists of words
+python runs/experiment_runs.py --stage table1 --work "$work" --model "$model" --bits $bits --seeds ${SEEDS:-1} \
+    --sets ${SETS:-alpaca gsm8k sql viggo} ${METHODS:+--only $METHODS} ${DATA:+--data "$DATA"} \
+    "--train=${TRAIN:-}" "--evaluate=${EVALUATE:-}" --output "$work/runs.json"
+python runs/experiment.py --runs "$work/runs.json" --work "$work" --results "$work/results.jsonl"
