@@ -105,7 +105,8 @@ def line_of(logs, steps):
     if "moved" in logs:
         by_projection = " ".join(f"{name.removeprefix('moved_').removesuffix('_proj')} {share:.3%}"
                                  for name, share in logs.items() if name.startswith("moved_"))
-        parts += [f"flips A {logs['flips_A']} B {logs['flips_B']}", f"-1/0/1 {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
+        parts += [f"flips A {logs['flips_A']} B {logs['flips_B']}",
+                  f"-1/0/1 {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
                   f"|dW|/omega {logs['dW_median']:.2f} {logs['dW_99']:.2f} {logs['dW_max']:.2f}",
                   f"mu {logs['mu']:.3f}", f"moved {logs['moved']:.3%} ({by_projection})"]
     return "  ".join(parts)
