@@ -5,8 +5,8 @@ Each step moves the few entries with the largest gradients by one against their 
     p <- clip(p - sign(g) * [|g| > max(tau, sigma_t-quantile of |g|)], -1, 1)
 
 There is no learning rate, no weight decay and no gradient clipping; sigma_t alone says how many entries move. Beyond
-the paper: with `momentum`, g is an average of the gradients of the steps so far; and `offsets`, parameters that are no
-ternary ones, go along with AdamW.
+the paper: with `momentum`, g is an average of the gradients since the entry last moved; and `offsets`, parameters that
+are no ternary ones, go along with AdamW.
 """
 import math
 
@@ -39,8 +39,8 @@ class tSignSGD(Optimizer):
     filter_upper: sigma at the start, after 80 % of the steps, and at the end, each in (0, 1). int_params: where
     given, the ternary ones among `params`; any other raises ValueError, for this optimizer can train no others.
     momentum in [0, 1): the weight of the past in the average of gradients that moves the entries; 0, the paper's,
-    takes each step's own. offsets: learned offset factors, which AdamW trains beside with the learning rate offset_lr,
-    in grid steps, falling to 0 along the schedule.
+    takes each step's own. An entry that moves starts its average anew: what moved it is spent. offsets: learned offset
+    factors, which AdamW trains beside with the learning rate offset_lr, in grid steps, falling to 0 along the schedule.
     num_training_steps comes with create_scheduler(); until then sigma stays at threshold_ratio.
     The step count and the schedule are part of state_dict, so a resumed run goes on where it was.
     """
@@ -121,10 +121,11 @@ class tSignSGD(Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
                 if p.device.type == "cpu":
-                    self.flipped[p] = move_one(p, self._direction(p), level, last_phase and bool(spike))
+                    self.flipped[p] = move_one(p, self._direction(p), level, last_phase and bool(spike),
+                                               forget=self.momentum > 0)
             for batch in batches([p for p in parameters if p.device.type != "cpu"]):
                 flipped = move_together(batch, [self._direction(p) for p in batch], level,
-                                        spike if last_phase else None, finite)
+                                        spike if last_phase else None, finite, forget=self.momentum > 0)
                 self.flipped.update(zip(batch, flipped, strict=True))
         if self.offsets is not None:
             group, own = self.param_groups[0], self.offsets.param_groups[0]
@@ -142,7 +143,7 @@ class tSignSGD(Optimizer):
             return p.grad
         state = self.state[p]
         if "average" not in state:
-            state["average"] = torch.zeros_like(p.grad)
+            state["average"] = torch.zeros(p.shape, dtype=p.grad.dtype, device=p.device)        # contiguous
         return state["average"].lerp_(p.grad, 1 - self.momentum)
 
     def _judge_gradients(self):
@@ -189,10 +190,11 @@ def _to_host(values):
 
 
 @torch.no_grad()
-def move_one(p, gradient, level, spike):
+def move_one(p, gradient, level, spike, forget=False):
     """Eq. 6 on one tensor, touching only the entries that move: fast where a look at the data costs nothing (a CPU).
 
-    Returns how many entries changed, a 0-dim tensor.
+    forget: set `gradient`, which is contiguous then, to 0 where an entry changed. Returns how many changed, a 0-dim
+    tensor.
     """
     size, gradient, flat = gradient.abs().flatten(), gradient.flatten(), p.view(-1)
     where, chosen, low = largest(size, math.floor(level * (len(size) - 1)))
@@ -203,7 +205,10 @@ def move_one(p, gradient, level, spike):
     old = flat.index_select(0, where)
     new = (old - gradient.index_select(0, where).sign_()).clamp_(-1, 1)
     flat.index_copy_(0, where, new)
-    return torch.count_nonzero(new != old)
+    changed = new != old
+    if forget:
+        gradient.index_fill_(0, where[changed], 0)
+    return torch.count_nonzero(changed)
 
 
 def batches(parameters):
@@ -217,11 +222,11 @@ def batches(parameters):
 
 
 @torch.no_grad()
-def move_together(parameters, gradients, level, spike, finite):
+def move_together(parameters, gradients, level, spike, finite, forget=False):
     """Eq. 6 on tensors of one shape in a few launches, none of which the CPU waits for. Moves nothing unless `finite`.
 
-    spike: whether the largest entries stay, or None before the last phase; both are 0-dim tensors. Returns how many
-    entries of each changed, [len(parameters)].
+    spike: whether the largest entries stay, or None before the last phase; both are 0-dim tensors. forget: set the
+    gradients to 0 where an entry changed. Returns how many entries of each changed, [len(parameters)].
     """
     device = parameters[0].device
     gradient = torch.stack([g.flatten() for g in gradients])
@@ -234,7 +239,10 @@ def move_together(parameters, gradients, level, spike, finite):
     old = torch.stack([p.flatten() for p in parameters])
     new = torch.where(moves, old - gradient.sign(), old).clamp_(-1, 1)
     torch._foreach_copy_(parameters, [n.view(parameters[0].shape) for n in new])
-    return torch.count_nonzero(new != old, 1)
+    changed = new != old
+    if forget:
+        torch._foreach_mul_(gradients, [(~c).view(parameters[0].shape).to(gradients[0].dtype) for c in changed])
+    return torch.count_nonzero(changed, 1)
 
 
 def largest(values, rank):

@@ -116,8 +116,8 @@ def test_order_statistic_of_two_dims_by_hand():
 def way(request, monkeypatch):
     """Steps as a CPU takes them, and as a GPU does: tensors of one shape together, on the CPU here."""
     if request.param == "together":
-        def move_one(p, gradient, level, spike):
-            count, = move_together([p], [gradient], level, torch.tensor(spike), torch.tensor(True))
+        def move_one(p, gradient, level, spike, forget):
+            count, = move_together([p], [gradient], level, torch.tensor(spike), torch.tensor(True), forget)
             return count
         monkeypatch.setattr(t_signSGD, "move_one", move_one)
 
@@ -413,9 +413,10 @@ def test_order_statistic_of_large_tensors(kind, side):
         assert order_statistic(values, level, side) == ordered[side(level * (count - 1))]
 
 
-def test_momentum_moves_by_the_average_of_the_gradients():
-    """Each step is the oracle's with 0.9 of the last average and 0.1 of the new gradient in the gradient's place; a run
-    resumed from its state goes on with the average; and sizes and signs differ from a run without."""
+def test_momentum_moves_by_the_average_of_the_gradients(way):
+    """Each step is the oracle's with 0.9 of the last average and 0.1 of the new gradient in the gradient's place, and
+    an average of 0 after every move; a run resumed from its state goes on with the average; and sizes and signs differ
+    from a run without. Gradients lie transposed in memory, as the layer hands them over."""
     parameters, plain = ternary_parameters(), ternary_parameters()
     optimizer, other = tSignSGD(parameters, threshold_ratio=0.8, momentum=0.9), tSignSGD(plain, threshold_ratio=0.8)
     averages = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
@@ -426,12 +427,16 @@ def test_momentum_moves_by_the_average_of_the_gradients():
             optimizer.load_state_dict(state)
         for some in (parameters, plain):
             set_gradients(some, t)
+            for p in some:
+                p.grad = p.grad.t().contiguous().t() if p.ndim == 2 else p.grad
         before = values(parameters)
         averages = [0.9 * a + 0.1 * p.grad.double() for a, p in zip(averages, parameters, strict=True)]
         optimizer.step()
         other.step()
         for p, want in zip(parameters, oracle.sign_step(before, averages, 0.8, False), strict=True):
             assert torch.equal(p.detach().double(), want), t
+        averages = [torch.where(p.detach() == old, average, 0)
+                    for average, p, old in zip(averages, parameters, before, strict=True)]
     assert not all(torch.equal(p, q) for p, q in zip(parameters, plain, strict=True))
     with pytest.raises(ValueError, match="momentum"):
         tSignSGD(parameters, momentum=1.0)

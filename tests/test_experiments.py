@@ -1,0 +1,125 @@
+"""The experiment scripts: the cut of the data, the lists of runs, a run from end to end, and the README's figures."""
+import csv
+import json
+from statistics import mean, stdev
+
+import experiment
+import experiment_data
+import experiment_runs
+import experiment_table
+import pytest
+from conftest import ROOT, run_main
+
+TRAIN = ["--training_data_name", "viggo", "--lora_r", 8, "--max_steps", 3, "--train_batch_size", 8, "--dtype",
+         "float32", "--save_strategy", "no"]
+
+
+def rows_of(file):
+    with open(file, newline="", encoding="utf-8") as f:
+        return [(row["mr"], row["ref"]) for row in csv.DictReader(f)]
+
+
+def test_the_cut_keeps_rows_apart(tmp_path):
+    """Half, 40 % and 10 %, no row in two parts; the second base has no row of three functions; test rows are only where
+    nothing is chosen."""
+    functions = ("inform", *experiment_data.LACKING)
+    train = [(f"{functions[i % 4]}(name[Game {i}])", f"Text {i}.") for i in range(200)]
+    test = [(f"inform(name[Test {i}])", f"Test {i}.") for i in range(7)]
+    for name, rows in (("train", train), ("test", test)):
+        with open(tmp_path / f"{name}.csv", "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([("mr", "ref"), *rows])
+    run_main(experiment_data, "--data_dir", tmp_path, "--output", tmp_path / "cut")
+    part = {name: rows_of(tmp_path / "cut" / name / "train.csv")
+            for name in ("base_recovery", "base_task", "tune", "choose")}
+    choosing = rows_of(tmp_path / "cut/choose/test.csv")
+    assert (len(part["base_recovery"]), len(part["tune"]), len(choosing)) == (100, 80, 20)
+    assert sorted(part["base_recovery"] + part["tune"] + choosing) == sorted(train)
+    assert part["base_task"] == [row for row in part["base_recovery"] if row[0].startswith("inform(")]
+    assert part["choose"] == part["tune"] and rows_of(tmp_path / "cut/tune/test.csv") == test
+    assert not set(choosing) & set(test)
+
+
+def test_the_lists_of_runs(tmp_path):
+    """Stage test: every method, setting, number of bits and seed once, and scored on the test rows; choose: not."""
+    def listed(*arguments):
+        run_main(experiment_runs, "--work", tmp_path, "--output", tmp_path / "runs.json", *arguments)
+        return json.loads((tmp_path / "runs.json").read_text())
+    runs = listed("--stage", "test", "--settings", "recovery", "task", "--bits", 2, 3, 4)
+    assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) == 2 * (1 + 3 * (
+        1 + 3 * len(experiment_runs.CHOSEN)))
+    assert all(run["evaluate"][run["evaluate"].index("--data_dir") + 1] == str(tmp_path / "data/tune") for run in runs)
+    for stage in ("choose", "ablation"):
+        runs = listed("--stage", stage)
+        assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 10
+        assert str(tmp_path / "data/tune") not in sum((run["evaluate"] for run in runs), [])
+    runs = listed("--stage", "table1", "--model", "meta-llama/Llama-3.1-8B", "--bits", 4, 3, 2)
+    assert len(runs) == 4 * (1 + 3 * (1 + len(experiment_runs.TABLE1_METHODS)))
+    published, = (run for run in runs if run["name"] == "viggo, 3 bits, LoTA, published")
+    assert published["gptq"].endswith("gptq/int3_64_Llama-3.1-8B")
+    assert published["train"][published["train"].index("--interval_point") + 1] == 56
+    assert published["evaluate"][:2] == ["--ft_dataset_name", "viggo"]
+
+
+def test_runs_from_end_to_end(quantize, demo_data, tmp_path, monkeypatch):
+    """GPTQ, LoTA and LoRA in one list: a line each, LoTA merged and live; a second start runs what is missing only; a
+    run that fails leaves the others alone."""
+    gptq, results = str(quantize(2)), tmp_path / "results.jsonl"
+    evaluate = ["--ft_dataset_name", "viggo", "--max_new_tokens", 24, "--eval_batch_size", 40, "--dtype", "float32",
+                "--answer_loss", True, "--data_dir", str(demo_data)]
+    train = [*TRAIN, "--data_dir", str(demo_data)]
+    runs = [{"name": "GPTQ", "seed": 0, "evaluate": [*evaluate, "--quantized_model_dir", gptq]},
+            {"name": "LoTA, a", "seed": 1, "gptq": gptq, "train": [*train, "--method", "lota", "--interval_point", 4],
+             "evaluate": evaluate},
+            {"name": "wrong", "seed": 1, "gptq": gptq, "train": [*train, "--lora_r", 0], "evaluate": evaluate},
+            {"name": "LoRA", "seed": 1, "gptq": gptq, "train": [*train, "--method", "lora"], "evaluate": evaluate}]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    arguments = ("--runs", tmp_path / "runs.json", "--work", tmp_path / "work", "--results", results, "--jobs", 2)
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        run_main(experiment, *arguments)
+    lines = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())}
+    assert set(lines) == {"GPTQ", "LoTA, a", "LoRA"}
+    assert all(line["rows"] == 40 and 0 <= line["accuracy"] <= 1 and line["loss"] > 0 for line in lines.values())
+    lota, lora = lines["LoTA, a"], lines["LoRA"]
+    assert lota["differ_from_live"] == 0 and lota["live_accuracy"] == lota["accuracy"] and lota["merged_mb"] > 0
+    assert "differ_from_live" not in lora and lora["adapter_mb"] > 0 and lora["train_s"] > 0
+    assert lota["loss"] != lines["GPTQ"]["loss"] and str(tmp_path) not in results.read_text()
+    assert lota["train"][:2] == TRAIN[:2] and gptq not in results.read_text()
+
+    (tmp_path / "runs.json").write_text(json.dumps([runs[0], runs[1], runs[3]]))
+    monkeypatch.setattr(experiment.subprocess, "run", lambda *a, **k: pytest.fail("ran again"))
+    with pytest.raises(SystemExit) as end:
+        run_main(experiment, *arguments)
+    assert end.value.code == 0 and len(results.read_text().splitlines()) == 3
+
+
+def line(method, bits, seed, accuracy, loss, setting="recovery", **more):
+    return {"method": method, "bits": bits, "seed": seed, "accuracy": accuracy, "loss": loss, "setting": setting,
+            "rows": 100, **more}
+
+
+def test_the_table_is_of_the_lines():
+    """Means and standard deviations of the seeds, by setting, bits and method, beside the paper's own figures."""
+    three = (0.5, 0.53, 0.59)
+    lines = [line("16-bit base", 16, 0, 0.7, 0.05), line("GPTQ", 2, 0, 0.4, 0.2),
+             *(line("LoTA, published", 2, i, a, 0.1 * i, train=[], moved=0.01 * i, adapter_mb=0.5, merged_mb=1.5,
+                    train_s=10.0 * i, differ_from_live=i) for i, a in enumerate(three, 1)),
+             line("LoTA, published", 3, 1, 0.9, 0.1, train=[], differ_from_live=0),
+             line("QA-LoRA, 3e-3", 2, 1, 0.25, 0.3, "task", train=[], differ_from_live=0)]
+    text = experiment_table.table(lines)
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
+    assert [row[:2] for row in rows[2:]] == [["16", "the base"], ["3", "LoTA, as published"], ["2", "GPTQ"],
+                                            ["2", "QA-LoRA"], ["2", "LoTA, as published"]]
+    accuracy = f"{100 * mean(three):.1f} ± {100 * stdev(three):.1f}"
+    assert rows[-1] == ["2", "LoTA, as published", accuracy, "0.200 ± 0.100", "", "", "2.000", "0.50", "1.50", "20",
+                        "28.49", "41.98"]
+    assert rows[-2][2:6] == ["", "", "25.0", "0.300"] and rows[-2][-2:] == ["26.56", "37.18"]
+    assert "Seeds 1, 2, 3" in text
+    assert "Of the 5 runs that merge, 500 answers were given merged and live: 6 differ" in text
+
+
+def test_the_readme_has_the_table_of_the_committed_lines():
+    """No figure of the README's table without a line of JSON behind it."""
+    readme = (ROOT / "README.md").read_text()
+    lines = experiment_table.read_lines(experiment_table.RESULTS / "test.jsonl")
+    assert experiment_table.replace_block(readme, experiment_table.table(lines)) == readme
+    assert all(line["differ_from_live"] == 0 for line in lines if "differ_from_live" in line)
