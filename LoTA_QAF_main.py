@@ -69,6 +69,8 @@ class baseConfig:
     offset_scale: str = setting("omega", "what mu is divided by (kappa): omega, as the published scripts do, or paper "
                                          "(1, Eq. 4 as printed); learned: mu is a parameter of its own",
                                 choices=["omega", "paper", "learned"])
+    learned_scales: bool = setting(False, "LoTA: train the scales of the groups too; merged, they are the GPTQ model's "
+                                          "own scales, float16 as always")
     quantized_model_dir: str | None = setting(None, "the GPTQ model's folder", shown="mode 2: the adapter's own")
     pretrained: str | None = setting(None, "the 16-bit model, folder or hub name: the tokenizer where the GPTQ folder "
                                            "has none, and the model of --auto_gptq none", shown="the GPTQ folder")
@@ -115,8 +117,8 @@ class trainingConfig:
                                    "0, the published way, takes each step's own")
     init_batches: int = setting(0, "LoTA: take the directions of A from the gradients of so many batches before "
                                    "training; 0, the published way, takes random ones")
-    offset_lr: float = setting(0.01, "LoTA with --offset_scale learned: AdamW's learning rate for mu, in grid steps, "
-                                     "falling to 0")
+    offset_lr: float = setting(0.01, "LoTA with --offset_scale learned or --learned_scales: AdamW's learning rate for "
+                                     "mu, in grid steps, and for the relative change of the scales, falling to 0")
     optimizer_type: str = setting("adamw_torch", "the LoRA baseline's optimizer; LoTA takes int_sign_sgd by itself",
                                   choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
     learning_rate: float = setting(1e-5, "LoRA baseline: learning rate")
@@ -276,7 +278,8 @@ def train(base, training):
     config = LotaConfig(
         method=method, omega=training.interval_point if base.lota_qaf else None,
         residual=base.residual or base.method == "qalora",      # QA-LoRA is nothing but offsets
-        offset_scale=base.offset_scale, bits=base.w_bits, group_size=base.group_size, rank=base.lora_r,
+        offset_scale=base.offset_scale, learned_scales=base.lota_qaf and base.learned_scales, bits=base.w_bits,
+        group_size=base.group_size, rank=base.lora_r,
         pretrained=absolute(base.pretrained), quantized_model_dir=absolute(folder.path),
         fingerprint=folder.fingerprint(), data_set=training.training_data_name, seed=base.seed,
         settings={**vars(base), **vars(training)},
@@ -294,7 +297,7 @@ def train(base, training):
     if base.lota_qaf:
         from LoTA.layer import register
         from LoTA.monitor import Monitor, line_of
-        register(lora_config, threshold, config.learned_offset)
+        register(lora_config, threshold, config.learned_offset, config.learned_scales)
     model = get_peft_model(model, lora_config)
     model.print_trainable_parameters()
 
@@ -335,10 +338,11 @@ def train(base, training):
             if not base.lota_qaf:
                 return super().create_optimizer(model)
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            real = [p for n, p in trained if "lora_offset" in n or "lora_scale" in n]
             self.optimizer = tSignSGD(
-                [(n, p) for n, p in trained if "lora_offset" not in n], threshold_ratio=training.filter_ratio,
+                [(n, p) for n, p in trained if "lora_A" in n or "lora_B" in n], threshold_ratio=training.filter_ratio,
                 min_grad=training.min_grad, filter_upper=training.filter_upper, momentum=training.momentum,
-                offsets=[p for n, p in trained if "lora_offset" in n], offset_lr=training.offset_lr)
+                offsets=real, offset_lr=training.offset_lr)
             self.ternary_optimizer = self.optimizer             # accelerate will wrap self.optimizer
             return self.optimizer
 
@@ -487,7 +491,7 @@ def check_checkpoint(path, config):
         raise UserError(f"--adapter_ckpt {path} is not whole (it has no {LOTA_CONFIG}, which is written last); take "
                         "an earlier checkpoint")
     saved = LotaConfig.load(path)
-    for what in ("method", "rank", "omega", "residual", "offset_scale", "bits", "fingerprint"):
+    for what in ("method", "rank", "omega", "residual", "offset_scale", "learned_scales", "bits", "fingerprint"):
         if getattr(saved, what) != getattr(config, what):
             raise UserError(f"--adapter_ckpt {path} cannot be resumed with these settings: its {what} is "
                             f"{getattr(saved, what)}, not {getattr(config, what)}")
@@ -601,7 +605,8 @@ def choose_model(base, evaluation, temporary):
     config = read_adapter(adapter, evaluation.load_ada_interval, base.residual)
     base.lota_qaf, base.lora_r, base.residual = config.method == "LoTA", config.rank, config.residual
     base.method = {name: flag for flag, name in METHODS.items()}[config.method]
-    base.offset_scale, base.pretrained = config.offset_scale, base.pretrained or config.pretrained
+    base.offset_scale, base.learned_scales = config.offset_scale, config.learned_scales
+    base.pretrained = base.pretrained or config.pretrained
     base.quantized_model_dir = base.quantized_model_dir or config.quantized_model_dir
     folder = resolve_gptq(base)
     name = Path(adapter).resolve().name

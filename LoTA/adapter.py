@@ -146,7 +146,7 @@ def load_live(adapter, gptq, omega=None, residual=None, backend="gptq_torch", **
     lora_config = LoraConfig.from_pretrained(adapter)
     if config.method == "LoTA":
         backend = "gptq_torch"
-        register(lora_config, config.threshold, config.learned_offset)
+        register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
     return PeftModel.from_pretrained(load_gptq(gptq, backend=backend, **kwargs).model, adapter,
                                      config=lora_config).eval()
 

@@ -217,6 +217,7 @@ class LotaConfig:
     omega: float | None = None
     residual: bool = True
     offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1; "learned": a parameter
+    learned_scales: bool = False
     bits: int | None = None
     group_size: int | None = None
     rank: int | None = None
@@ -337,6 +338,11 @@ class AdapterTensors:
         """The learned mu [groups, out] float32 of one layer."""
         with safe_open(self.file, "pt") as tensors:
             return tensors.get_tensor(f"{self.PREFIX}{module}.lora_offset").float()
+
+    def scale_change(self, module):
+        """The learned change of one layer's scales [groups, out] float32."""
+        with safe_open(self.file, "pt") as tensors:
+            return tensors.get_tensor(f"{self.PREFIX}{module}.lora_scale").float()
 
     def pair(self, module):
         """matrices() of a LoTA adapter. Raises UserError where an entry is not -1, 0 or 1."""

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from LoTA.packing import pack_rows
+from LoTA.ternary import scale_gradient
 
 MAX_ROWS = 128          # rows of one piece of a group
 BLOCK_COLS = 64
@@ -45,8 +46,9 @@ def merge(lora_A, lora_B, grid, threshold):
 
 
 @torch.no_grad()
-def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
-    """Gradients of A [in, r], B [r, out] and a learned mu [groups, out], float32: ternary.adapter_gradients.
+def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold, weight=None):
+    """Gradients of A [in, r], B [r, out], a learned mu and a learned change of the scales [groups, out], float32:
+    ternary.adapter_gradients.
 
     x^T @ grad_output becomes dL/d(dW) in place, in the dtype of x; the two thin products add up in float32.
     """
@@ -54,13 +56,17 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
     pieces, rows_block = _pieces(grid.groups)
     cols = grid.shape[1]
     scaled_sum = torch.empty(grid.scales.shape, device=gradient.device)
+    weight_sum = None if weight is None else torch.empty_like(scaled_sum)
+    unread = weight is None                         # then any tensor will do in its place
     with torch.cuda.device_of(gradient):            # of several GPUs, the one where the layer is
         _gradient_kernel[grid.groups.count, triton.cdiv(cols, BLOCK_COLS)](
-            gradient, scaled_sum, grid.scales, _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
-            OFFSET=threshold.kappa is not None, SHUFFLED=grid.groups.order is not None, PIECES=pieces,
-            ROWS=rows_block, COLS=BLOCK_COLS, **OPTIONS)
+            gradient, scaled_sum, gradient if unread else weight, scaled_sum if unread else weight_sum, grid.scales,
+            _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
+            OFFSET=threshold.kappa is not None, WEIGHTED=not unread, SHUFFLED=grid.groups.order is not None,
+            PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, **OPTIONS)
     lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
-    return _product(gradient, lora_B.t()), _product(lora_A.t(), gradient), scaled_sum
+    return (_product(gradient, lora_B.t()), _product(lora_A.t(), gradient), scaled_sum,
+            scale_gradient(weight_sum, grid))
 
 
 def _product(a, b):
@@ -214,19 +220,26 @@ def _store_step(out, stepped, shift, scale, rows, there, cols, inside, width, ME
 
 
 @triton.jit
-def _gradient_kernel(gradient, scaled_sum, scales, order, starts, width, kappa, OFFSET: tl.constexpr,
-                     SHUFFLED: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """x^T @ grad_output -> dL/d(dW) = s * (G + (sum of G over the group) / (kappa * n)), in place; and the sums of
-    s * G over the group."""
+def _gradient_kernel(gradient, scaled_sum, weight, weight_sum, scales, order, starts, width, kappa,
+                     OFFSET: tl.constexpr, WEIGHTED: tl.constexpr, SHUFFLED: tl.constexpr, PIECES: tl.constexpr,
+                     ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x^T @ grad_output -> dL/d(dW) = s * (G + (sum of G over the group) / (kappa * n)), in place; the sums of s * G
+    over the group; and those of G * W' (WEIGHTED)."""
     group = tl.program_id(0)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = cols < width
     scale = tl.load(scales + group * width + cols, mask=inside, other=0).to(tl.float32)
     total = tl.zeros([COLS], tl.float32)
+    weighted = tl.zeros([COLS], tl.float32)
     for piece in range(PIECES):
         rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
-        total += tl.sum(_load(gradient, rows, there, cols, inside, width), 0)
+        block = _load(gradient, rows, there, cols, inside, width)
+        total += tl.sum(block, 0)
+        if WEIGHTED:
+            weighted += tl.sum(block * _load(weight, rows, there, cols, inside, width), 0)
+    if WEIGHTED:
+        tl.store(weight_sum + group * width + cols, weighted, mask=inside)
     tl.store(scaled_sum + group * width + cols, total * scale, mask=inside)
     mean = tl.zeros([COLS], tl.float32)
     if OFFSET:

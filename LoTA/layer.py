@@ -36,16 +36,18 @@ class CustomLoraLinear(nn.Module, LoraLayer):
 
     lora_A.weight [r, in], lora_B.weight [out, r]; see LoTA.ternary for W^ and mu. threshold: ternary.Threshold.
     PEFT hands over `config` and keyword arguments; lora_alpha is recorded, but no scaling enters the method.
-    learned_offset: mu is a parameter of its own, lora_offset [groups, out], instead of Eq. 4's.
+    learned_offset: mu is a parameter of its own, lora_offset [groups, out], instead of Eq. 4's. learned_scales: so is
+    the change of the scales, lora_scale [groups, out]: s * (1 + lora_scale).
     """
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_offset")
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_offset", "lora_scale")
 
     def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, *, threshold, learned_offset=False,
-                 **kwargs):
+                 learned_scales=False, **kwargs):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.lora_offset, self.learned_offset = nn.ParameterDict(), learned_offset
+        self.lora_scale, self.learned_scales = nn.ParameterDict(), learned_scales
         if config.lora_dropout or config.use_dora or config.use_rslora or config.use_qalora:
             raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: they could not be merged")
         self.threshold = threshold
@@ -60,8 +62,9 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.lora_dropout[adapter_name] = nn.Identity()
         self.lora_A[adapter_name] = IntLinear(self.in_features, r)
         self.lora_B[adapter_name] = IntLinear(r, self.out_features)
-        if self.learned_offset:
-            self.lora_offset[adapter_name] = nn.Parameter(torch.zeros(self.groups().count, self.out_features))
+        for learned, parameters in ((self.learned_offset, self.lora_offset), (self.learned_scales, self.lora_scale)):
+            if learned:
+                parameters[adapter_name] = nn.Parameter(torch.zeros(self.groups().count, self.out_features))
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -74,11 +77,16 @@ class CustomLoraLinear(nn.Module, LoraLayer):
 
     def groups(self):
         if self._groups is None:
-            self._groups = self.grid().groups
+            self._groups = self.base_grid().groups
         return self._groups
 
     def grid(self):
-        """The base layer's integers as a ternary.Grid."""
+        """The base layer's integers as a ternary.Grid, with learned scales where there are any."""
+        change = self.scale_change()
+        return self.base_grid() if change is None else self.base_grid().rescaled(change)
+
+    def base_grid(self):
+        """The base layer's integers and scales as a ternary.Grid."""
         base = self.get_base_layer()
         if self._groups is not None:
             self._groups.to(base.qweight.device)
@@ -91,7 +99,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         if torch.is_grad_enabled():
             self._evaluated = None
             out = TernaryLinear.apply(x, *self.adapter_pair(), self.grid, self.threshold, method_for(x.device),
-                                      self.offset())
+                                      self.offset(), self.scale_change())
         else:
             out = x @ self.adapted_weight(x.dtype)
         bias = self.get_base_layer().bias
@@ -107,13 +115,18 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         name, = self.active_adapters
         return self.lora_offset[name] if self.learned_offset else None
 
+    def scale_change(self):
+        """The learned change of the scales [groups, out] of the active adapter, or None."""
+        name, = self.active_adapters
+        return self.lora_scale[name] if self.learned_scales else None
+
     def adapted_weight(self, dtype):
         """W' for evaluation, kept from call to call until the adapter changes: generating a text is many calls.
 
         It is as large as the 16-bit layer; to evaluate in the memory of the quantized model, merge.
         """
         (lora_A, lora_B), offset = self.adapter_pair(), self.offset()
-        made_from = (lora_A._version, lora_B._version, None if offset is None else offset._version,
+        made_from = (*(None if p is None else p._version for p in (lora_A, lora_B, offset, self.scale_change())),
                      lora_A.data_ptr(), lora_A.device, dtype)
         if self._evaluated is None or self._evaluated[0] != made_from:
             method = method_for(lora_A.device)
@@ -129,8 +142,8 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return grid, after, self.offset() if self.learned_offset else offset
 
 
-def register(lora_config: LoraConfig, threshold, learned_offset=False):
+def register(lora_config: LoraConfig, threshold, learned_offset=False, learned_scales=False):
     """Makes PEFT put a CustomLoraLinear on every targeted GPTQModel layer; returns the config."""
-    lora_config._register_custom_module({TorchLinear: partial(CustomLoraLinear, threshold=threshold,
-                                                              learned_offset=learned_offset)})
+    lora_config._register_custom_module({TorchLinear: partial(
+        CustomLoraLinear, threshold=threshold, learned_offset=learned_offset, learned_scales=learned_scales)})
     return lora_config

@@ -66,6 +66,9 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
             merged, offset = merge_layer(module, grid)
             name = f"{module}.qweight"
             overwrite_tensor(folder / source.file_of[name].name, name, merged.qweight)
+            if config.learned_scales:
+                name = f"{module}.scales"
+                overwrite_tensor(folder / source.file_of[name].name, name, merged.scales)
             if offset is not None:
                 overwrite_tensor(folder / LOTA_SUBFOLDER / OFFSETS_FILE, f"{module}.offset", offset)
             count_moved(moved, module, grid, merged)
@@ -78,7 +81,7 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
 
 
 def layer_merger(adapter_dir, config, adapter):
-    """The function (module, Grid) -> (merged Grid, mu or None) that merges this kind of adapter."""
+    """The function (module, Grid) -> (merged Grid, mu or None) that merges this kind of adapter into a base's Grid."""
     if config.method == "QA-LoRA":
         scaling = lora_scaling(adapter_dir)
         return lambda module, grid: (grid, qalora_offset(*adapter.matrices(module), scaling, grid, module))
@@ -87,6 +90,8 @@ def layer_merger(adapter_dir, config, adapter):
     def merge_ternary(module, grid):
         lora_A, lora_B = adapter.pair(module)
         check_settings(lora_A.shape[1], threshold.omega, grid.groups.largest)
+        if config.learned_scales:
+            grid = grid.rescaled(adapter.scale_change(module))
         merged, offset = merge(lora_A, lora_B, grid, threshold)
         return merged, adapter.offset(module) if config.learned_offset else offset
     return merge_ternary
@@ -130,7 +135,7 @@ def check_match(adapter_dir, config, adapter, source):
 
 
 def verify_folders(adapter, source, merged, merge_layer):
-    """Reads the merged folder back and checks every layer: each integer and offset is what the equations say.
+    """Reads the merged folder back and checks every layer: each integer, offset and scale is what the equations say.
 
     For a ternary adapter it takes the road that looks at every weight, whichever one the merge took. Equal integers and
     offsets, with the tensors that a merge does not touch, are an equal W'. Raises RuntimeError: a failure here is a
@@ -144,10 +149,11 @@ def verify_folders(adapter, source, merged, merge_layer):
             learned = merged.lota.learned_offset
             same = is_merge(*adapter.pair(module), before, after, None if learned else offset, merged.lota.threshold)
             same &= not learned or torch.equal(offset, adapter.offset(module))
-        if not same:
+        scales = (before.rescaled(adapter.scale_change(module)) if merged.lota.learned_scales else before).scales
+        if not same or not torch.equal(scales, after.scales):
             raise RuntimeError(f"{module}: the merged weights differ from the trained ones")
         if not all(torch.equal(source.tensor(f"{module}.{t}"), merged.tensor(f"{module}.{t}"))
-                   for t in ("qzeros", "scales", "g_idx")):
+                   for t in ("qzeros", "g_idx")):
             raise RuntimeError(f"{module}: a tensor that the merge must not touch was changed")
 
 

@@ -127,6 +127,7 @@ class Grid:
 
     def __init__(self, qweight, qzeros, scales, g_idx, bits, checkpoint_format, groups=None):
         self.qweight, self.qzeros, self.scales, self.bits = qweight, qzeros, scales, bits
+        self.unscaled = scales          # before rescaled(): see there
         self.checkpoint_format, self.maxq = checkpoint_format, 2**bits - 1
         self.groups = groups or Groups(g_idx, scales.shape[0])
         self.shape = len(g_idx), scales.shape[1]
@@ -151,6 +152,19 @@ class Grid:
         """The same grid with other integers on it, packed as these are."""
         return Grid(qweight, self.qzeros, self.scales, self.groups.g_idx, self.bits, self.checkpoint_format,
                     self.groups)
+
+    @torch.no_grad()
+    def rescaled(self, change):
+        """The same integers on a grid of learned scales s * (1 + change), change [groups, out].
+
+        Rounded to the float16 that a GPTQ checkpoint holds, so that training computes with what is written. As PEQA
+        (https://arxiv.org/abs/2305.14152), which trains nothing but the scales.
+        """
+        scales = (self.unscaled.float() * (1 + change.float())).half()
+        grid = Grid(self.qweight, self.qzeros, scales, self.groups.g_idx, self.bits, self.checkpoint_format,
+                    self.groups)
+        grid.unscaled = self.unscaled
+        return grid
 
 
 @dataclass(frozen=True)
@@ -309,18 +323,23 @@ def _write_weight(weight, rows, codes, offset, grid, first, last):
 
 
 @torch.no_grad()
-def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
-    """Gradients of A [in, r], B [r, out] and a learned mu [groups, out], float32; straight-through for W^.
+def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold, weight=None):
+    """Gradients of A [in, r], B [r, out], a learned mu and a learned change of the scales [groups, out], float32.
 
-    x [tokens, in], grad_output [tokens, out]. With H = s * (x^T @ grad_output):
+    x [tokens, in], grad_output [tokens, out]; straight-through for W^. With G = x^T @ grad_output and H = s * G:
     dL/d(dW) = H + (sum of H over the group) / (kappa * n), dL/dA = dL/d(dW) @ B^T, dL/dB = A^T @ dL/d(dW);
-    dL/d(mu) = sum of H over the group, where mu is a parameter of its own.
+    dL/d(mu) = sum of H over the group, where mu is a parameter of its own; and where `weight`, W', is given,
+    dL/d(change) = sum of G * W' over the group * unscaled s / s, straight-through for the rounding of s; else None.
     """
     lora_A, lora_B = lora_A.float(), lora_B.float()
     scaled = torch.mm(x.t(), grad_output, out=_workspace(grid.shape, x)).float()     # H, scaled below
     scaled_sum = torch.empty(grid.scales.shape, device=x.device)
+    weight_sum = None if weight is None else torch.empty_like(scaled_sum)
     for rows, first, last, size in grid.groups.blocks(lora_B.shape[1]):
-        block = scaled[rows].view(last - first, size, -1).mul_(grid.scales[first:last, None].float())
+        block = scaled[rows].view(last - first, size, -1)
+        if weight is not None:
+            weight_sum[first:last] = (block * weight[rows].view_as(block)).sum(1)
+        block.mul_(grid.scales[first:last, None].float())
         scaled_sum[first:last] = block.sum(1)
         if not isinstance(rows, slice):
             scaled[rows] = block.flatten(0, 1)
@@ -329,7 +348,12 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold):
         mean = scaled_sum / (threshold.kappa * grid.groups.sizes[:, None])
         grad_A += (mean @ lora_B.t())[grid.groups.g_idx]
         grad_B.addmm_(grid.groups.sum(lora_A).t(), mean)
-    return grad_A, grad_B, scaled_sum
+    return grad_A, grad_B, scaled_sum, scale_gradient(weight_sum, grid)
+
+
+def scale_gradient(weight_sum, grid):
+    """dL/d(change) [groups, out] out of the sums of G * W' over the groups; None for None."""
+    return None if weight_sum is None else weight_sum.mul_(grid.unscaled.float()).div_(grid.scales.float())
 
 
 _workspaces = {}
@@ -355,10 +379,11 @@ class TernaryLinear(torch.autograd.Function):
     W' is formed again in the backward rather than kept: it is as large as the layer would be without quantization.
     load_grid: called without arguments, returns the layer's grid. method: the module whose adapted_weight and
     adapter_gradients compute, this one or LoTA.kernels. learned: mu [groups, out] as a parameter of its own, or None.
+    change: what load_grid's grid was rescaled() with [groups, out], here for its gradient only, or None.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, load_grid, threshold, method=sys.modules[__name__], learned=None):
+    def forward(ctx, x, lora_A, lora_B, load_grid, threshold, method=sys.modules[__name__], learned=None, change=None):
         ctx.save_for_backward(x, lora_A, lora_B, learned)
         ctx.load_grid, ctx.threshold, ctx.method = load_grid, threshold, method
         grid = load_grid()
@@ -369,14 +394,19 @@ class TernaryLinear(torch.autograd.Function):
         x, lora_A, lora_B, learned = ctx.saved_tensors
         grid, threshold, method = ctx.load_grid(), ctx.threshold, ctx.method
         grad_output = grad_output.to(x.dtype)           # they differ under autocast
-        grad_x = grad_A = grad_B = grad_learned = None
+        grad_x = grad_A = grad_B = grad_learned = grad_change = weight = None
+        scales_learn = ctx.needs_input_grad[7]
+        if ctx.needs_input_grad[0] or scales_learn:
+            weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype,
+                                           None if scales_learn else _workspace(grid.shape, x), learned)
         if ctx.needs_input_grad[0]:
-            # W' is used up before x^T @ grad_output comes: one tensor of the layer's size lives at a time.
-            weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype, _workspace(grid.shape, x), learned)
             grad_x = grad_output @ weight.t()
-            del weight
+        if not scales_learn:
+            # W' is used up before x^T @ grad_output comes: one tensor of the layer's size lives at a time.
+            weight = None
         if any(ctx.needs_input_grad[1:]):
-            grad_A, grad_B, grad_learned = method.adapter_gradients(
-                x.flatten(0, -2), grad_output.flatten(0, -2), lora_A, lora_B, grid, threshold)
+            grad_A, grad_B, grad_learned, grad_change = method.adapter_gradients(
+                x.flatten(0, -2), grad_output.flatten(0, -2), lora_A, lora_B, grid, threshold, weight)
             grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
-        return grad_x, grad_A, grad_B, None, None, None, None if learned is None else grad_learned.to(learned.dtype)
+        return (grad_x, grad_A, grad_B, None, None, None, None if learned is None else grad_learned.to(learned.dtype),
+                grad_change)

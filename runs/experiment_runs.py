@@ -43,6 +43,24 @@ CANDIDATES = {
 CHOSEN = ("LoRA, 1e-3", "QA-LoRA, 3e-3", "LoTA, published", "LoTA, learned", "LoTA, grid, sigma from 0.99")
 
 
+# Stage ablation: {what is varied: (flags of a value, {recipe: the values})}. Values of a recipe's own are its centre's.
+RECIPES = {"published": LOTA, "learned": LEARNED, "grid": GRID}
+VARIED = {
+    "omega / r": (lambda share: {"interval_point": share * RANK},
+                  {"published": (0.3, 0.5, 0.75), "learned": (0.3, 0.5), "grid": (0.2, 0.3, 0.5)}),
+    "sigma at first": (lambda sigma: {"filter_ratio": sigma},
+                       {"published": (0.9, 0.95, 0.99), "learned": (0.95, 0.99, 0.995), "grid": (0.95, 0.99, 0.995)}),
+    "kappa": (lambda kappa: {"offset_scale": kappa}, {"published": ("omega", "paper")}),
+    "offset": (lambda offset: {"residual": offset == "on"}, {"published": ("on", "off")}),
+    "rank": (lambda rank: {"lora_r": rank}, {"published": (8, 16, 32), "learned": (8, 16, 32)}),
+    "group size": (lambda size: {"group": size}, {"published": (16, 32, 64), "learned": (16, 32, 64)}),
+    "steps": (lambda steps: {"max_steps": steps},
+              {"published": (80, 160, 320), "learned": (80, 160, 320), "grid": (80, 160, 320)})}
+CENTRE = {"omega / r": {"published": 0.75, "learned": 0.3, "grid": 0.3},
+          "sigma at first": {"published": 0.95, "learned": 0.995, "grid": 0.99},
+          "kappa": {"published": "omega"}, "offset": {"published": "on"}, "rank": dict.fromkeys(RECIPES, RANK),
+          "group size": dict.fromkeys(RECIPES, 32), "steps": dict.fromkeys(RECIPES, TRAIN["max_steps"])}
+
 # The paper's settings for 8B: section 4 and appendix; QA-LoRA and LoRA alike. 64 rows a step, in pieces of 16.
 TABLE1 = {
     "alpaca": {"train": {"training_data_name": "alpaca", "max_steps": 300, "learning_rate": 1e-5},
@@ -105,9 +123,33 @@ def main():
     only.add_argument("--train", default="", help="more flags of mode 1, in one text")
     only.add_argument("--evaluate", default="", help="more flags of mode 2, in one text")
     args = parser.parse_args()
-    runs = table1(args) if args.stage == "table1" else small(args)
+    runs = {"table1": table1, "ablation": ablation}.get(args.stage, small)(args)
     Path(args.output).write_text(json.dumps(runs, indent=1))
     print(f"{len(runs)} runs in {args.output}")
+
+
+def ablation(args):
+    """One setting at a time away from each recipe, at 2 bits, base_recovery, one seed, on the rows for choosing."""
+    work, runs = Path(args.work).resolve(), []
+    evaluate = flags({**EVALUATE, "data_dir": str(work / "data/choose")})
+
+    def add(recipe, name, changed, **note):
+        settings = {**TRAIN, **RECIPES[recipe], **changed}
+        group = settings.pop("group", 32)
+        if "lora_r" in changed and "interval_point" in settings:            # omega stays the same share of the rank
+            settings["interval_point"] *= settings["lora_r"] / RANK
+        runs.append({"name": f"ablation, {recipe}{name}", "recipe": recipe, **note, "method": f"LoTA, {recipe}",
+                     "bits": 2, "setting": "recovery", "seed": 1,
+                     "gptq": str(work / f"gptq/int2_{group}_base_recovery"),
+                     "train": flags({**settings, "data_dir": str(work / "data/tune")}), "evaluate": evaluate})
+    for recipe in RECIPES:
+        add(recipe, "", {})
+    for varied, (change, values) in VARIED.items():
+        for recipe, some in values.items():
+            for value in some:
+                if value != CENTRE[varied][recipe]:
+                    add(recipe, f", {varied} {value}", change(value), varied=varied, value=value)
+    return runs
 
 
 def small(args):

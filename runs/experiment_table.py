@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
+from experiment_runs import CENTRE, VARIED
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 MARKS = "<!-- made by runs/experiment_table.py -->\n", "<!-- end of what it made -->\n"
@@ -116,19 +118,26 @@ def draw_results(lines, file):
 
 
 def draw_ablation(lines, file):
-    """One panel for each thing that was changed: exact match of the recipes along it."""
+    """One panel for each thing that was varied: the loss of each recipe along it, its own value drawn full."""
     plt = pyplot()
     what = list(dict.fromkeys(line["varied"] for line in lines if "varied" in line))
-    figure, axes = plt.subplots((len(what) + 2) // 3, 3, figsize=(11, 3 * ((len(what) + 2) // 3)), squeeze=False)
+    centres = [{**line, "varied": varied, "value": CENTRE[varied][line["recipe"]]}
+               for line in lines if "varied" not in line for varied in what if line["recipe"] in CENTRE[varied]]
+    figure, axes = plt.subplots((len(what) + 3) // 4, 4, figsize=(12, 2.8 * ((len(what) + 3) // 4)), squeeze=False,
+                                sharey=True)
     for ax, varied in zip(axes.flat, what, strict=False):
-        some = [line for line in lines if line.get("varied") == varied]
-        values = list(dict.fromkeys(str(line["value"]) for line in some))
+        some = [line for line in lines + centres if line.get("varied") == varied]
+        values = list(VARIED[varied][1].values())
+        order = sorted({v for value in values for v in value}, key=lambda v: (isinstance(v, str), v))
         for recipe in dict.fromkeys(line["recipe"] for line in some):
-            points = {str(line["value"]): line["loss"] for line in some if line["recipe"] == recipe}
-            color = next((color for name, _, color in METHODS if name == f"LoTA, {recipe}"), "#444444")
-            places = [i for i, value in enumerate(values) if value in points]
-            ax.plot(places, [points[values[i]] for i in places], "o-", markersize=4, color=color, label=recipe)
-        ax.set_xticks(range(len(values)), values, fontsize=8)
+            points = {line["value"]: line["loss"] for line in some if line["recipe"] == recipe}
+            color = next(color for name, _, color in METHODS if name == f"LoTA, {recipe}")
+            places = [i for i, value in enumerate(order) if value in points]
+            ax.plot(places, [points[order[i]] for i in places], "o-", markersize=4, color=color, label=recipe,
+                    markerfacecolor="white")
+            own = CENTRE[varied][recipe]
+            ax.plot([order.index(own)], [points[own]], "o", markersize=5, color=color)
+        ax.set_xticks(range(len(order)), order, fontsize=8)
         ax.set_title(varied, fontsize=10, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[:, 0]:

@@ -37,7 +37,7 @@ def main():
                 "LEARNED": not merging,
                 "PIECES": pieces, "RANK": 64, "RANK_PIECES": pieces, **TILE}))
         rows.append(compile_for(capability, kernels._gradient_kernel, {"gradient": f"*{dtype}"}, {
-            "OFFSET": True, "SHUFFLED": pieces > 1, "PIECES": pieces, **TILE}))
+            "OFFSET": True, "WEIGHTED": pieces > 1, "SHUFFLED": pieces > 1, "PIECES": pieces, **TILE}))
     print(json.dumps(rows))
 
 

@@ -147,16 +147,18 @@ def test_forward_and_gradients_are_the_oracles(bits, layout, form, kappa, dtype,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_learned_offset(layout):
-    """mu as a parameter of its own: the weight is LoTA.ternary's, bit for bit, all gradients are, to rounding."""
+def test_a_learned_offset_and_learned_scales(layout):
+    """Both parameters of their own: the weight is LoTA.ternary's, bit for bit, all gradients are, to rounding."""
     case, threshold = Case(4, layout), Threshold(OMEGA, None)
     generator = torch.Generator().manual_seed(3)
     mu = torch.randn(case.scales.shape, generator=generator).to(DEVICE)
-    weights = [m.adapted_weight(*case.adapter(), case.grid, threshold, learned=mu) for m in (kernels, ternary)]
+    grid = case.grid.rescaled(0.3 * torch.randn(case.scales.shape, generator=generator).to(DEVICE))
+    weights = [m.adapted_weight(*case.adapter(), grid, threshold, learned=mu) for m in (kernels, ternary)]
     assert torch.equal(*weights)
     rows, cols = case.grid.shape
     x, grad = (torch.randn(6, n, generator=generator).to(DEVICE) for n in (rows, cols))
-    for got, want in zip(*(m.adapter_gradients(x, grad, *case.adapter(), case.grid, threshold)
+    assert kernels.adapter_gradients(x, grad, *case.adapter(), grid, threshold)[3] is None
+    for got, want in zip(*(m.adapter_gradients(x, grad, *case.adapter(), grid, threshold, weights[0])
                            for m in (kernels, ternary)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 

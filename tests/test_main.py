@@ -268,11 +268,12 @@ def test_qalora_baseline_merges_and_exports(gptq, base_model, demo_data, tmp_pat
     assert f"{merged['correct']} of 40 rows" in (tmp_path / "dense/README.md").read_text()
 
 
-def test_learned_offsets_and_momentum_merge_what_they_trained(gptq, base_model, demo_data, tmp_path):
-    """--offset_scale learned --momentum, saved by PEFT, resumed from a checkpoint, live = merged, and mu learned."""
+def test_learned_offsets_scales_and_momentum_merge_what_they_trained(gptq, base_model, demo_data, tmp_path):
+    """--offset_scale learned --learned_scales --momentum, saved by PEFT, resumed from a checkpoint, live = merged, and
+    the merged folder has the offsets and scales that were learned."""
     flags = (*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
-             "--max_steps", 6, "--offset_scale", "learned", "--momentum", 0.9, "--offset_lr", 0.05,
-             "--interval_point", 2)
+             "--max_steps", 6, "--offset_scale", "learned", "--learned_scales", True, "--momentum", 0.9,
+             "--offset_lr", 0.05, "--interval_point", 2)
     main(*flags, "--adapter_path", tmp_path / "a", "--save_number", 3)
     adapter, = (tmp_path / "a").iterdir()
     main(*flags, "--adapter_path", tmp_path / "b", "--adapter_ckpt", adapter / "checkpoint-4", "--save_strategy", "no")
@@ -280,13 +281,16 @@ def test_learned_offsets_and_momentum_merge_what_they_trained(gptq, base_model, 
     one, other = (load_file(f / "adapter_model.safetensors") for f in (adapter, resumed))
     assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one)
     offsets = {k: v for k, v in one.items() if k.endswith(".lora_offset")}
-    assert len(offsets) * 3 == len(one) and all(v.abs().max() > 0.01 for v in offsets.values())
+    assert len(offsets) * 4 == len(one) and all(v.abs().max() > 0.01 for v in offsets.values())
     live = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merge", False)
     merged = evaluate(demo_data, tmp_path, "--load_adapter", adapter, "--merged_path", tmp_path / "merged")
     assert [p["prediction"] for p in live["predictions"]] == [p["prediction"] for p in merged["predictions"]]
     folder = MergedFolder(tmp_path / "merged")
     for name in folder.modules:
         assert torch.equal(folder.offset(name), offsets[f"base_model.model.{name}.lora_offset"])
+        change, before = one[f"base_model.model.{name}.lora_scale"], GPTQFolder(gptq).tensor(f"{name}.scales")
+        assert change.abs().max() > 0.01
+        assert torch.equal(folder.tensor(f"{name}.scales"), (before.float() * (1 + change)).half())
     assert merged["moved"]["all"] > 0
 
 

@@ -144,8 +144,8 @@ def test_one_weight_by_hand():
     assert torch.equal(adapted_weight(case.A, case.B, case.grid(), case.threshold()), by_hand)
     assert torch.equal(oracle.adapted_weight(case.A, case.B, *case.layer()).float(), by_hand)
     # x = 1, 0, 0, 2 and dL/dy = 1: H = s x = 0.5, 0, 0, 1, group sum 1.5, over kappa n = 8: 0.1875 for every row.
-    grad_A, grad_B, _ = adapter_gradients(torch.tensor([[1.0, 0, 0, 2]]), torch.ones(1, 1), case.A, case.B, case.grid(),
-                                       case.threshold())
+    grad_A, grad_B, *_ = adapter_gradients(torch.tensor([[1.0, 0, 0, 2]]), torch.ones(1, 1), case.A, case.B,
+                                           case.grid(), case.threshold())
     assert torch.equal(grad_A, torch.tensor([[0.6875], [0.1875], [0.1875], [1.1875]]).expand(4, 3))
     assert grad_B.flatten().tolist() == [1.875, 1.875, 0.6875]
 
@@ -420,7 +420,7 @@ def test_gradients_do_not_stop_at_the_grids_ends(settings):
     i, j = blocked.nonzero()[0].tolist()
     x, grad = torch.zeros(1, len(aux)), torch.zeros(1, COLS)
     x[0, i], grad[0, j] = 1.0, 1.0
-    grad_A, _, _ = adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold())
+    grad_A, *_ = adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold())
     group = int(case.g_idx[i])
     per_row = 0 if case.kappa is None else 1 / (case.kappa * int((case.g_idx == group).sum()))
     want = float(case.scales[group, j]) * (1 + per_row) * case.B[:, j]
@@ -527,20 +527,25 @@ def test_products_at_the_edge_of_bfloat16(rank, both_ways):
 
 
 @pytest.mark.parametrize("settings", some_cases)
-def test_a_learned_offset(settings, both_ways):
-    """mu as a parameter of its own: W', y and the gradients of x, A, B and mu, against float64 autograd."""
+def test_a_learned_offset_and_learned_scales(settings, both_ways):
+    """mu and a change of the scales as parameters of their own: W', y and the gradients of x, A, B, mu and the change,
+    against float64 autograd, straight-through for the rounding of the scales to float16."""
     case = replace(make_case(**settings), kappa=None)
     generator = torch.Generator().manual_seed(10)
     mu = torch.randn(case.scales.shape, generator=generator)
+    change = 0.3 * torch.randn(case.scales.shape, generator=generator)
     x, grad = (torch.randn(5, n, generator=generator) for n in (len(case.g_idx), COLS))
-    leaves = [t.clone().requires_grad_() for t in (x, case.A, case.B, mu)]
-    y = TernaryLinear.apply(*leaves[:3], case.grid, case.threshold(), ternary, leaves[3])
+    leaves = [t.clone().requires_grad_() for t in (x, case.A, case.B, mu, change)]
+    y = TernaryLinear.apply(*leaves[:3], lambda: case.grid().rescaled(change), case.threshold(), ternary, *leaves[3:])
     y.backward(grad)
-    wide = [t.double().requires_grad_() for t in (x, case.A, case.B, mu)]
+    wide = [t.double().requires_grad_() for t in (x, case.A, case.B, mu, change)]
     aux = wide[1] @ wide[2]
     step = oracle.ternary_step(aux.detach(), case.weight_int, case.omega, case.bits)
-    want = wide[0] @ oracle.weight(case.weight_int, aux + (step - aux).detach(), wide[3], case.scales, case.zeros,
-                                   case.g_idx)
+    scales = case.scales.double() * (1 + wide[4])
+    rounded = (case.scales.float() * (1 + change)).half().double()
+    assert torch.equal(case.grid().rescaled(change).scales.double(), rounded)
+    want = wide[0] @ oracle.weight(case.weight_int, aux + (step - aux).detach(), wide[3],
+                                   scales + (rounded - scales).detach(), case.zeros, case.g_idx)
     want.backward(grad.double())
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     for leaf, other in zip(leaves, wide, strict=True):
