@@ -15,10 +15,8 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 
 from LoTA import UserError, run_script
@@ -44,8 +42,9 @@ METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
 RECIPES = {
     "published": {},
     "learned": {"interval_point": 0.3, "momentum": 0.9, "filter_ratio": 0.995, "offset_scale": "learned",
-                "offset_lr": 0.03},
-    "grid": {"interval_point": 0.3, "momentum": 0.9, "residual": False}}
+                "learned_scales": True, "offset_lr": 0.03},
+    "grid": {"interval_point": 0.3, "momentum": 0.9, "filter_ratio": 0.995, "residual": False,
+             "learned_scales": True, "offset_lr": 0.03}}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 SPLIT_TARGETS = re.compile(r"[,\s]+")
 
@@ -107,16 +106,14 @@ class trainingConfig:
     source_max_len: int = setting(1024, "tokens of a prompt at most")
     target_max_len: int = setting(256, "tokens of an answer at most, its end token counted in")
     recipe: str = setting("published", "LoTA: settings that go together, for flags not given: learned trains mu "
-                                       "as a parameter and lets more integers move; grid does without mu, so that the "
-                                       "merged model is plain GPTQ", choices=list(RECIPES))
+                                       "and the scales as parameters and lets more integers move; grid does without "
+                                       "mu, so that the merged model is plain GPTQ", choices=list(RECIPES))
     interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)", shown="0.75 r: 48 at r = 64")
     filter_ratio: float = setting(0.95, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the gradients")
     min_grad: float = setting(0.999, "LoTA: sigma after 80 %% of the steps")
     filter_upper: float = setting(0.9999, "LoTA: sigma at the last step")
     momentum: float = setting(0.0, "LoTA: the weight of the past in the average of gradients that moves the entries; "
                                    "0, the published way, takes each step's own")
-    init_batches: int = setting(0, "LoTA: take the directions of A from the gradients of so many batches before "
-                                   "training; 0, the published way, takes random ones")
     offset_lr: float = setting(0.01, "LoTA with --offset_scale learned or --learned_scales: AdamW's learning rate for "
                                      "mu, in grid steps, and for the relative change of the scales, falling to 0")
     optimizer_type: str = setting("adamw_torch", "the LoRA baseline's optimizer; LoTA takes int_sign_sgd by itself",
@@ -367,11 +364,6 @@ def train(base, training):
     if base.lota_qaf and trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ConsoleLine)
     start = time.time()
-    if base.lota_qaf and training.init_batches and not training.adapter_ckpt:
-        from LoTA.initialize import initialize_from_gradients
-        batches = islice(trainer.get_train_dataloader(), training.init_batches)
-        initialize_from_gradients(model.train(), partial(trainer.compute_loss, model),
-                                  [trainer._prepare_inputs(batch) for batch in batches])
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.train(resume_from_checkpoint=training.adapter_ckpt)
@@ -401,6 +393,7 @@ def train(base, training):
 
 def check_training(base, training, folder):
     """Fills in what LoTA fixes by itself; raises UserError where the settings cannot be trained with."""
+    import torch
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
         raise UserError("nothing to train: give --num_train_epochs or --max_steps")
     for flag in ("train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len", "save_number"):
@@ -419,6 +412,8 @@ def check_training(base, training, folder):
     if base.method == "qalora" and folder.group_size < 1:
         raise UserError(f"--method qalora pools the inputs of a group, and {folder.path} has no groups")
     if not base.lota_qaf:
+        if base.learned_scales:
+            raise UserError("--learned_scales trains beside ternary adapters: give --method lota")
         if training.optimizer_type == "int_sign_sgd":
             raise UserError("--optimizer_type int_sign_sgd trains ternary adapters only: give --lota_qaf True")
         return
@@ -429,6 +424,8 @@ def check_training(base, training, folder):
             raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")
     if not 0 <= training.momentum < 1:
         raise UserError(f"--momentum must lie in [0, 1), not {training.momentum}")
+    if base.learned_scales and folder.tensor(f"{folder.modules[0]}.scales").dtype != torch.float16:
+        raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are none")
     if base.offset_scale == "learned" and not base.residual:
         raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
     if training.interval_point is None:

@@ -8,58 +8,64 @@ published recipe and from the best ones, the same rows. Stage test: what was cho
 """
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from LoTA_QAF_main import RECIPES
 
 SEEDS = (1, 2, 3)
 RANK = 16
-TRAIN = {"training_data_name": "viggo", "lora_r": RANK, "max_steps": 160, "train_batch_size": 64,
+TRAIN = {"training_data_name": "viggo", "lora_r": RANK, "max_steps": 160, "train_batch_size": 32,
          "gradient_checkpointing": False, "dtype": "float32", "logging_steps": 10, "save_strategy": "no"}
 EVALUATE = {"ft_dataset_name": "viggo", "max_new_tokens": 160, "eval_batch_size": 128, "dtype": "float32",
             "answer_loss": True}
 
-LORA, QALORA, LOTA = ({"method": method} for method in ("lora", "qalora", "lota"))
-GRID = {**LOTA, "interval_point": 0.3 * RANK, "momentum": 0.9, "residual": False}
-LEARNED = {**LOTA, "interval_point": 0.3 * RANK, "momentum": 0.9, "filter_ratio": 0.995, "offset_scale": "learned",
-           "offset_lr": 0.03}
+
+def recipe(name):
+    """The flags of --recipe, written out, so that one can be changed at a time."""
+    settings = {"method": "lota", **RECIPES[name]}
+    return {**settings, "interval_point": RANK * settings.get("interval_point", 0.75)}
+
+
+LORA, QALORA = {"method": "lora"}, {"method": "qalora"}
+PUBLISHED, LEARNED, GRID = recipe("published"), recipe("learned"), recipe("grid")
 CANDIDATES = {
-    "LoRA, 1e-3": {**LORA, "learning_rate": 1e-3},
-    "LoRA, 2e-3": {**LORA, "learning_rate": 2e-3},
-    "QA-LoRA, 3e-3": {**QALORA, "learning_rate": 3e-3},
-    "QA-LoRA, 1e-2": {**QALORA, "learning_rate": 1e-2},
-    "LoTA, published": LOTA,
-    "LoTA, grid": GRID,
-    "LoTA, grid, sigma from 0.99": {**GRID, "filter_ratio": 0.99},
-    "LoTA, grid, sigma from 0.995": {**GRID, "filter_ratio": 0.995},
-    "LoTA, grid, sigma from 0.998": {**GRID, "filter_ratio": 0.998, "min_grad": 0.9995},
-    "LoTA, grid, momentum 0.95, sigma from 0.99": {**GRID, "momentum": 0.95, "filter_ratio": 0.99},
-    "LoTA, grid, omega 0.2 r, sigma from 0.99": {**GRID, "interval_point": 0.2 * RANK, "filter_ratio": 0.99},
-    "LoTA, grid, sigma from 0.99, A from gradients": {**GRID, "filter_ratio": 0.99, "init_batches": 8},
-    "LoTA, learned": LEARNED,
-    "LoTA, learned, A from gradients": {**LEARNED, "init_batches": 8},
-    "LoTA, learned, no step": {**LEARNED, "interval_point": 0.97 * RANK},
-    "LoTA, learned, 0.05": {**LEARNED, "offset_lr": 0.05},
+    **{f"LoRA, {rate}": {**LORA, "learning_rate": rate} for rate in (5e-4, 1e-3, 3e-3)},
+    **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
+    "LoTA, published": PUBLISHED,
+    **{f"LoTA, grid, {rate}": {**GRID, "offset_lr": rate} for rate in (0.01, 0.03, 0.06)},
+    **{f"LoTA, learned, {rate}": {**LEARNED, "offset_lr": rate} for rate in (0.01, 0.03, 0.06)},
 }
 # What stage choose gave; see experiments/LOG.md.
-CHOSEN = ("LoRA, 1e-3", "QA-LoRA, 3e-3", "LoTA, published", "LoTA, learned", "LoTA, grid, sigma from 0.99")
+CHOSEN = ("LoRA, 0.001", "QA-LoRA, 0.003", "LoTA, published", "LoTA, grid, 0.03", "LoTA, learned, 0.03")
 
-
-# Stage ablation: {what is varied: (flags of a value, {recipe: the values})}. Values of a recipe's own are its centre's.
-RECIPES = {"published": LOTA, "learned": LEARNED, "grid": GRID}
+# Stage ablation: {what is varied: (flags of a value, {recipe: the values})}; and each recipe's own value.
+CENTRES = {"published": PUBLISHED, "learned": LEARNED, "grid": GRID}
+ALONE = {"interval_point": 0.97 * RANK}             # beyond every |dW|: no integer moves
 VARIED = {
     "omega / r": (lambda share: {"interval_point": share * RANK},
                   {"published": (0.3, 0.5, 0.75), "learned": (0.3, 0.5), "grid": (0.2, 0.3, 0.5)}),
     "sigma at first": (lambda sigma: {"filter_ratio": sigma},
-                       {"published": (0.9, 0.95, 0.99), "learned": (0.95, 0.99, 0.995), "grid": (0.95, 0.99, 0.995)}),
+                       {"published": (0.9, 0.95, 0.99), "learned": (0.95, 0.99, 0.995), "grid": (0.99, 0.995)}),
+    "trained beside A, B": (lambda what: {
+        "Eq. 4": {"offset_scale": "omega", "learned_scales": False}, "nothing": {"residual": False,
+                                                                            "learned_scales": False},
+        "mu": {"learned_scales": False}, "s": {"residual": False}, "mu, s": {}, "mu, s, no step": ALONE,
+        "s, no step": ALONE}[what],
+        {"published": ("Eq. 4", "nothing"), "learned": ("mu", "mu, s", "mu, s, no step"),
+         "grid": ("nothing", "s", "s, no step")}),
     "kappa": (lambda kappa: {"offset_scale": kappa}, {"published": ("omega", "paper")}),
-    "offset": (lambda offset: {"residual": offset == "on"}, {"published": ("on", "off")}),
     "rank": (lambda rank: {"lora_r": rank}, {"published": (8, 16, 32), "learned": (8, 16, 32)}),
     "group size": (lambda size: {"group": size}, {"published": (16, 32, 64), "learned": (16, 32, 64)}),
     "steps": (lambda steps: {"max_steps": steps},
               {"published": (80, 160, 320), "learned": (80, 160, 320), "grid": (80, 160, 320)})}
 CENTRE = {"omega / r": {"published": 0.75, "learned": 0.3, "grid": 0.3},
-          "sigma at first": {"published": 0.95, "learned": 0.995, "grid": 0.99},
-          "kappa": {"published": "omega"}, "offset": {"published": "on"}, "rank": dict.fromkeys(RECIPES, RANK),
-          "group size": dict.fromkeys(RECIPES, 32), "steps": dict.fromkeys(RECIPES, TRAIN["max_steps"])}
+          "sigma at first": {"published": 0.95, "learned": 0.995, "grid": 0.995},
+          "trained beside A, B": {"published": "Eq. 4", "learned": "mu, s", "grid": "s"},
+          "kappa": {"published": "omega"}, "rank": dict.fromkeys(CENTRES, RANK),
+          "group size": dict.fromkeys(CENTRES, 32), "steps": dict.fromkeys(CENTRES, TRAIN["max_steps"])}
 
 # The paper's settings for 8B: section 4 and appendix; QA-LoRA and LoRA alike. 64 rows a step, in pieces of 16.
 TABLE1 = {
@@ -68,8 +74,8 @@ TABLE1 = {
     **{name: {"train": {"training_data_name": name, "num_train_epochs": 1, "learning_rate": 5e-4},
               "evaluate": {"ft_dataset_name": name, "answer_loss": True}} for name in ("gsm8k", "sql", "viggo")}}
 TABLE1_TRAIN = {"lora_r": 64, "train_batch_size": 16, "gradient_accumulation_steps": 4, "save_strategy": "no"}
-TABLE1_METHODS = {"LoRA": LORA, "QA-LoRA": QALORA, "LoTA, published": LOTA,
-                  "LoTA, learned": {**LOTA, "recipe": "learned"}}
+TABLE1_METHODS = {"LoRA": LORA, "QA-LoRA": QALORA, "LoTA, published": {"method": "lota"},
+                  "LoTA, learned": {"method": "lota", "recipe": "learned"}}
 VIGGO_OMEGA = 0.875 * TABLE1_TRAIN["lora_r"]        # the others: 0.75 r, the default
 
 
@@ -134,15 +140,15 @@ def ablation(args):
     evaluate = flags({**EVALUATE, "data_dir": str(work / "data/choose")})
 
     def add(recipe, name, changed, **note):
-        settings = {**TRAIN, **RECIPES[recipe], **changed}
+        settings = {**TRAIN, **CENTRES[recipe], **changed}
         group = settings.pop("group", 32)
-        if "lora_r" in changed and "interval_point" in settings:            # omega stays the same share of the rank
+        if "lora_r" in changed:                     # omega stays the same share of the rank
             settings["interval_point"] *= settings["lora_r"] / RANK
         runs.append({"name": f"ablation, {recipe}{name}", "recipe": recipe, **note, "method": f"LoTA, {recipe}",
                      "bits": 2, "setting": "recovery", "seed": 1,
                      "gptq": str(work / f"gptq/int2_{group}_base_recovery"),
                      "train": flags({**settings, "data_dir": str(work / "data/tune")}), "evaluate": evaluate})
-    for recipe in RECIPES:
+    for recipe in CENTRES:
         add(recipe, "", {})
     for varied, (change, values) in VARIED.items():
         for recipe, some in values.items():

@@ -302,11 +302,11 @@ def test_recipes_fill_in_what_is_not_given():
             setattr(base if hasattr(base, flag) else training, flag, value)
         LoTA_QAF_main.apply_recipe(base, training)
         return (training.interval_point, training.momentum, training.filter_ratio, base.offset_scale, base.residual,
-                training.offset_lr)
-    assert applied("published") == (None, 0.0, 0.95, "omega", True, 0.01)
-    assert applied("learned") == (pytest.approx(2.4), 0.9, 0.995, "learned", True, 0.03)
-    assert applied("grid") == (pytest.approx(2.4), 0.9, 0.95, "omega", False, 0.01)
-    assert applied("learned", interval_point=3.0, offset_lr=0.5) == (3.0, 0.9, 0.995, "learned", True, 0.5)
+                base.learned_scales, training.offset_lr)
+    assert applied("published") == (None, 0.0, 0.95, "omega", True, False, 0.01)
+    assert applied("learned") == (pytest.approx(2.4), 0.9, 0.995, "learned", True, True, 0.03)
+    assert applied("grid") == (pytest.approx(2.4), 0.9, 0.995, "omega", False, True, 0.03)
+    assert applied("learned", interval_point=3.0, offset_lr=0.5) == (3.0, 0.9, 0.995, "learned", True, True, 0.5)
 
 
 @pytest.mark.parametrize("method", [("--method", "lora"), ("--method", "qalora"), ()])
@@ -459,6 +459,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_its_name(gptq, base_mo
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
     (("--quantized_model_dir", "{gptq}", "--momentum", 1), "--momentum must lie in"),
     (("--quantized_model_dir", "{gptq}", "--offset_scale", "learned", "--residual", False), "leaves out"),
+    (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--learned_scales", True), "beside ternary adapters"),
     (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
     (("--mode", 2), "nothing to evaluate"),
     (("--mode", 2, "--export", "gguf"), "go together"),
