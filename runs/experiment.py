@@ -12,11 +12,14 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,43 +93,47 @@ def name_only(value):
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
+def add_line(run, work, results, commit):
+    """Performs one run and adds its line to `results`; returns whether it went well."""
+    name = f"{run['name']}, seed {run['seed']}"
+    with open(work / "logs" / f"{run['name']}_seed{run['seed']}.log".replace(" ", "_"), "w") as log, \
+            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            figures = perform(run, work)
+        except Exception:
+            traceback.print_exc()
+            figures = None
+    if figures is None:
+        print(f"failed: {name}; see {log.name}", flush=True)
+        return False
+    line = {**{key: name_only(value) for key, value in run.items()}, "commit": commit, **figures}
+    with open(results, "a") as f:
+        f.write(json.dumps(line) + "\n")
+    print(f"{name}: {figures['accuracy']:.1%}", flush=True)
+    return True
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--results", required=True)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread if more than one [1]")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     work, results = Path(args.work).resolve(), Path(args.results).resolve()
     runs = json.loads(Path(args.runs).read_text())
     (work / "logs").mkdir(parents=True, exist_ok=True)
-    if args.one is not None:
-        run = runs[args.one]
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-        with open(work / "logs" / f"{run['name']}_seed{run['seed']}.log".replace(" ", "_"), "w") as log, \
-                contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            figures = perform(run, work)
-        line = {**{key: name_only(value) for key, value in run.items()}, "commit": commit.stdout.strip(), **figures}
-        with open(results, "a") as f:
-            f.write(json.dumps(line) + "\n")
-        print(f"{run['name']}, seed {run['seed']}: {figures['accuracy']:.1%}", flush=True)
-        return
     results.parent.mkdir(parents=True, exist_ok=True)
     lines = results.read_text().splitlines() if results.exists() else []
     done = {(line["name"], line["seed"]) for line in map(json.loads, lines)}
-    missing = [i for i, run in enumerate(runs) if (run["name"], run["seed"]) not in done]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
-
-    def start(i):
-        command = [sys.executable, __file__, "--runs", args.runs, "--work", work, "--results", results, "--one", i]
-        if subprocess.run([str(c) for c in command], env=environment).returncode:
-            print(f"failed: {runs[i]['name']}, seed {runs[i]['seed']}; see {work / 'logs'}", flush=True)
-            return 1
-        return 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        failed = sum(pool.map(start, missing))
-    sys.exit(f"error: {failed} runs failed" if failed else 0)
+    missing = [run for run in runs if (run["name"], run["seed"]) not in done]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"         # before the workers import torch
+    # Processes that stay: importing everything takes ten seconds, a small run a minute or two.
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit.stdout.strip()), missing))
+    sys.exit(f"error: {went_well.count(False)} runs failed" if False in went_well else 0)
 
 
 if __name__ == "__main__":
