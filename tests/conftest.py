@@ -60,19 +60,24 @@ def write_gptq(folder, bits=4, group_size=32, desc_act=False, checkpoint_format=
     return folder
 
 
-def write_adapter(folder, gptq, rank=8, omega=3.0, residual=True, offset_scale="omega", seed=1, with_config=True):
-    """An adapter folder with random ternary matrices for every layer of `gptq`."""
-    generator = torch.Generator().manual_seed(seed)
+def write_adapter(folder, gptq, rank=8, omega=3.0, residual=True, offset_scale="omega", seed=1, with_config=True,
+                  learned_scales=False):
+    """An adapter folder with random ternary matrices, and changes of the scales, for every layer of `gptq`."""
+    generator, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (rows, cols) in LAYERS.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randint(-1, 2, (rank, rows), generator=generator).float()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randint(-1, 2, (cols, rank), generator=generator).float()
+        if learned_scales:
+            groups = GPTQFolder(gptq).shape(f"{name}.scales")
+            tensors[f"{PREFIX}{name}.lora_scale"] = 0.2 * torch.randn(groups, generator=other)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": 2 * rank, "peft_type": "LORA"}))
     if with_config:
         source = GPTQFolder(gptq)
-        LotaConfig(omega=omega, residual=residual, offset_scale=offset_scale, bits=source.bits,
+        LotaConfig(omega=omega, residual=residual, offset_scale=offset_scale, learned_scales=learned_scales,
+                   bits=source.bits,
                    group_size=source.group_size, rank=rank, quantized_model_dir=str(gptq),
                    fingerprint=source.fingerprint()).save(folder)
     return folder

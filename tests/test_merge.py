@@ -154,18 +154,19 @@ def test_a_failure_in_the_middle_leaves_the_old_folder_and_no_rest(tmp_path, mon
 
 
 @pytest.mark.parametrize("damage, message", [
-    ("integer", "differ"), ("offset", "differ"), ("scales", "must not touch")])
+    ("integer", "differ"), ("offset", "differ"), ("scales", "must not touch"), ("learned scales", "differ")])
 def test_the_verification_catches_damage(tmp_path, damage, message):
     """A merged folder with one number changed does not pass."""
     from safetensors.torch import save_file
     gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq)
+    adapter = write_adapter(tmp_path / "adapter", gptq, learned_scales=damage == "learned scales")
     folder = tmp_path / "merged"
     lota_merge.merge_folders(adapter, gptq, folder)
     name = "model.layers.0.mlp.down_proj"
     source, merged = GPTQFolder(gptq), MergedFolder(folder)
     config, tensors = merged.lota, lota_merge.AdapterTensors(adapter)
-    lota_merge.verify_folders(tensors, source, merged, config.threshold)
+    merge_layer = lota_merge.layer_merger(adapter, config, tensors)
+    lota_merge.verify_folders(tensors, source, merged, merge_layer)
     if damage == "integer":
         qweight = merged.tensor(f"{name}.qweight")
         qweight[3, 3] ^= 1
@@ -179,7 +180,33 @@ def test_the_verification_catches_damage(tmp_path, damage, message):
         everything[f"{name}.scales"][0, 0] *= 2
         save_file(everything, folder / "model.safetensors")
     with pytest.raises(RuntimeError, match=message):
-        lota_merge.verify_folders(tensors, source, MergedFolder(folder), config.threshold)
+        lota_merge.verify_folders(tensors, source, MergedFolder(folder), merge_layer)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_learned_scales_become_the_checkpoints_own(tmp_path, residual):
+    """The merged scales are s * (1 + change) in float16; integers, zeros and offsets those of the merge without them;
+    without an offset the folder is a plain GPTQ checkpoint."""
+    gptq = write_gptq(tmp_path / "gptq", bits=3, shards=2)
+    folders = []
+    for learned in (True, False):
+        adapter = write_adapter(tmp_path / f"adapter_{learned}", gptq, residual=residual, learned_scales=learned)
+        folders.append(tmp_path / f"merged_{learned}")
+        shares = lota_merge.merge_folders(adapter, gptq, folders[-1])
+        assert shares["all"] > 0
+    learned, plain = map(MergedFolder, folders)
+    changes = load_file(tmp_path / "adapter_True/adapter_model.safetensors")
+    for name in plain.modules:
+        change = changes[f"{PREFIX}{name}.lora_scale"].double()
+        want = (GPTQFolder(gptq).tensor(f"{name}.scales").double() * (1 + change)).half()
+        got = learned.tensor(f"{name}.scales")
+        assert got.dtype == torch.float16 and torch.allclose(got.double(), want.double(), rtol=1e-3)
+        assert not torch.equal(got, plain.tensor(f"{name}.scales"))
+        for t in ("qweight", "qzeros", "g_idx"):
+            assert torch.equal(learned.tensor(f"{name}.{t}"), plain.tensor(f"{name}.{t}"))
+        assert not residual or torch.equal(learned.offset(name), plain.offset(name))
+    config = json.loads((folders[0] / "quantize_config.json").read_text())
+    assert config["checkpoint_format"] == ("lota_gptq" if residual else "gptq")
 
 
 def test_published_scripts_adapter_loads_by_its_name_alone(tmp_path):
