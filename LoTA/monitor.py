@@ -37,7 +37,8 @@ class Monitor:
 
         flips_A, flips_B: entries moved in the last step; minus, zeros, plus: shares of the entries that are -1, 0, 1;
         dW_median, dW_99, dW_max: quantiles of |dW|, in omega, over SAMPLE_ROWS rows of every layer; mu: mean |offset|
-        in grid steps; moved: share of the integer weights that a merge would move, and moved_PROJECTION of each.
+        in grid steps; scales: mean relative change of learned scales; moved: share of the integer weights that a merge
+        would move, and moved_PROJECTION of each.
         """
         flips = {"lora_A": 0, "lora_B": 0}
         for p, count in self.optimizer.flipped.items():
@@ -49,11 +50,14 @@ class Monitor:
                 entries += matrix.numel()
         sizes = self.sizes_of_aux()
         mu = self.merge_in_memory()
+        changes = [c.abs().mean() for c in (layer.scale_change() for layer in self.layers.values()) if c is not None]
         by_projection = shares(self.moved)
         numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"],
                    "minus": minus / entries, "zeros": 1 - (minus + plus) / entries, "plus": plus / entries,
                    "dW_median": _quantile(sizes, 0.5) / self.omega, "dW_99": _quantile(sizes, 0.99) / self.omega,
-                   "dW_max": float(sizes.max()) / self.omega, "mu": mu, "moved": by_projection["all"]}
+                   "dW_max": float(sizes.max()) / self.omega, "mu": mu,
+                   "scales": float(sum(c.cpu() for c in changes)) / max(1, len(changes)),
+                   "moved": by_projection["all"]}
         self.rows.append({"step": step, "loss": loss, **numbers, "moved_by_projection": by_projection})
         return numbers | {f"moved_{name}": share for name, share in by_projection.items() if name != "all"}
 
@@ -84,15 +88,16 @@ class Monitor:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         draw(folder / "report.png", self.rows, self.moved_in_layer, self.sizes_of_aux(), self.omega)
         last = self.rows[-1]
-        verdict = ("**No integer weight moved.** All of the effect is in the offsets: lower --interval_point, or see "
-                   "--recipe." if last["moved"] == 0 else
+        verdict = ("**No integer weight moved.** All of the effect is in the offsets and scales: lower "
+                   "--interval_point, or see --recipe." if last["moved"] == 0 else
                    f"{last['moved']:.4%} of the integer weights moved.")
         lines = ["# What this run did", "", verdict, "", "![](report.png)", "", "| at the last look | |", "|---|---|",
                  f"| step | {last['step']} |", f"| loss | {last['loss']:.4f} |",
                  f"| entries of A and B that are -1, 0, 1 | {last['minus']:.1%}, {last['zeros']:.1%}, "
                  f"{last['plus']:.1%} |",
                  f"| median, 99 % and largest \\|dW\\| over omega | {last['dW_median']:.2f}, {last['dW_99']:.2f}, "
-                 f"{last['dW_max']:.2f} |", f"| mean \\|mu\\| in grid steps | {last['mu']:.4f} |", "",
+                 f"{last['dW_max']:.2f} |", f"| mean \\|mu\\| in grid steps | {last['mu']:.4f} |",
+                 f"| mean relative change of the scales | {last['scales']:.4f} |", "",
                  "| projection | integers moved |", "|---|---|",
                  *(f"| {name} | {share:.4%} |" for name, share in last["moved_by_projection"].items()), ""]
         (folder / "report.md").write_text("\n".join(lines))
@@ -108,7 +113,8 @@ def line_of(logs, steps):
         parts += [f"flips A {logs['flips_A']} B {logs['flips_B']}",
                   f"-1/0/1 {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
                   f"|dW|/omega {logs['dW_median']:.2f} {logs['dW_99']:.2f} {logs['dW_max']:.2f}",
-                  f"mu {logs['mu']:.3f}", f"moved {logs['moved']:.3%} ({by_projection})"]
+                  f"mu {logs['mu']:.3f}", f"scales {logs['scales']:.3f}",
+                  f"moved {logs['moved']:.3%} ({by_projection})"]
     return "  ".join(parts)
 
 

@@ -291,6 +291,9 @@ def test_learned_offsets_scales_and_momentum_merge_what_they_trained(gptq, base_
         change, before = one[f"base_model.model.{name}.lora_scale"], GPTQFolder(gptq).tensor(f"{name}.scales")
         assert change.abs().max() > 0.01
         assert torch.equal(folder.tensor(f"{name}.scales"), (before.float() * (1 + change)).half())
+    last = json.loads((adapter / "metrics.jsonl").read_text().splitlines()[-1])
+    means = [v.abs().mean() for k, v in one.items() if k.endswith(".lora_scale")]
+    assert last["scales"] == pytest.approx(float(sum(means)) / len(means), rel=1e-5)
     assert merged["moved"]["all"] > 0
 
 
@@ -531,4 +534,5 @@ def test_a_step_on_the_console_is_one_readable_line(trained, gptq, base_model, d
     assert f"flips A {row['flips_A']} B {row['flips_B']}  " in line
     assert f"-1/0/1 {row['minus']:.0%}/{row['zeros']:.0%}/{row['plus']:.0%}  " in line
     assert f"|dW|/omega {row['dW_median']:.2f} {row['dW_99']:.2f} {row['dW_max']:.2f}  mu {row['mu']:.3f}  " in line
+    assert "  scales 0.000  " in line
     assert line.endswith(f"moved {row['moved']:.3%} ({moved})")
