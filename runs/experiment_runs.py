@@ -19,7 +19,7 @@ SEEDS = (1, 2, 3)
 RANK = 16
 TRAIN = {"training_data_name": "viggo", "lora_r": RANK, "max_steps": 160, "train_batch_size": 32,
          "gradient_checkpointing": False, "dtype": "float32", "logging_steps": 10, "save_strategy": "no"}
-EVALUATE = {"ft_dataset_name": "viggo", "max_new_tokens": 160, "eval_batch_size": 361, "dtype": "float32",
+EVALUATE = {"ft_dataset_name": "viggo", "max_new_tokens": 160, "eval_batch_size": 128, "dtype": "float32",
             "answer_loss": True}
 
 
@@ -177,8 +177,7 @@ def small(args):
                          "evaluate": [*evaluate, "--quantized_model_dir", gptq]})
             runs += [{"name": f"{setting}, {bits} bits, {method}", **common, "method": method, "seed": seed,
                       "train": flags({**TRAIN, **own, "data_dir": str(work / "data/tune")}), "evaluate": evaluate}
-                     for seed in seeds for method, own in methods.items()
-                     if named(method, args.only)]
+                     for seed in seeds for method, own in methods.items() if named(method, args.only)]
     return sorted(runs, key=lambda run: run["seed"])        # an experiment cut short has all cells of the first seeds
 
 

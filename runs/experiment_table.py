@@ -183,7 +183,8 @@ def main():
     lines = read_lines(RESULTS / "test.jsonl")
     print(table(lines))
     draw_results(lines, RESULTS / "results.svg")
-    draw_ablation(read_lines(RESULTS / "ablation.jsonl"), RESULTS / "ablation.svg")
+    if (RESULTS / "ablation.jsonl").exists():
+        draw_ablation(read_lines(RESULTS / "ablation.jsonl"), RESULTS / "ablation.svg")
     if args.readme:
         readme = ROOT / "README.md"
         readme.write_text(replace_block(readme.read_text(), table(lines)))
