@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -33,10 +34,14 @@ def parse(mode, flags):
     return parse_args()
 
 
+def file_name(run):
+    return f"{run['name']}_seed{run['seed']}".replace(" ", "_").replace(",", "").replace("/", "")
+
+
 def train(run, work):
     """Mode 1; returns the adapter's folder. One that an interrupted run finished is taken as it is."""
     from LoTA_QAF_main import train
-    into = work / "adapters" / f"{run['name']}_seed{run['seed']}".replace(" ", "_").replace(",", "")
+    into = work / "adapters" / file_name(run)
     for folder in into.glob("*MB_*"):
         return folder
     base, training, _ = parse(1, ["--quantized_model_dir", run["gptq"], "--seed", run["seed"], "--adapter_path", into,
@@ -96,8 +101,8 @@ def name_only(value):
 def add_line(run, work, results, commit):
     """Performs one run and adds its line to `results`; returns whether it went well."""
     name = f"{run['name']}, seed {run['seed']}"
-    with open(work / "logs" / f"{run['name']}_seed{run['seed']}.log".replace(" ", "_"), "w") as log, \
-            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with open(work / "logs" / f"{file_name(run)}.log", "w") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log):
         try:
             figures = perform(run, work)
         except Exception:
@@ -111,6 +116,11 @@ def add_line(run, work, results, commit):
         f.write(json.dumps(line) + "\n")
     print(f"{name}: {figures['accuracy']:.1%}", flush=True)
     return True
+
+
+def end_with_parent():
+    """Ends this worker when the process that started it is gone, however it went."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def main():
@@ -131,7 +141,7 @@ def main():
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"         # before the workers import torch
     # Processes that stay: importing everything takes ten seconds, a small run a minute or two.
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit.stdout.strip()), missing))
     sys.exit(f"error: {went_well.count(False)} runs failed" if False in went_well else 0)
 
