@@ -32,6 +32,7 @@ EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 .
 EXACT_IN_BFLOAT16 = 2**8            # ... and in bfloat16
 # Entries of one working block: on a CPU 2 MiB of float32, about an L2 cache; on a GPU few and large launches.
 BLOCK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}
+SMALLEST_SCALE = 2**-24             # of float16
 FEW = 1 / 8             # up to this share of the weights, those that may step are sought out one by one
 
 
@@ -157,10 +158,12 @@ class Grid:
     def rescaled(self, change):
         """The same integers on a grid of learned scales s * (1 + change), change [groups, out].
 
-        Rounded to the float16 that a GPTQ checkpoint holds, so that training computes with what is written. As PEQA
-        (https://arxiv.org/abs/2305.14152), which trains nothing but the scales.
+        Rounded to the float16 that a GPTQ checkpoint holds, so that training computes with what is written, but never
+        to 0: the gradient of the change is found in W' / s. As PEQA (https://arxiv.org/abs/2305.14152), which trains
+        nothing but the scales.
         """
         scales = (self.unscaled.float() * (1 + change.float())).half()
+        scales.masked_fill_(scales == 0, SMALLEST_SCALE)
         grid = Grid(self.qweight, self.qzeros, scales, self.groups.g_idx, self.bits, self.checkpoint_format,
                     self.groups)
         grid.unscaled = self.unscaled

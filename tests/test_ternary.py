@@ -534,6 +534,7 @@ def test_a_learned_offset_and_learned_scales(settings, both_ways):
     generator = torch.Generator().manual_seed(10)
     mu = torch.randn(case.scales.shape, generator=generator)
     change = 0.3 * torch.randn(case.scales.shape, generator=generator)
+    change[0, 0] = -1                           # a scale of 0 becomes float16's smallest number
     x, grad = (torch.randn(5, n, generator=generator) for n in (len(case.g_idx), COLS))
     leaves = [t.clone().requires_grad_() for t in (x, case.A, case.B, mu, change)]
     y = TernaryLinear.apply(*leaves[:3], lambda: case.grid().rescaled(change), case.threshold(), ternary, *leaves[3:])
@@ -543,6 +544,8 @@ def test_a_learned_offset_and_learned_scales(settings, both_ways):
     step = oracle.ternary_step(aux.detach(), case.weight_int, case.omega, case.bits)
     scales = case.scales.double() * (1 + wide[4])
     rounded = (case.scales.float() * (1 + change)).half().double()
+    assert rounded[0, 0] == 0
+    rounded[0, 0] = 2**-24
     assert torch.equal(case.grid().rescaled(change).scales.double(), rounded)
     want = wide[0] @ oracle.weight(case.weight_int, aux + (step - aux).detach(), wide[3],
                                    scales + (rounded - scales).detach(), case.zeros, case.g_idx)
