@@ -4,12 +4,12 @@
     python runs/experiment_table.py --readme   # and puts the table between the marks in README.md
     python runs/experiment_table.py --lines choose.jsonl      # any other file of lines, run by run, for the log
 
-Means over the seeds with their standard deviation (n - 1).
+Means over the seeds with their standard deviation (n - 1); medians of what was moved, of sizes and times.
 """
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from experiment_runs import CENTRE, VARIED
 
@@ -66,11 +66,11 @@ def row_of(lines, bits, method, label):
                   spread([line["loss"] for line in some], ".3f")]
     every = both[0] + both[1]
 
-    def average(key, form, scale=1):
+    def middle(key, form, scale=1):
         values = [line[key] for line in every if line.get(key) is not None]
-        return f"{scale * mean(values):{form}}" if values else ""
-    cells += [average("moved", ".3f", 100), average("adapter_mb", ".2f"), average("merged_mb", ".2f"),
-              average("train_s", ".0f"), *PAPER[bits].get(method, ("", ""))]
+        return f"{scale * median(values):{form}}" if values else ""
+    cells += [middle("moved", ".3f", 100), middle("adapter_mb", ".2f"), middle("merged_mb", ".2f"),
+              middle("train_s", ".0f"), *PAPER[bits].get(method, ("", ""))]
     return "| " + " | ".join(cells) + " |"
 
 
