@@ -20,6 +20,7 @@ MARKS = "<!-- made by runs/experiment_table.py -->\n", "<!-- end of what it made
 METHODS = (("GPTQ", "GPTQ", "#c9c9c9"), ("LoRA", "LoRA, 16-bit adapter", "#7fb069"),
            ("QA-LoRA", "QA-LoRA", "#e6b450"), ("LoTA, published", "LoTA, as published", "#a6c8e6"),
            ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"), ("LoTA, learned", "LoTA, `--recipe learned`", "#1f4e8c"))
+COLUMNS = 12
 SETTINGS = {"recovery": "recovery: the base knows the task",
             "task": "task-specific: the base lacks three of nine functions"}
 # Table 1 of the paper, Llama 3.1 8B: {bits: {method: (MMLU after Alpaca, ViGGO after an epoch of it)}}.
@@ -70,8 +71,8 @@ def row_of(lines, bits, method, label):
         values = [line[key] for line in every if line.get(key) is not None]
         return f"{scale * median(values):{form}}" if values else ""
     cells += [middle("moved", ".3f", 100), middle("adapter_mb", ".2f"), middle("merged_mb", ".2f"),
-              middle("train_s", ".0f"), *PAPER[bits].get(method, ("", ""))]
-    return "| " + " | ".join(cells) + " |"
+              middle("train_s", ".0f"), *(f"*{cell}*" for cell in PAPER[bits].get(method, ()))]
+    return "| " + " | ".join(cells + [""] * (COLUMNS - len(cells))) + " |"
 
 
 def table(lines):
@@ -84,8 +85,9 @@ def table(lines):
     merging = [line for line in lines if line.get("differ_from_live") is not None]
     seeds = {line["seed"] for line in lines if "train" in line}
     differ = sum(line["differ_from_live"] for line in merging)
-    note = (f"Seeds {', '.join(map(str, sorted(seeds)))}, mean ± standard deviation. Of the {len(merging)} runs that "
-            f"merge, {sum(line['rows'] for line in merging):,} answers were given merged and live: {differ} differ.")
+    note = (f"Seeds {', '.join(map(str, sorted(seeds)))}: mean ± standard deviation; without ± it is one seed. In the "
+            f"{len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given merged and "
+            f"live: {differ} differ.")
     return "\n".join([*filter(None, rows), "", note, ""])
 
 

@@ -111,10 +111,10 @@ def test_the_table_is_of_the_lines():
                                             ["2", "QA-LoRA"], ["2", "LoTA, as published"]]
     accuracy = f"{100 * mean(three):.1f} ± {100 * stdev(three):.1f}"
     assert rows[-1] == ["2", "LoTA, as published", accuracy, "0.200 ± 0.100", "", "", "2.000", "0.50", "1.50", "20",
-                        "28.49", "41.98"]
-    assert rows[-2][2:6] == ["", "", "25.0", "0.300"] and rows[-2][-2:] == ["26.56", "37.18"]
+                        "*28.49*", "*41.98*"]
+    assert rows[-2][2:6] == ["", "", "25.0", "0.300"] and rows[-2][-2:] == ["*26.56*", "*37.18*"]
     assert "Seeds 1, 2, 3" in text
-    assert "Of the 5 runs that merge, 500 answers were given merged and live: 6 differ" in text
+    assert "In the 5 runs that merge, 500 answers were given merged and live: 6 differ" in text
 
 
 def test_the_readme_has_the_table_of_the_committed_lines():
