@@ -398,7 +398,7 @@ class TernaryLinear(torch.autograd.Function):
         grid, threshold, method = ctx.load_grid(), ctx.threshold, ctx.method
         grad_output = grad_output.to(x.dtype)           # they differ under autocast
         grad_x = grad_A = grad_B = grad_learned = grad_change = weight = None
-        scales_learn = ctx.needs_input_grad[7]
+        scales_learn = any(ctx.needs_input_grad[7:])        # shorter where arguments were left to their defaults
         if ctx.needs_input_grad[0] or scales_learn:
             weight = method.adapted_weight(lora_A, lora_B, grid, threshold, x.dtype,
                                            None if scales_learn else _workspace(grid.shape, x), learned)
