@@ -11,8 +11,8 @@ from triton.compiler import ASTSource
 from LoTA import kernels
 
 POINTERS = {"lora_A": "*fp32", "lora_B": "*fp32", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16",
-            "order": "*i64", "scaled_sum": "*fp32", "starts": "*i32", "omega_floor": "fp32", "omega": "fp32",
-            "kappa": "fp32"}
+            "order": "*i64", "scaled_sum": "*fp32", "weight_sum": "*fp32", "starts": "*i32", "omega_floor": "fp32",
+            "omega": "fp32", "kappa": "fp32"}
 TILE = {"ROWS": 64, "COLS": kernels.BLOCK_COLS}
 
 
@@ -36,7 +36,8 @@ def main():
                 "BITS": bits, "ONE_LESS": True, "OFFSET": True, "SHUFFLED": pieces > 1, "MERGING": merging,
                 "LEARNED": not merging,
                 "PIECES": pieces, "RANK": 64, "RANK_PIECES": pieces, **TILE}))
-        rows.append(compile_for(capability, kernels._gradient_kernel, {"gradient": f"*{dtype}"}, {
+        types = {"gradient": f"*{dtype}", "weight": f"*{dtype}"}
+        rows.append(compile_for(capability, kernels._gradient_kernel, types, {
             "OFFSET": True, "WEIGHTED": pieces > 1, "SHUFFLED": pieces > 1, "PIECES": pieces, **TILE}))
     print(json.dumps(rows))
 

@@ -357,9 +357,9 @@ def test_blocks_change_no_bit(layout, block_entries, both_ways, monkeypatch):
 
     def results():
         after, mu = merge(case.A, case.B, case.grid(), case.threshold())
-        return ((adapted_weight(case.A, case.B, case.grid(), case.threshold()), after.qweight, mu,
-                 dequantize(after, mu)),
-                adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold()))
+        weight = adapted_weight(case.A, case.B, case.grid(), case.threshold())
+        return ((weight, after.qweight, mu, dequantize(after, mu)),
+                adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold(), weight))
 
     whole, whole_gradients = results()
     monkeypatch.setitem(ternary.BLOCK_ENTRIES, "cpu", block_entries)
