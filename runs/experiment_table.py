@@ -49,7 +49,7 @@ def chosen(lines, **wanted):
 
 
 def spread(values, form, scale=1):
-    """"mean ± standard deviation" of the values that are there, "(2)" behind those of two seeds; "" for none."""
+    """The "mean ± standard deviation" of the values that are there, "(2)" behind those of two seeds; "" for none."""
     values = [scale * value for value in values if value is not None]
     if not values:
         return ""
@@ -86,8 +86,8 @@ def table(lines):
     merging = [line for line in lines if line.get("differ_from_live") is not None]
     seeds = {line["seed"] for line in lines if "train" in line}
     differ = sum(line["differ_from_live"] for line in merging)
-    note = (f"Seeds {', '.join(map(str, sorted(seeds)))}: mean ± standard deviation; with (2) two of them, without ± one. In the "
-            f"{len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given merged and "
+    note = (f"Seeds {', '.join(map(str, sorted(seeds)))}: mean ± standard deviation; with (2) two of them, without ± "
+            f"one. In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given merged and "
             f"live: {differ} differ.")
     return "\n".join([*filter(None, rows), "", note, ""])
 
