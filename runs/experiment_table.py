@@ -87,8 +87,8 @@ def table(lines):
     seeds = {line["seed"] for line in lines if "train" in line}
     differ = sum(line["differ_from_live"] for line in merging)
     note = (f"Seeds {', '.join(map(str, sorted(seeds)))}: mean ± standard deviation; with (2) two of them, without ± "
-            f"one. In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given merged and "
-            f"live: {differ} differ.")
+            f"one. In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given "
+            f"merged and live: {differ} differ.")
     return "\n".join([*filter(None, rows), "", note, ""])
 
 
