@@ -116,7 +116,8 @@ def draw_results(lines, file):
     low = min(100 * line["accuracy"] for line in lines)
     axes[0].set_ylim(max(0, low - 8))
     axes[0].set_ylabel("exact match, %")
-    axes[0].legend(fontsize=7, frameon=False, ncols=2)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[-1].legend(handles, labels, fontsize=7, frameon=False, ncols=3, loc="upper right")    # where bars are low
     save(figure, file)
 
 
