@@ -336,13 +336,15 @@ class AdapterTensors:
 
     def offset(self, module):
         """The learned mu [groups, out] float32 of one layer."""
-        with safe_open(self.file, "pt") as tensors:
-            return tensors.get_tensor(f"{self.PREFIX}{module}.lora_offset").float()
+        return self._of_groups(module, "lora_offset")
 
     def scale_change(self, module):
         """The learned change of one layer's scales [groups, out] float32."""
+        return self._of_groups(module, "lora_scale")
+
+    def _of_groups(self, module, kind):
         with safe_open(self.file, "pt") as tensors:
-            return tensors.get_tensor(f"{self.PREFIX}{module}.lora_scale").float()
+            return tensors.get_tensor(f"{self.PREFIX}{module}.{kind}").float()
 
     def pair(self, module):
         """matrices() of a LoTA adapter. Raises UserError where an entry is not -1, 0 or 1."""

@@ -38,9 +38,8 @@ def read_lines(file):
 
 
 def method_of(line):
-    """The first of METHODS' names that the line's method begins with; the longest wins."""
-    names = [name for name, _, _ in METHODS if line["method"].startswith(name)]
-    return max(names, key=len) if names else line["method"]
+    """The one of METHODS' names that the line's method begins with, else the line's own."""
+    return next((name for name, _, _ in METHODS if line["method"].startswith(name)), line["method"])
 
 
 def chosen(lines, **wanted):
