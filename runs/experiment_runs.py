@@ -31,39 +31,48 @@ def recipe(name):
 
 LORA, QALORA = {"method": "lora"}, {"method": "qalora"}
 PUBLISHED, LEARNED, GRID = recipe("published"), recipe("learned"), recipe("grid")
+STEPS = {**GRID, "learned_scales": False, "filter_ratio": 0.99}         # nothing but ternary steps
 CANDIDATES = {
     **{f"LoRA, {rate}": {**LORA, "learning_rate": rate} for rate in (5e-4, 1e-3, 3e-3)},
     **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
     "LoTA, published": PUBLISHED,
+    **{f"LoTA, steps, {sigma}": {**STEPS, "filter_ratio": sigma} for sigma in (0.98, 0.99, 0.995)},
     **{f"LoTA, grid, {rate}": {**GRID, "offset_lr": rate} for rate in (0.01, 0.03, 0.06)},
     **{f"LoTA, learned, {rate}": {**LEARNED, "offset_lr": rate} for rate in (0.01, 0.03, 0.06)},
 }
 # What stage choose gave; see experiments/LOG.md.
-CHOSEN = ("LoRA, 0.001", "QA-LoRA, 0.003", "LoTA, published", "LoTA, grid, 0.03", "LoTA, learned, 0.03")
+CHOSEN = ("LoRA, 0.001", "QA-LoRA, 0.003", "LoTA, published", "LoTA, steps, 0.99", "LoTA, grid, 0.03",
+          "LoTA, learned, 0.03")
 
 # Stage ablation: {what is varied: (flags of a value, {recipe: the values})}; and each recipe's own value.
-CENTRES = {"published": PUBLISHED, "learned": LEARNED, "grid": GRID}
+CENTRES = {"published": PUBLISHED, "steps": STEPS, "grid": GRID, "learned": LEARNED}
 ALONE = {"interval_point": 0.97 * RANK}             # beyond every |dW|: no integer moves
 VARIED = {
     "omega / r": (lambda share: {"interval_point": share * RANK},
-                  {"published": (0.3, 0.5, 0.75), "learned": (0.3, 0.5), "grid": (0.2, 0.3, 0.5)}),
+                  {"published": (0.3, 0.5, 0.75), "steps": (0.2, 0.3, 0.4, 0.5), "grid": (0.2, 0.3, 0.5),
+                   "learned": (0.3, 0.5)}),
     "sigma at first": (lambda sigma: {"filter_ratio": sigma},
-                       {"published": (0.9, 0.95, 0.99), "learned": (0.95, 0.99, 0.995), "grid": (0.99, 0.995)}),
+                       {"published": (0.9, 0.95, 0.99), "steps": (0.95, 0.98, 0.99, 0.995), "grid": (0.99, 0.995),
+                        "learned": (0.95, 0.99, 0.995)}),
+    "momentum": (lambda momentum: {"momentum": momentum},
+                 {"published": (0.0, 0.9), "steps": (0.0, 0.8, 0.9, 0.95)}),
+    "batches a step, equal data": (lambda count: {"gradient_accumulation_steps": count,
+                                                  "max_steps": TRAIN["max_steps"] // count},
+                                   {"published": (1, 2, 4), "steps": (1, 2, 4)}),
     "trained beside A, B": (lambda what: {
-        "Eq. 4": {"offset_scale": "omega", "learned_scales": False}, "nothing": {"residual": False,
-                                                                            "learned_scales": False},
-        "mu": {"learned_scales": False}, "s": {"residual": False}, "mu, s": {}, "mu, s, no step": ALONE,
+        "nothing": {"residual": False}, "mu": {"learned_scales": False}, "mu, s, no step": ALONE,
         "s, no step": ALONE}[what],
-        {"published": ("Eq. 4", "nothing"), "learned": ("mu", "mu, s", "mu, s, no step"),
-         "grid": ("nothing", "s", "s, no step")}),
+        {"published": ("Eq. 4", "nothing"), "steps": ("nothing",), "grid": ("s", "s, no step"),
+         "learned": ("mu", "mu, s", "mu, s, no step")}),
     "kappa": (lambda kappa: {"offset_scale": kappa}, {"published": ("omega", "paper")}),
-    "rank": (lambda rank: {"lora_r": rank}, {"published": (8, 16, 32), "learned": (8, 16, 32)}),
-    "group size": (lambda size: {"group": size}, {"published": (16, 32, 64), "learned": (16, 32, 64)}),
-    "steps": (lambda steps: {"max_steps": steps},
-              {"published": (80, 160, 320), "learned": (80, 160, 320), "grid": (80, 160, 320)})}
-CENTRE = {"omega / r": {"published": 0.75, "learned": 0.3, "grid": 0.3},
-          "sigma at first": {"published": 0.95, "learned": 0.995, "grid": 0.995},
-          "trained beside A, B": {"published": "Eq. 4", "learned": "mu, s", "grid": "s"},
+    "rank": (lambda rank: {"lora_r": rank}, dict.fromkeys(("published", "steps", "learned"), (8, 16, 32))),
+    "group size": (lambda size: {"group": size}, dict.fromkeys(("published", "steps", "learned"), (16, 32, 64))),
+    "steps": (lambda steps: {"max_steps": steps}, dict.fromkeys(CENTRES, (80, 160, 320)))}
+CENTRE = {"omega / r": {"published": 0.75, "steps": 0.3, "grid": 0.3, "learned": 0.3},
+          "sigma at first": {"published": 0.95, "steps": 0.99, "grid": 0.995, "learned": 0.995},
+          "momentum": {"published": 0.0, "steps": 0.9},
+          "batches a step, equal data": {"published": 1, "steps": 1},
+          "trained beside A, B": {"published": "Eq. 4", "steps": "nothing", "grid": "s", "learned": "mu, s"},
           "kappa": {"published": "omega"}, "rank": dict.fromkeys(CENTRES, RANK),
           "group size": dict.fromkeys(CENTRES, 32), "steps": dict.fromkeys(CENTRES, TRAIN["max_steps"])}
 
