@@ -10,7 +10,6 @@ import argparse
 import math
 import os
 import re
-import signal
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -250,10 +249,9 @@ def train(base, training):
 
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, ProgressCallback, Trainer, TrainerCallback
+    from transformers import DataCollatorForSeq2Seq, Trainer
 
     from data_print_save import check_cuda, get_Ada_path, params_print, prepare_dataset, set_seed
-    from t_signSGD import tSignSGD
     method = METHODS[base.method]
     numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
                else (training.learning_rate, base.lora_r, base.lora_alpha))
@@ -285,6 +283,7 @@ def train(base, training):
         check_checkpoint(training.adapter_ckpt, config)
 
     from LoTA.adapter import load_gptq
+    from LoTA.trainer import Checkpoints, LotaTrainer
     model = load_gptq(base.quantized_model_dir, getattr(torch, base.dtype), base.device_map, "gptq_torch",
                       attention(base), base.trust_remote_code).model
     model.config.use_cache = False
@@ -293,82 +292,18 @@ def train(base, training):
                              target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
     if base.lota_qaf:
         from LoTA.layer import register
-        from LoTA.monitor import Monitor, line_of
         register(lora_config, threshold, config.learned_offset, config.learned_scales)
     model = get_peft_model(model, lora_config)
     model.print_trainable_parameters()
 
-    class Checkpoints(TrainerCallback):
-        """Writes lota_config.json last of all into every checkpoint, so that it marks a whole one, and turns Ctrl-C
-        into a checkpoint and an orderly end."""
-
-        interrupted = False
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            def interrupt(signum, frame):
-                if self.interrupted:
-                    raise KeyboardInterrupt
-                self.interrupted = True
-                print("\ninterrupted: saving a checkpoint after this step; Ctrl-C again stops at once")
-            signal.signal(signal.SIGINT, interrupt)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if self.interrupted:
-                control.should_save = control.should_training_stop = True
-
-        def on_save(self, args, state, control, **kwargs):
-            config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    class ConsoleLine(ProgressCallback):
-        """Progress with one readable line for each log of a LoTA run."""
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero and "sigma" in logs:
-                self.training_bar.write(line_of(logs, f"{state.global_step}/{state.max_steps}"))
-            else:
-                super().on_log(args, state, control, logs=logs, **kwargs)
-
-    class LotaTrainer(Trainer):
-        """Trainer whose optimizer for ternary adapters is tSignSGD, over the run's real number of steps."""
-
-        def create_optimizer(self, model=None):
-            if not base.lota_qaf:
-                return super().create_optimizer(model)
-            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            real = [p for n, p in trained if "lora_offset" in n or "lora_scale" in n]
-            self.optimizer = tSignSGD(
-                [(n, p) for n, p in trained if "lora_A" in n or "lora_B" in n], threshold_ratio=training.filter_ratio,
-                min_grad=training.min_grad, filter_upper=training.filter_upper, momentum=training.momentum,
-                offsets=real, offset_lr=training.offset_lr)
-            self.ternary_optimizer = self.optimizer             # accelerate will wrap self.optimizer
-            return self.optimizer
-
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            if not base.lota_qaf:
-                return super().create_scheduler(num_training_steps, optimizer)
-            self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
-            self.monitor = Monitor(self.model, self.ternary_optimizer, training.interval_point, num_training_steps)
-            return self.lr_scheduler
-
-        def log(self, logs, *args, **kwargs):
-            if base.lota_qaf and "learning_rate" in logs:
-                logs.pop("learning_rate")                       # t-SignSGD has none
-                logs["sigma"] = self.ternary_optimizer.current_sigma()
-                if self.monitor.is_due(self.state.global_step):
-                    logs |= self.monitor.look(self.state.global_step, logs["loss"])
-            super().log(logs, *args, **kwargs)
-
-    checkpoints = Checkpoints()
-    trainer = LotaTrainer(model=model, train_dataset=data, args=arguments, callbacks=[checkpoints],
-                          data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8))
-    if base.lota_qaf and trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(ConsoleLine)
+    checkpoints = Checkpoints(config)
+    common = {"model": model, "train_dataset": data, "args": arguments, "callbacks": [checkpoints],
+              "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)}
+    trainer = (LotaTrainer(ternary_optimizer(model, training), training.interval_point, **common) if base.lota_qaf
+               else Trainer(**common))
     start = time.time()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
+    with checkpoints:
         trainer.train(resume_from_checkpoint=training.adapter_ckpt)
-    finally:
-        signal.signal(signal.SIGINT, handler)
     if checkpoints.interrupted:
         raise UserError(f"interrupted at step {trainer.state.global_step}; resume with --adapter_ckpt "
                         f"{running / f'checkpoint-{trainer.state.global_step}'}")
@@ -377,9 +312,7 @@ def train(base, training):
     config.training = {"runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": trainer.state.global_step,
                        "loss": trainer.state.log_history[-1].get("train_loss")}
     if base.lota_qaf:
-        if not trainer.monitor.rows or trainer.monitor.rows[-1]["step"] != trainer.state.global_step:
-            trainer.monitor.look(trainer.state.global_step, config.training["loss"])
-        config.training["moved"] = trainer.monitor.rows[-1]["moved_by_projection"]
+        config.training["moved"] = trainer.last_look(config.training["loss"])["moved_by_projection"]
         print_moved(config.training["moved"])
         trainer.monitor.write(running)
     model.save_pretrained(str(running), save_embedding_layers=False)
@@ -389,6 +322,16 @@ def train(base, training):
     os.rename(running, final)
     print(f"adapter saved to {final}")
     return final
+
+
+def ternary_optimizer(model, training):
+    """The tSignSGD of a model's ternary matrices, with AdamW beside it for what is learned as real numbers."""
+    from t_signSGD import tSignSGD
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return tSignSGD(
+        [(n, p) for n, p in trained if "lora_A" in n or "lora_B" in n], threshold_ratio=training.filter_ratio,
+        min_grad=training.min_grad, filter_upper=training.filter_upper, momentum=training.momentum,
+        offsets=[p for n, p in trained if "lora_offset" in n or "lora_scale" in n], offset_lr=training.offset_lr)
 
 
 def check_training(base, training, folder):

@@ -1,0 +1,83 @@
+"""transformers' Trainer for ternary adapters, and callbacks of every training run.
+
+Touches transformers, through the hooks that Trainer offers; writes lota_config.json into checkpoints.
+"""
+import signal
+from pathlib import Path
+
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from LoTA.monitor import Monitor, line_of
+
+
+class LotaTrainer(Trainer):
+    """Trainer whose optimizer is a tSignSGD, over the run's real number of steps, with a Monitor that looks inside.
+
+    optimizer: the tSignSGD; omega: the threshold that the Monitor measures |dW| by; the rest is Trainer's.
+    """
+
+    def __init__(self, optimizer, omega, **kwargs):
+        super().__init__(optimizers=(optimizer, None), **kwargs)
+        self.ternary_optimizer, self.omega = optimizer, omega       # accelerate will wrap self.optimizer
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ConsoleLine)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
+        self.monitor = Monitor(self.model, self.ternary_optimizer, self.omega, num_training_steps)
+        return self.lr_scheduler
+
+    def log(self, logs, *args, **kwargs):
+        if "learning_rate" in logs:
+            logs.pop("learning_rate")                               # t-SignSGD has none
+            logs["sigma"] = self.ternary_optimizer.current_sigma()
+            if self.monitor.is_due(self.state.global_step):
+                logs |= self.monitor.look(self.state.global_step, logs["loss"])
+        super().log(logs, *args, **kwargs)
+
+    def last_look(self, loss):
+        """The Monitor's numbers after the last step; `loss` where that step was not logged."""
+        if not self.monitor.rows or self.monitor.rows[-1]["step"] != self.state.global_step:
+            self.monitor.look(self.state.global_step, loss)
+        return self.monitor.rows[-1]
+
+
+class ConsoleLine(ProgressCallback):
+    """Progress with one readable line for each log of a LoTA run."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "sigma" in logs:
+            self.training_bar.write(line_of(logs, f"{state.global_step}/{state.max_steps}"))
+        else:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+class Checkpoints(TrainerCallback):
+    """Writes `config`, a LotaConfig, last of all into every checkpoint, so that it marks a whole one; and turns Ctrl-C
+    into a checkpoint and an orderly end.
+
+    A context manager around train(): the handler of Ctrl-C before it is there again behind it.
+    """
+
+    def __init__(self, config):
+        self.config, self.interrupted = config, False
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGINT, self.before)
+
+    def interrupt(self, signum, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\ninterrupted: saving a checkpoint after this step; Ctrl-C again stops at once")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
