@@ -118,6 +118,12 @@ def add_line(run, work, results, commit):
     return True
 
 
+def commit():
+    """The commit that runs, with "-dirty" where files differ from it."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
+                          text=True).stdout.strip()
+
+
 def end_with_parent():
     """Ends this worker when the process that started it is gone, however it went."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
@@ -137,12 +143,11 @@ def main():
     lines = results.read_text().splitlines() if results.exists() else []
     done = {(line["name"], line["seed"]) for line in map(json.loads, lines)}
     missing = [run for run in runs if (run["name"], run["seed"]) not in done]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"         # before the workers import torch
     # Processes that stay: importing everything takes ten seconds, a small run a minute or two.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit.stdout.strip()), missing))
+        went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit()), missing))
     sys.exit(f"error: {went_well.count(False)} runs failed" if False in went_well else 0)
 
 

@@ -145,26 +145,24 @@ def main():
 
 def ablation(args):
     """One setting at a time away from each recipe, at 2 bits, base_recovery, one seed, on the rows for choosing."""
-    work, runs = Path(args.work).resolve(), []
-    evaluate = flags({**EVALUATE, "data_dir": str(work / "data/choose")})
+    return [*(away_from(recipe, args.work) for recipe in CENTRES),
+            *(away_from(recipe, args.work, f", {varied} {value}", change(value), varied=varied, value=value)
+              for varied, (change, values) in VARIED.items() for recipe, some in values.items() for value in some
+              if value != CENTRE[varied][recipe])]
 
-    def add(recipe, name, changed, **note):
-        settings = {**TRAIN, **CENTRES[recipe], **changed}
-        group = settings.pop("group", 32)
-        if "lora_r" in changed:                     # omega stays the same share of the rank
-            settings["interval_point"] *= settings["lora_r"] / RANK
-        runs.append({"name": f"ablation, {recipe}{name}", "recipe": recipe, **note, "method": f"LoTA, {recipe}",
-                     "bits": 2, "setting": "recovery", "seed": 1,
-                     "gptq": str(work / f"gptq/int2_{group}_base_recovery"),
-                     "train": flags({**settings, "data_dir": str(work / "data/tune")}), "evaluate": evaluate})
-    for recipe in CENTRES:
-        add(recipe, "", {})
-    for varied, (change, values) in VARIED.items():
-        for recipe, some in values.items():
-            for value in some:
-                if value != CENTRE[varied][recipe]:
-                    add(recipe, f", {varied} {value}", change(value), varied=varied, value=value)
-    return runs
+
+def away_from(recipe, work, name="", changed=(), bits=2, **note):
+    """A run of `recipe` with some flags `changed`, scored on the rows for choosing; `note` goes into its line."""
+    work, changed = Path(work).resolve(), dict(changed)
+    settings = {**TRAIN, **CENTRES[recipe], **changed}
+    group = settings.pop("group", 32)
+    if "lora_r" in changed:                         # omega stays the same share of the rank
+        settings["interval_point"] *= settings["lora_r"] / RANK
+    return {"name": f"ablation, {recipe}{name}", "recipe": recipe, **note, "method": f"LoTA, {recipe}",
+            "bits": bits, "setting": "recovery", "seed": 1,
+            "gptq": str(work / f"gptq/int{bits}_{group}_base_recovery"),
+            "train": flags({**settings, "data_dir": str(work / "data/tune")}),
+            "evaluate": flags({**EVALUATE, "data_dir": str(work / "data/choose")})}
 
 
 def small(args):
