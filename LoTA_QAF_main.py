@@ -41,9 +41,9 @@ METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
 RECIPES = {
     "published": {},
     "learned": {"interval_point": 0.3, "momentum": 0.9, "filter_ratio": 0.995, "offset_scale": "learned",
-                "learned_scales": True, "offset_lr": 0.03},
+                "learned_scales": True},
     "grid": {"interval_point": 0.3, "momentum": 0.9, "filter_ratio": 0.995, "residual": False,
-             "learned_scales": True, "offset_lr": 0.03}}
+             "learned_scales": True}}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 SPLIT_TARGETS = re.compile(r"[,\s]+")
 
@@ -74,7 +74,7 @@ class baseConfig:
                                            "has none, and the model of --auto_gptq none", shown="the GPTQ folder")
     w_bits: int | None = setting(None, "bits (2, 3, 4, 8); checked against the GPTQ folder", shown="the folder's")
     group_size: int | None = setting(None, "rows of a group; checked against the GPTQ folder", shown="the folder's")
-    sym: bool = setting(False, "the GPTQ grid is symmetric; the folder's own word counts where it says more")
+    sym: bool = setting(False, "the GPTQ grid is symmetric; recorded only, as the GPTQ folder says it")
     lora_target_modules: list[str] = field(default_factory=lambda: list(TARGET_MODULES), metadata={
         "help": f"the projections that get an adapter [{' '.join(TARGET_MODULES)}]"})
     lora_r: int | None = setting(None, "rank (r)", shown="64 below 30B parameters, else 32")
@@ -113,14 +113,17 @@ class trainingConfig:
     filter_upper: float = setting(0.9999, "LoTA: sigma at the last step")
     momentum: float = setting(0.0, "LoTA: the weight of the past in the average of gradients that moves the entries; "
                                    "0, the published way, takes each step's own")
-    offset_lr: float = setting(0.01, "LoTA with --offset_scale learned or --learned_scales: AdamW's learning rate for "
-                                     "mu, in grid steps, and for the relative change of the scales, falling to 0")
+    offset_lr: float = setting(0.01, "LoTA with --offset_scale learned: AdamW's learning rate for mu, in widths of the "
+                                     "grid, 2**bits - 1 steps; it falls to 0")
+    scale_lr: float = setting(0.03, "LoTA with --learned_scales: AdamW's learning rate for the relative change of the "
+                                    "scales; it falls to 0")
     optimizer_type: str = setting("adamw_torch", "the LoRA baseline's optimizer; LoTA takes int_sign_sgd by itself",
                                   choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
     learning_rate: float = setting(1e-5, "LoRA baseline: learning rate")
     weight_decay: float = setting(0.0, "LoRA baseline: weight decay")
     max_grad_norm: float = setting(0.3, "LoRA baseline: gradients are clipped to this norm; LoTA never clips")
-    warmup_ratio: float = setting(0.03, "LoRA baseline: share of the steps in which the learning rate rises")
+    warmup_ratio: float = setting(0.03, "LoRA baseline: share of the steps in which the learning rate rises; none "
+                                        "with the constant schedule")
     lr_scheduler_type: str = setting("constant", "LoRA baseline: learning rate schedule")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, more time")
     logging_steps: int = setting(1, "steps between two lines of metrics")
@@ -173,7 +176,16 @@ def parse_args():
     from transformers import HfArgumentParser
     parser = HfArgumentParser((baseConfig, trainingConfig, evalConfig), description=__doc__, prog="LoTA_QAF_main.py",
                               formatter_class=HelpFormatter)
-    base, training, evaluation = parser.parse_args_into_dataclasses()
+
+    def parse():
+        *settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        if unknown:
+            raise UserError(f"there is no flag {unknown[0]}; --help lists all")
+        return settings
+
+    recipe = RECIPES[parse()[1].recipe]
+    parser.set_defaults(**{flag: value for flag, value in recipe.items() if flag != "interval_point"})
+    base, training, evaluation = parse()
     base.lora_target_modules = [m for name in base.lora_target_modules for m in SPLIT_TARGETS.split(name) if m]
     return base, training, evaluation
 
@@ -242,8 +254,6 @@ def train(base, training):
         base.lora_r = 64 if parameters < LARGE_MODEL else 32
     if base.lora_alpha is None:
         base.lora_alpha = 2 * base.lora_r
-    if base.lota_qaf:
-        apply_recipe(base, training)
     check_training(base, training, folder)
     threshold = make_threshold(training.interval_point, base.residual, base.offset_scale) if base.lota_qaf else None
 
@@ -299,8 +309,10 @@ def train(base, training):
     checkpoints = Checkpoints(config)
     common = {"model": model, "train_dataset": data, "args": arguments, "callbacks": [checkpoints],
               "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)}
-    trainer = (LotaTrainer(ternary_optimizer(model, training), training.interval_point, **common) if base.lota_qaf
-               else Trainer(**common))
+    if base.lota_qaf:
+        trainer = LotaTrainer(ternary_optimizer(model, training, base.w_bits), training.interval_point, **common)
+    else:
+        trainer = Trainer(**common)
     start = time.time()
     with checkpoints:
         trainer.train(resume_from_checkpoint=training.adapter_ckpt)
@@ -311,27 +323,33 @@ def train(base, training):
     runtime, peak = time.time() - start, peak_memory_mb()
     config.training = {"runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": trainer.state.global_step,
                        "loss": trainer.state.log_history[-1].get("train_loss")}
-    if base.lota_qaf:
-        config.training["moved"] = trainer.last_look(config.training["loss"])["moved_by_projection"]
-        print_moved(config.training["moved"])
-        trainer.monitor.write(running)
     model.save_pretrained(str(running), save_embedding_layers=False)
     write_json(running / "log_history.json", trainer.state.log_history)
     config.save(running)
+    if base.lota_qaf:               # the adapter is safe whatever becomes of its report
+        config.training["moved"] = trainer.last_look(config.training["loss"])["moved_by_projection"]
+        print_moved(config.training["moved"])
+        config.save(running)
+        trainer.monitor.write(running)
     final = running.parent / folder_name(runtime=runtime, peak_mb=peak)
     os.rename(running, final)
     print(f"adapter saved to {final}")
     return final
 
 
-def ternary_optimizer(model, training):
-    """The tSignSGD of a model's ternary matrices, with AdamW beside it for what is learned as real numbers."""
+def ternary_optimizer(model, training, bits):
+    """The tSignSGD of a model's ternary matrices, with AdamW along for what is learned as real numbers."""
+    import torch
+
     from t_signSGD import tSignSGD
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    rates = {"lora_offset": training.offset_lr * (2**bits - 1), "lora_scale": training.scale_lr}
+    real = [{"params": [(n, p) for n, p in trained if kind in n], "lr": rate} for kind, rate in rates.items()]
+    real = [group for group in real if group["params"]]
     return tSignSGD(
         [(n, p) for n, p in trained if "lora_A" in n or "lora_B" in n], threshold_ratio=training.filter_ratio,
         min_grad=training.min_grad, filter_upper=training.filter_upper, momentum=training.momentum,
-        offsets=[p for n, p in trained if "lora_offset" in n or "lora_scale" in n], offset_lr=training.offset_lr)
+        real_optimizer=torch.optim.AdamW(real, weight_decay=0.0) if real else None)
 
 
 def check_training(base, training, folder):
@@ -372,17 +390,9 @@ def check_training(base, training, folder):
     if base.offset_scale == "learned" and not base.residual:
         raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
     if training.interval_point is None:
-        training.interval_point = 0.75 * base.lora_r
+        training.interval_point = RECIPES[training.recipe].get("interval_point", 0.75) * base.lora_r
     training.optimizer_type, training.max_grad_norm = "int_sign_sgd", 0.0
     check_settings(base.lora_r, training.interval_point, max(1, folder.group_size))
-
-
-def apply_recipe(base, training):
-    """Fills in what --recipe says, where a flag still has its default."""
-    for flag, value in RECIPES[training.recipe].items():
-        settings = base if hasattr(base, flag) else training
-        if getattr(settings, flag) == getattr(type(settings)(), flag):
-            setattr(settings, flag, value * base.lora_r if flag == "interval_point" else value)
 
 
 def trainer_arguments(base, training, output_dir):
@@ -438,12 +448,12 @@ def check_checkpoint(path, config):
 
 
 def peak_memory_mb():
-    """Peak memory of the run in MB: the GPUs' where there are any, else the process's."""
-    import torch
-    if torch.cuda.is_available():
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**20
+    """Peak memory in MB: of the run on the GPUs where it took any, else of this process since it began."""
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    import torch
+    on_gpus = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return on_gpus / 2**20 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # --- mode 2 -------------------------------------------------------------------------------------------------------

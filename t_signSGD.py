@@ -5,8 +5,8 @@ Each step moves the few entries with the largest gradients by one against their 
     p <- clip(p - sign(g) * [|g| > max(tau, sigma_t-quantile of |g|)], -1, 1)
 
 There is no learning rate, no weight decay and no gradient clipping; sigma_t alone says how many entries move. Beyond
-the paper: with `momentum`, g is an average of the gradients since the entry last moved; and `offsets`, parameters that
-are no ternary ones, go along with AdamW.
+the paper: with `momentum`, g is an average of the gradients since the entry last moved; and a `real_optimizer` may go
+along, for parameters that are real numbers.
 """
 import math
 
@@ -39,14 +39,14 @@ class tSignSGD(Optimizer):
     filter_upper: sigma at the start, after 80 % of the steps, and at the end, each in (0, 1). int_params: where
     given, the ternary ones among `params`; any other raises ValueError, for this optimizer can train no others.
     momentum in [0, 1): the weight of the past in the average of gradients that moves the entries; 0, the paper's,
-    takes each step's own. An entry that moves starts its average anew: what moved it is spent. offsets: learned offset
-    factors, which AdamW trains beside with the learning rate offset_lr, in grid steps, falling to 0 along the schedule.
+    takes each step's own. An entry that moves starts its average anew: what moved it is spent. real_optimizer: another
+    torch optimizer, over parameters that are not ternary; it steps along, and its learning rates fall to 0.
     num_training_steps comes with create_scheduler(); until then sigma stays at threshold_ratio.
     The step count and the schedule are part of state_dict, so a resumed run goes on where it was.
     """
 
     def __init__(self, params, threshold_ratio=0.95, min_grad=0.999, filter_upper=0.9999, int_params=None,
-                 momentum=0.0, offsets=(), offset_lr=0.01):
+                 momentum=0.0, real_optimizer=None):
         for name, value in (("threshold_ratio", threshold_ratio), ("min_grad", min_grad),
                             ("filter_upper", filter_upper)):
             if not 0 < value < 1:
@@ -60,10 +60,13 @@ class tSignSGD(Optimizer):
             ternary = {id(p) for p in int_params}
             if any(id(p) not in ternary for group in self.param_groups for p in group["params"]):
                 raise ValueError("tSignSGD trains ternary parameters only; params holds others")
-        self.momentum, self.offset_lr = momentum, offset_lr
-        self.offsets = torch.optim.AdamW(list(offsets), lr=offset_lr, weight_decay=0.0) if list(offsets) else None
+        self.momentum, self.real_optimizer = momentum, real_optimizer
+        self.real_rates = [group["lr"] for group in self.real_groups()]
         self.flipped = {}       # parameter -> entries that moved in the last step, 0-dim tensors on its device
         self._judged = None     # (names, step, their gradients' norms on the way to the CPU)
+
+    def real_groups(self):
+        return self.real_optimizer.param_groups if self.real_optimizer else []
 
     def create_scheduler(self, num_training_steps):
         """Fixes the run's real number of optimizer steps; returns the constant learning-rate scheduler that
@@ -78,9 +81,9 @@ class tSignSGD(Optimizer):
         """Takes the step count from the state. The number of steps too, unless create_scheduler() was called before:
         a run resumed with another length follows the schedule of its own length."""
         own = [group["num_training_steps"] for group in self.param_groups]
-        if self.offsets is not None:
-            self.offsets.load_state_dict(state_dict["offsets"])
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "offsets"})
+        if self.real_optimizer:
+            self.real_optimizer.load_state_dict(state_dict["real"])
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "real"})
         for group, num_training_steps in zip(self.param_groups, own, strict=True):
             group["num_training_steps"] = num_training_steps or group["num_training_steps"]
 
@@ -96,22 +99,27 @@ class tSignSGD(Optimizer):
                      group["filter_upper"])
 
     def state_dict(self):
-        self._raise_unless_finite()
+        self.raise_unless_finite()
         state = super().state_dict()
-        return state if self.offsets is None else {**state, "offsets": self.offsets.state_dict()}
+        return {**state, "real": self.real_optimizer.state_dict()} if self.real_optimizer else state
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        if self.real_optimizer:
+            self.real_optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure=None):
         """One step. Raises FloatingPointError where a gradient is not finite; then nothing has moved.
 
-        On a GPU nothing here waits for it: the error comes with the next step, or state_dict(), which moves nothing
-        either.
+        On a GPU nothing here waits for it: no ternary entry moves, and the error comes with the next step,
+        state_dict() or raise_unless_finite().
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._raise_unless_finite()
+        self.raise_unless_finite()
         finite, spike = self._judge_gradients()
         for group in self.param_groups:
             group["step"] += 1
@@ -127,14 +135,15 @@ class tSignSGD(Optimizer):
                 flipped = move_together(batch, [self._direction(p) for p in batch], level,
                                         spike if last_phase else None, finite, forget=self.momentum > 0)
                 self.flipped.update(zip(batch, flipped, strict=True))
-        if self.offsets is not None:
-            group, own = self.param_groups[0], self.offsets.param_groups[0]
-            if group["num_training_steps"] is not None:
-                own["lr"] = self.offset_lr * max(0.0, 1 - (group["step"] - 1) / group["num_training_steps"])
-            for p in own["params"]:
-                if p.grad is not None and p.device.type != "cpu":
-                    p.grad.masked_fill_(~finite.to(p.device), 0.0)
-            self.offsets.step()
+        if self.real_optimizer:
+            group = self.param_groups[0]
+            for own, rate in zip(self.real_groups(), self.real_rates, strict=True):
+                if group["num_training_steps"] is not None:
+                    own["lr"] = rate * max(0.0, 1 - (group["step"] - 1) / group["num_training_steps"])
+                for p in own["params"]:
+                    if p.grad is not None and p.device.type != "cpu":
+                        p.grad.masked_fill_(~finite.to(p.device), 0.0)
+            self.real_optimizer.step()
         return loss
 
     def _direction(self, p):
@@ -148,13 +157,9 @@ class tSignSGD(Optimizer):
 
     def _judge_gradients(self):
         """(all gradients are finite, their global norm is beyond SPIKE_NORM): 0-dim tensors on the first's device."""
-        named = [(name, p) for group in self.param_groups
-                 for name, p in zip(group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))],
-                                    group["params"], strict=True) if p.grad is not None]
+        named = [pair for group in self.param_groups for pair in with_gradients(group)]
         ternary = len(named)
-        if self.offsets is not None:
-            named += [(f"offset {i}", p) for i, p in enumerate(self.offsets.param_groups[0]["params"])
-                      if p.grad is not None]
+        named += [pair for group in self.real_groups() for pair in with_gradients(group)]
         if not named:
             return torch.tensor(True), torch.tensor(False)
         norms = torch._foreach_norm([p.grad for _, p in named], 2, torch.float32)
@@ -162,10 +167,10 @@ class tSignSGD(Optimizer):
         # A norm beyond float32's range counts as not finite too.
         self._judged = [name for name, _ in named], self.param_groups[0]["step"] + 1, _to_host(norms)
         if norms.device.type == "cpu":
-            self._raise_unless_finite()
+            self.raise_unless_finite()
         return torch.isfinite(norms).all(), torch.linalg.vector_norm(norms[:ternary]) > SPIKE_NORM
 
-    def _raise_unless_finite(self):
+    def raise_unless_finite(self):
         """Raises FloatingPointError where a gradient of the step that was judged last was not finite."""
         if self._judged is None:
             return
@@ -173,9 +178,16 @@ class tSignSGD(Optimizer):
         self._judged = None
         if ready is not None:
             ready.synchronize()         # of the step before: long reached
-        for name, finite in zip(names, torch.isfinite(norms).tolist(), strict=True):
-            if not finite:
-                raise FloatingPointError(f"the gradient of {name} is not finite at step {step}")
+        wrong = [name for name, finite in zip(names, torch.isfinite(norms).tolist(), strict=True) if not finite]
+        if wrong:       # Trainer's gradient norm spreads one NaN to all gradients: then no name is to blame
+            which = "no gradient is" if len(wrong) == len(names) > 1 else f"the gradient of {wrong[0]} is not"
+            raise FloatingPointError(f"{which} finite at step {step}")
+
+
+def with_gradients(group):
+    """(name, parameter) of those in an optimizer's group that have a gradient."""
+    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+    return [(name, p) for name, p in zip(names, group["params"], strict=True) if p.grad is not None]
 
 
 def _to_host(values):

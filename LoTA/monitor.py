@@ -106,7 +106,7 @@ class Monitor:
 def line_of(logs, steps):
     """One line for the console out of what a step logged; `steps` is "done/all"."""
     parts = [f"step {steps}", *(f"{name} {logs[name]:{form}}" for name, form in (
-        ("loss", ".4f"), ("grad_norm", ".3g"), ("learning_rate", ".2e"), ("sigma", ".5f")) if name in logs)]
+        ("loss", ".4f"), ("grad_norm", ".3g"), ("sigma", ".5f")) if name in logs)]
     if "moved" in logs:
         by_projection = " ".join(f"{name.removeprefix('moved_').removesuffix('_proj')} {share:.3%}"
                                  for name, share in logs.items() if name.startswith("moved_"))

@@ -22,6 +22,11 @@ class LotaTrainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(ConsoleLine)
 
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.ternary_optimizer.raise_unless_finite()                # on a GPU, of the last step
+        return result
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
         self.monitor = Monitor(self.model, self.ternary_optimizer, self.omega, num_training_steps)

@@ -2,6 +2,7 @@
 # LOTA_ENV names another place for it. A Python 3.11 is taken from the PATH.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+LOTA_WORK=${LOTA_WORK:+$(realpath -m "$LOTA_WORK")}     # named from where the script was started
 cd "$root"
 env_dir=${LOTA_ENV:-$root/.venv}
 stamp="$env_dir/requirements.installed"      # written last: a broken installation is made again

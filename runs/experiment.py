@@ -5,12 +5,13 @@
 RUNS.json (see runs/experiment_runs.py) is a list of {"name", "seed", "gptq", "train", "evaluate"}, and whatever else
 shall stand in the results. "train" holds flags of mode 1; what it trains on the GPTQ folder "gptq" is scored by mode 2
 with the flags "evaluate": a LoRA adapter live, LoTA and QA-LoRA merged and live, and the answers that differ between
-the two are counted. Without "train", "evaluate" says by itself what is scored. A run whose name and seed are in RESULTS
-is left out. Adapters stay in WORK/adapters, what the runs print in WORK/logs.
+the two are counted. Without "train", "evaluate" says by itself what is scored. A run that is in RESULTS, with the same
+flags, is left out. Adapters stay in WORK/adapters, what the runs print in WORK/logs.
 """
 import argparse
 import contextlib
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -35,7 +36,10 @@ def parse(mode, flags):
 
 
 def file_name(run):
-    return f"{run['name']}_seed{run['seed']}".replace(" ", "_").replace(",", "").replace("/", "")
+    """Says which run it is, down to its flags: a changed run takes no adapter of its old self."""
+    name = f"{run['name']}_seed{run['seed']}".replace(" ", "_").replace(",", "").replace("/", "")
+    flags = json.dumps([run.get("gptq"), run.get("train")])
+    return f"{name}_{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def train(run, work):
@@ -70,6 +74,8 @@ def megabytes(folder):
 
 def perform(run, work):
     """The figures of one run."""
+    import torch
+
     from LoTA.folders import LotaConfig
     output = work / "predictions"
     if "train" not in run:
@@ -78,8 +84,10 @@ def perform(run, work):
     gc.collect()
     config = LotaConfig.load(adapter)
     figures = {"training_loss": config.training["loss"], "train_s": config.training["runtime_s"],
-               "train_mb": config.training["peak_mb"], "moved": (config.training.get("moved") or {}).get("all"),
+               "moved": (config.training.get("moved") or {}).get("all"),
                "adapter_mb": megabytes(adapter), "gptq_mb": megabytes(run["gptq"])}
+    if torch.cuda.is_available():       # on a CPU it is that of the process, and so of all runs before
+        figures["train_mb"] = config.training["peak_mb"]
     flags = ["--load_adapter", adapter, "--quantized_model_dir", run["gptq"], *run["evaluate"]]
     if config.method == "LoRA":
         return {**figures, **score(flags, output)[0]}
@@ -87,8 +95,9 @@ def perform(run, work):
         merged, answers = score([*flags, "--merged_path", f"{temporary}/merged"], output)
         figures["merged_mb"] = megabytes(f"{temporary}/merged")
     live, live_answers = score([*flags, "--merge", False], output)
-    return {**figures, **merged, "live_accuracy": live["accuracy"],
-            "differ_from_live": sum(a != b for a, b in zip(answers, live_answers, strict=True))}
+    if answers:                         # lm-eval hands out none
+        figures["differ_from_live"] = sum(a != b for a, b in zip(answers, live_answers, strict=True))
+    return {**figures, **merged, "live_accuracy": live["accuracy"]}
 
 
 def name_only(value):
@@ -98,6 +107,10 @@ def name_only(value):
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
+def without_places(run):
+    return {key: name_only(value) for key, value in run.items()}
+
+
 def add_line(run, work, results, commit):
     """Performs one run and adds its line to `results`; returns whether it went well."""
     name = f"{run['name']}, seed {run['seed']}"
@@ -105,13 +118,13 @@ def add_line(run, work, results, commit):
             contextlib.redirect_stderr(log):
         try:
             figures = perform(run, work)
-        except Exception:
+        except (Exception, SystemExit):         # argparse exits where it does not know a flag's value
             traceback.print_exc()
             figures = None
     if figures is None:
         print(f"failed: {name}; see {log.name}", flush=True)
         return False
-    line = {**{key: name_only(value) for key, value in run.items()}, "commit": commit, **figures}
+    line = {**without_places(run), "commit": commit, **figures}
     with open(results, "a") as f:
         f.write(json.dumps(line) + "\n")
     print(f"{name}: {figures['accuracy']:.1%}", flush=True)
@@ -140,14 +153,17 @@ def main():
     runs = json.loads(Path(args.runs).read_text())
     (work / "logs").mkdir(parents=True, exist_ok=True)
     results.parent.mkdir(parents=True, exist_ok=True)
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = {(line["name"], line["seed"]) for line in map(json.loads, lines)}
-    missing = [run for run in runs if (run["name"], run["seed"]) not in done]
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    missing = [run for run in runs if not any(without_places(run).items() <= line.items() for line in lines)]
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"         # before the workers import torch
     # Processes that stay: importing everything takes ten seconds, a small run a minute or two.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit()), missing))
+        try:
+            went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit()), missing))
+        except KeyboardInterrupt:       # without waiting for the runs in the pool: the workers end with this process
+            print("stopped; the same command goes on with what is missing", flush=True)
+            os._exit(130)
     sys.exit(f"error: {went_well.count(False)} runs failed" if False in went_well else 0)
 
 

@@ -9,6 +9,7 @@
 set -euo pipefail
 data=$(realpath "${1:?usage: bash runs/experiment.sh DATA test}")
 stage=${2:?usage: bash runs/experiment.sh DATA test}
+case $stage in test | choose | ablation) ;; *) echo "error: no stage $stage" >&2; exit 1 ;; esac
 source "$(dirname "$0")/environment.sh"
 work=${LOTA_WORK:-work/experiment}
 mkdir -p "$work"

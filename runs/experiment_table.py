@@ -66,12 +66,12 @@ def row_of(lines, bits, method, label):
     for some in both:
         cells += [spread([line["accuracy"] for line in some], ".1f", 100),
                   spread([line["loss"] for line in some], ".3f")]
-    every = both[0] + both[1]
 
-    def middle(key, form, scale=1):
-        values = [line[key] for line in every if line.get(key) is not None]
+    def middle(key, form, scale=1, lines=both[0] + both[1]):
+        values = [line[key] for line in lines if line.get(key) is not None]
         return f"{scale * median(values):{form}}" if values else ""
-    cells += [middle("moved", ".3f", 100), middle("adapter_mb", ".2f"), middle("merged_mb", ".2f"),
+    moved = [middle("moved", ".3f", 100, some) for some in both]
+    cells += [" / ".join(filter(None, moved)), middle("adapter_mb", ".2f"), middle("merged_mb", ".2f"),
               middle("train_s", ".0f"), *(f"*{cell}*" for cell in PAPER[bits].get(method, ()))]
     return "| " + " | ".join(cells + [""] * (COLUMNS - len(cells))) + " |"
 
@@ -79,17 +79,19 @@ def row_of(lines, bits, method, label):
 def table(lines):
     """The README's table, with what it needs to be read."""
     header = ["bits", "method", "recovery: exact match, %", "loss", "task: exact match, %", "loss",
-              "integers moved, %", "adapter MB", "merged MB", "training, s", "*paper, 8B: MMLU*", "*paper, 8B: ViGGO*"]
-    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    rows += [row_of(lines, 16, "16-bit base", "the base")]
-    rows += [row_of(lines, bits, method, label) for bits in (4, 3, 2) for method, label, _ in METHODS]
+              "integers moved (recovery / task), %", "adapter MB", "merged MB", "training, s", "*paper, 8B: MMLU*",
+              "*paper, 8B: ViGGO*"]
+    rows = [row_of(lines, 16, "16-bit base", "the base"),
+            *(row_of(lines, bits, method, label) for bits in (4, 3, 2) for method, label, _ in METHODS)]
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *filter(None, rows)]
     merging = [line for line in lines if line.get("differ_from_live") is not None]
-    seeds = {line["seed"] for line in lines if "train" in line}
+    seeds = sorted({line["seed"] for line in lines if "train" in line})
     differ = sum(line["differ_from_live"] for line in merging)
-    note = (f"Seeds {', '.join(map(str, sorted(seeds)))}: mean ± standard deviation; with (2) two of them, without ± "
-            f"one. In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given "
-            f"merged and live: {differ} differ.")
-    return "\n".join([*filter(None, rows), "", note, ""])
+    note = (f"Seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+            + (", with (2) of two of them" if any("(2)" in row for row in rows) else "")
+            + f". In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given "
+              f"merged and live: {differ} differ.")
+    return "\n".join([*rows, "", note, ""])
 
 
 def draw_results(lines, file):
@@ -139,8 +141,8 @@ def draw_ablation(lines, file):
             places = [i for i, value in enumerate(order) if value in points]
             ax.plot(places, [points[order[i]] for i in places], "o-", markersize=4, color=color, label=recipe,
                     markerfacecolor="white")
-            own = CENTRE[varied][recipe]
-            ax.plot([order.index(own)], [points[own]], "o", markersize=5, color=color)
+            if (own := CENTRE[varied][recipe]) in points:
+                ax.plot([order.index(own)], [points[own]], "o", markersize=5, color=color)
         ax.set_xticks(range(len(order)), order, fontsize=8)
         ax.set_title(varied, fontsize=10, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
@@ -181,7 +183,8 @@ def main():
         print("| run | seed | exact match | loss | integers moved | differ live |\n|---|---|---|---|---|---|")
         for line in read_lines(RESULTS / args.lines):
             moved = "" if line.get("moved") is None else f"{line['moved']:.3%}"
-            print(f"| {line['name']} | {line['seed']} | {line['accuracy']:.1%} | {line['loss']:.4f} | {moved} | "
+            loss = f"{line['loss']:.4f}" if "loss" in line else ""
+            print(f"| {line['name']} | {line['seed']} | {line['accuracy']:.1%} | {loss} | {moved} | "
                   f"{line.get('differ_from_live', '')} |")
         return
     lines = read_lines(RESULTS / "test.jsonl")

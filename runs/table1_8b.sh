@@ -3,21 +3,24 @@
 # on each: MMLU (5-shot) after 300 steps of Alpaca; GSM8K, SQL and ViGGO after one epoch of their own rows. Needs a GPU
 # and the hub; ready to start, not run at this size here.
 #   bash runs/table1_8b.sh
-#   BITS=2 SEEDS="1 2 3" METHODS="QA-LoRA LoTA" bash runs/table1_8b.sh
+#   BITS=2 SEEDS="1 2 3" METHODS="QA-LoRA published" bash runs/table1_8b.sh
 # What is made or measured already is left alone: start it again after an interruption. Every run adds a line of JSON to
 # WORK/results.jsonl. By environment variables:
 #   MODEL       the 16-bit model, folder or hub name   [meta-llama/Llama-3.1-8B]
 #   WORK        where everything goes                  [work/table1_8b]
 #   BITS SEEDS  [4 3 2] [1]
-#   METHODS     only methods whose names hold one of these texts   [all: LoRA, QA-LoRA, LoTA published, LoTA learned]
+#   METHODS     some of LoRA, QA-LoRA, published, learned (the last two are LoTA's recipes)   [all]
 #   SETS        [alpaca gsm8k sql viggo]
 #   DATA        a folder with the data sets in folders of their own, instead of the hub
 #   QUANTIZE TRAIN EVALUATE   more flags of gptq_quantize.py, of mode 1, of mode 2, for all runs
 set -euo pipefail
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-0}
-source "$(dirname "$0")/environment.sh"
 model=${MODEL:-meta-llama/Llama-3.1-8B}
-work=${WORK:-work/table1_8b}
+if [ -d "$model" ]; then model=$(realpath "$model"); fi
+data=${DATA:+$(realpath "$DATA")}
+work=${WORK:+$(realpath -m "$WORK")}
+source "$(dirname "$0")/environment.sh"
+work=${work:-work/table1_8b}
 bits=${BITS:-4 3 2}
 mkdir -p "$work"
 
@@ -30,6 +33,6 @@ done
 # 2. The list of runs, with the paper's settings, and the runs themselves.
 # shellcheck disable=SC2086        # lists of words
 python runs/experiment_runs.py --stage table1 --work "$work" --model "$model" --bits $bits --seeds ${SEEDS:-1} \
-    --sets ${SETS:-alpaca gsm8k sql viggo} ${METHODS:+--only $METHODS} ${DATA:+--data "$DATA"} \
+    --sets ${SETS:-alpaca gsm8k sql viggo} ${METHODS:+--only $METHODS} ${data:+--data "$data"} \
     "--train=${TRAIN:-}" "--evaluate=${EVALUATE:-}" --output "$work/runs.json"
 python runs/experiment.py --runs "$work/runs.json" --work "$work" --results "$work/results.jsonl"

@@ -54,6 +54,8 @@ def test_the_lists_of_runs(tmp_path):
         assert str(tmp_path / "data/tune") not in sum((run["evaluate"] for run in runs), [])
     runs = listed("--stage", "table1", "--model", "meta-llama/Llama-3.1-8B", "--bits", 4, 3, 2)
     assert len(runs) == 4 * (1 + 3 * (1 + len(experiment_runs.TABLE1_METHODS)))
+    assert experiment_runs.named("LoRA, 0.001", ["LoRA"]) and not experiment_runs.named("QA-LoRA", ["LoRA"])
+    assert experiment_runs.named("LoTA, learned", ["GPTQ", "learned"])
     published, = (run for run in runs if run["name"] == "viggo, 3 bits, LoTA, published")
     assert published["gptq"].endswith("gptq/int3_64_Llama-3.1-8B")
     assert published["train"][published["train"].index("--interval_point") + 1] == 56
@@ -70,7 +72,7 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
     runs = [{"name": "GPTQ", "seed": 0, "evaluate": [*evaluate, "--quantized_model_dir", gptq]},
             {"name": "LoTA, a", "seed": 1, "gptq": gptq, "train": [*train, "--method", "lota", "--interval_point", 4],
              "evaluate": evaluate},
-            {"name": "wrong", "seed": 1, "gptq": gptq, "train": [*train, "--lora_r", 0], "evaluate": evaluate},
+            {"name": "wrong", "seed": 1, "gptq": gptq, "train": [*train, "--lora_r", "x"], "evaluate": evaluate},
             {"name": "LoRA", "seed": 1, "gptq": gptq, "train": [*train, "--method", "lora"], "evaluate": evaluate}]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     arguments = ("--runs", tmp_path / "runs.json", "--work", tmp_path / "work", "--results", results, "--jobs", 2)
@@ -85,11 +87,29 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
     assert lota["loss"] != lines["GPTQ"]["loss"] and str(tmp_path) not in results.read_text()
     assert lota["train"][:2] == TRAIN[:2] and gptq not in results.read_text()
 
-    before = results.read_text()
+    # Without the line of LoRA, and with GPTQ scored on fewer rows: LoRA's adapter is there, LoTA stays as it is.
+    before = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(text for text in before if json.loads(text)["name"] != "LoRA"))
+    runs[0]["evaluate"] = [*runs[0]["evaluate"], "--limit", 8]
     (tmp_path / "runs.json").write_text(json.dumps([runs[0], runs[1], runs[3]]))
+    trained = (tmp_path / "work/adapters").glob("LoRA*/*/adapter_model.safetensors")
+    times = [file.stat().st_mtime_ns for file in trained]
     with pytest.raises(SystemExit) as end:
         run_main(experiment, *arguments)
-    assert end.value.code == 0 and results.read_text() == before
+    again = [json.loads(text) for text in results.read_text().splitlines()]
+    assert end.value.code == 0 and len(times) == 1
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "work/adapters").glob("LoRA*/*/*.safetensors")] == times
+    assert sorted((line["name"], line["rows"]) for line in again) == [
+        ("GPTQ", 8), ("GPTQ", 40), ("LoRA", 40), ("LoTA, a", 40)]
+    assert next(line for line in again if line["name"] == "LoRA")["loss"] == lora["loss"]
+
+    # Other flags of training: no adapter of the run's old self is taken.
+    runs[3]["train"] = [*runs[3]["train"], "--learning_rate", 1e-2]
+    (tmp_path / "runs.json").write_text(json.dumps([runs[3]]))
+    with pytest.raises(SystemExit) as end:
+        run_main(experiment, *arguments)
+    changed = json.loads(results.read_text().splitlines()[-1])
+    assert end.value.code == 0 and changed["name"] == "LoRA" and changed["loss"] != lora["loss"]
 
 
 def line(method, bits, seed, accuracy, loss, setting="recovery", **more):
@@ -115,6 +135,23 @@ def test_the_table_is_of_the_lines():
     assert rows[-2][2:6] == ["", "", "25.0", "0.300"] and rows[-2][-2:] == ["*26.56*", "*37.18*"]
     assert "Seeds 1, 2, 3" in text
     assert "In the 5 runs that merge, 500 answers were given merged and live: 6 differ" in text
+
+
+def test_the_figures_are_drawn_of_what_is_there(tmp_path, monkeypatch):
+    """Both figures from a few lines, whatever else is missing; every recipe and varied setting is in the ablation's."""
+    monkeypatch.setattr(experiment_table, "ROOT", tmp_path)
+    lines = [line("GPTQ", 2, 0, 0.4, 0.2), line("LoTA, published", 2, 1, 0.5, 0.19),
+             line("LoRA", 2, 1, 0.6, 0.1, "task")]
+    experiment_table.draw_results(lines, tmp_path / "results.svg")
+    work = experiment_runs.ablation(experiment_runs.argparse.Namespace(work=tmp_path))
+    lines = [{**run, "loss": 0.1, "accuracy": 0.5} for run in work if run["name"] != "ablation, grid"]
+    experiment_table.draw_ablation(lines, tmp_path / "ablation.svg")
+    for file in ("results.svg", "ablation.svg"):
+        assert (tmp_path / file).stat().st_size > 10_000
+    drawn = (tmp_path / "ablation.svg").read_text()
+    for text in (*experiment_runs.VARIED, *experiment_runs.CENTRES):
+        assert f"<!-- {text} -->" in drawn
+    assert drawn.count("<!-- ") > len(experiment_runs.VARIED)
 
 
 def test_the_readme_has_the_table_of_the_committed_lines():

@@ -273,7 +273,7 @@ def test_learned_offsets_scales_and_momentum_merge_what_they_trained(gptq, base_
     the merged folder has the offsets and scales that were learned."""
     flags = (*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
              "--max_steps", 6, "--offset_scale", "learned", "--learned_scales", True, "--momentum", 0.9,
-             "--offset_lr", 0.05, "--interval_point", 2)
+             "--offset_lr", 0.02, "--scale_lr", 0.05, "--interval_point", 2)
     main(*flags, "--adapter_path", tmp_path / "a", "--save_number", 3)
     adapter, = (tmp_path / "a").iterdir()
     main(*flags, "--adapter_path", tmp_path / "b", "--adapter_ckpt", adapter / "checkpoint-4", "--save_strategy", "no")
@@ -297,19 +297,33 @@ def test_learned_offsets_scales_and_momentum_merge_what_they_trained(gptq, base_
     assert merged["moved"]["all"] > 0
 
 
-def test_recipes_fill_in_what_is_not_given():
-    """Each recipe's settings, omega as a share of the rank; a flag that is given counts."""
-    def applied(name, **given):
-        base, training = LoTA_QAF_main.baseConfig(lora_r=8), LoTA_QAF_main.trainingConfig(recipe=name)
-        for flag, value in given.items():
-            setattr(base if hasattr(base, flag) else training, flag, value)
-        LoTA_QAF_main.apply_recipe(base, training)
+def test_recipes_fill_in_what_is_not_given(monkeypatch):
+    """Each recipe's settings; a flag that is given counts, its default too."""
+    def parsed(name, *given):
+        monkeypatch.setattr(sys, "argv", ["LoTA_QAF_main.py", "--recipe", name, *map(str, given)])
+        base, training, _ = LoTA_QAF_main.parse_args()
         return (training.interval_point, training.momentum, training.filter_ratio, base.offset_scale, base.residual,
-                base.learned_scales, training.offset_lr)
-    assert applied("published") == (None, 0.0, 0.95, "omega", True, False, 0.01)
-    assert applied("learned") == (pytest.approx(2.4), 0.9, 0.995, "learned", True, True, 0.03)
-    assert applied("grid") == (pytest.approx(2.4), 0.9, 0.995, "omega", False, True, 0.03)
-    assert applied("learned", interval_point=3.0, offset_lr=0.5) == (3.0, 0.9, 0.995, "learned", True, True, 0.5)
+                base.learned_scales, training.offset_lr, training.scale_lr)
+    assert parsed("published") == (None, 0.0, 0.95, "omega", True, False, 0.01, 0.03)
+    assert parsed("learned") == (None, 0.9, 0.995, "learned", True, True, 0.01, 0.03)
+    assert parsed("grid") == (None, 0.9, 0.995, "omega", False, True, 0.01, 0.03)
+    assert parsed("learned", "--momentum", 0.0, "--filter_ratio", 0.95, "--learned_scales", False, "--interval_point",
+                  3.0, "--scale_lr", 0.5) == (3.0, 0.0, 0.95, "learned", True, False, 0.01, 0.5)
+
+
+@pytest.mark.parametrize("recipe, omega", [("published", 6.0), ("learned", 2.4), ("grid", 2.4)])
+def test_a_recipe_says_omega_as_a_share_of_the_rank(gptq, monkeypatch, recipe, omega):
+    monkeypatch.setattr(sys, "argv", ["LoTA_QAF_main.py", "--recipe", recipe, "--lora_r", "8", "--max_steps", "1"])
+    base, training, _ = LoTA_QAF_main.parse_args()
+    base.lota_qaf = True
+    LoTA_QAF_main.check_training(base, training, GPTQFolder(gptq))
+    assert training.interval_point == pytest.approx(omega)
+
+
+def test_a_flag_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["LoTA_QAF_main.py", "--mode", "1", "--lora_rank", "8"])
+    with pytest.raises(UserError, match="there is no flag --lora_rank"):
+        LoTA_QAF_main.parse_args()
 
 
 @pytest.mark.parametrize("method", [("--method", "lora"), ("--method", "qalora"), ()])

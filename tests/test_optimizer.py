@@ -442,43 +442,61 @@ def test_momentum_moves_by_the_average_of_the_gradients(way):
         tSignSGD(parameters, momentum=1.0)
 
 
-def test_learned_offsets_go_along_with_adamw():
-    """The offsets take AdamW's steps with a learning rate that falls to 0 along the schedule, and are resumed."""
-    def gradient(t):
-        return torch.randn(6, 5, generator=seeded(t))
+def test_a_real_optimizer_goes_along():
+    """Real parameters take AdamW's steps, each group with a learning rate of its own that falls to 0 along the
+    schedule; they are resumed, and zero_grad reaches them."""
+    rates = 0.1, 0.3
 
-    ours, own = (torch.nn.Parameter(torch.zeros(6, 5)) for _ in range(2))
-    optimizer = tSignSGD(ternary_parameters([(4, 4)]), offsets=[ours], offset_lr=0.1)
-    optimizer.create_scheduler(10)
-    adamw = torch.optim.AdamW([own], lr=0.1, weight_decay=0.0)
+    def gradient(t, i):
+        return torch.randn(6, 5, generator=seeded(10 * t + i))
+
+    def made(real):
+        optimizer = tSignSGD(ternary_parameters([(4, 4)]), real_optimizer=torch.optim.AdamW(
+            [{"params": [p], "lr": rate} for p, rate in zip(real, rates, strict=True)], weight_decay=0.0))
+        optimizer.create_scheduler(10)
+        return optimizer
+
+    def zeros():
+        return [torch.nn.Parameter(torch.zeros(6, 5)) for _ in rates]
+    ours, own = zeros(), zeros()
+    optimizer = made(ours)
+    adamw = [torch.optim.AdamW([p], weight_decay=0.0) for p in own]
     for t in range(1, 11):
         if t == 6:
-            again = torch.nn.Parameter(ours.detach().clone())
-            resumed = tSignSGD(ternary_parameters([(4, 4)]), offsets=[again], offset_lr=0.1)
+            again = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+            resumed = made(again)
             resumed.load_state_dict(optimizer.state_dict())
             ours, optimizer = again, resumed
-        ours.grad, own.grad = gradient(t), gradient(t)
-        adamw.param_groups[0]["lr"] = 0.1 * (1 - (t - 1) / 10)
+        for i, rate in enumerate(rates):
+            ours[i].grad, own[i].grad = gradient(t, i), gradient(t, i)
+            adamw[i].param_groups[0]["lr"] = rate * (1 - (t - 1) / 10)
+            adamw[i].step()
         optimizer.step()
-        adamw.step()
-        assert torch.equal(ours, own), t
-    assert bool(ours.any())
+        assert all(torch.equal(p, q) for p, q in zip(ours, own, strict=True)), t
+    assert all(bool(p.any()) for p in ours) and not torch.equal(*ours)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ours)
 
 
-def test_an_offset_gradient_that_is_not_finite_stops_everything():
-    """The error names the offset, neither it nor a ternary entry has moved; offsets do not count in the spike norm."""
-    offsets = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2)]
+def test_a_real_gradient_that_is_not_finite_stops_everything():
+    """The error names the parameter, neither it nor a ternary entry has moved; real ones do not count in the spike
+    norm. Where no gradient is finite, as Trainer's gradient norm leaves them, no name is blamed."""
+    real = [torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2)]
     parameters = ternary_parameters([(4, 4)])
-    optimizer = tSignSGD(parameters, threshold_ratio=0.5, offsets=offsets)
+    optimizer = tSignSGD(parameters, threshold_ratio=0.5, real_optimizer=torch.optim.AdamW(
+        [(f"mu {i}", p) for i, p in enumerate(real)], lr=0.1))
     set_gradients(parameters, 1)
-    for p in offsets:
+    for p in real:
         p.grad = torch.ones(3, 2)
-    offsets[1].grad[0, 0] = math.inf
+    real[1].grad[0, 0] = math.inf
     before = values(parameters)
-    with pytest.raises(FloatingPointError, match="offset 1 "):
+    with pytest.raises(FloatingPointError, match="the gradient of mu 1 is not finite at step 1"):
         optimizer.step()
-    assert torch.equal(parameters[0], before[0]) and not any(bool(p.any()) for p in offsets)
-    offsets[1].grad[0, 0] = 1e6
+    assert torch.equal(parameters[0], before[0]) and not any(bool(p.any()) for p in real)
+    torch.nn.utils.clip_grad_norm_([*parameters, *real], math.inf)
+    with pytest.raises(FloatingPointError, match="no gradient is finite at step 1"):
+        optimizer.step()
+    real[0].grad, real[1].grad = torch.ones(3, 2), torch.full((3, 2), 1e6)
     parameters[0].grad = torch.full((4, 4), 0.1)
     _, spike = optimizer._judge_gradients()
     assert not spike
