@@ -128,7 +128,7 @@ class Grid:
 
     def __init__(self, qweight, qzeros, scales, g_idx, bits, checkpoint_format, groups=None):
         self.qweight, self.qzeros, self.scales, self.bits = qweight, qzeros, scales, bits
-        self.unscaled = scales          # before rescaled(): see there
+        self.base_scales = scales       # before rescaled(): see there
         self.checkpoint_format, self.maxq = checkpoint_format, 2**bits - 1
         self.groups = groups or Groups(g_idx, scales.shape[0])
         self.shape = len(g_idx), scales.shape[1]
@@ -162,11 +162,11 @@ class Grid:
         to 0: the gradient of the change is found in W' / s. As PEQA (https://arxiv.org/abs/2305.14152), which trains
         nothing but the scales.
         """
-        scales = (self.unscaled.float() * (1 + change.float())).half()
+        scales = (self.base_scales.float() * (1 + change.float())).half()
         scales.masked_fill_(scales == 0, SMALLEST_SCALE)
         grid = Grid(self.qweight, self.qzeros, scales, self.groups.g_idx, self.bits, self.checkpoint_format,
                     self.groups)
-        grid.unscaled = self.unscaled
+        grid.base_scales = self.base_scales
         return grid
 
 
@@ -332,7 +332,7 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold, weight=No
     x [tokens, in], grad_output [tokens, out]; straight-through for W^. With G = x^T @ grad_output and H = s * G:
     dL/d(dW) = H + (sum of H over the group) / (kappa * n), dL/dA = dL/d(dW) @ B^T, dL/dB = A^T @ dL/d(dW);
     dL/d(mu) = sum of H over the group, where mu is a parameter of its own; and where `weight`, W', is given,
-    dL/d(change) = sum of G * W' over the group * unscaled s / s, straight-through for the rounding of s; else None.
+    dL/d(change) = sum of G * W' over the group * base s / s, straight-through for the rounding of s; else None.
     """
     lora_A, lora_B = lora_A.float(), lora_B.float()
     scaled = torch.mm(x.t(), grad_output, out=_workspace(grid.shape, x)).float()     # H, scaled below
@@ -356,7 +356,7 @@ def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold, weight=No
 
 def scale_gradient(weight_sum, grid):
     """dL/d(change) [groups, out] out of the sums of G * W' over the groups; None for None."""
-    return None if weight_sum is None else weight_sum.mul_(grid.unscaled.float()).div_(grid.scales.float())
+    return None if weight_sum is None else weight_sum.mul_(grid.base_scales.float()).div_(grid.scales.float())
 
 
 _workspaces = {}

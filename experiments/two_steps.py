@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "runs")]
 
-from experiment import add_line, commit
+import torch
+from experiment import add_line, commit, missing
 from experiment_runs import RANK, away_from
 
 from LoTA import ternary
@@ -27,6 +28,9 @@ def main():
     parser.add_argument("--bits", type=int, nargs="+", required=True)
     parser.add_argument("--results", required=True)
     args = parser.parse_args()
+    work, results = Path(args.work).resolve(), Path(args.results).resolve()
+    if torch.cuda.is_available():
+        sys.exit("error: this changes the CPU's road only; hide the GPU: CUDA_VISIBLE_DEVICES=")
     one_step = ternary.ternary_step
     ternary._few_steps = lambda *_: None            # that shortcut knows one step only
     for bits in args.bits:
@@ -34,9 +38,9 @@ def main():
             for most in (1, 2):
                 ternary.ternary_step = one_step if most == 1 else (
                     lambda aux, omega: one_step(aux, omega) + one_step(aux, 2 * omega))
-                run = away_from(recipe, args.work, f", {bits} bits, at most {most} steps", {"interval_point": OMEGA},
-                                bits)
-                add_line(run, Path(args.work).resolve(), Path(args.results).resolve(), commit())
+                run = away_from(recipe, work, f", {bits} bits, at most {most} steps", {"interval_point": OMEGA}, bits)
+                if missing([run], results):
+                    add_line(run, work, results, commit())
 
 
 if __name__ == "__main__":

@@ -111,6 +111,12 @@ def without_places(run):
     return {key: name_only(value) for key, value in run.items()}
 
 
+def missing(runs, results):
+    """Those of `runs` that have no line in the file `results` with the same name, seed, flags and all else."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return [run for run in runs if not any(without_places(run).items() <= line.items() for line in lines)]
+
+
 def add_line(run, work, results, commit):
     """Performs one run and adds its line to `results`; returns whether it went well."""
     name = f"{run['name']}, seed {run['seed']}"
@@ -153,14 +159,13 @@ def main():
     runs = json.loads(Path(args.runs).read_text())
     (work / "logs").mkdir(parents=True, exist_ok=True)
     results.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    missing = [run for run in runs if not any(without_places(run).items() <= line.items() for line in lines)]
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"         # before the workers import torch
     # Processes that stay: importing everything takes ten seconds, a small run a minute or two.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
-            went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit()), missing))
+            went_well = list(pool.map(partial(add_line, work=work, results=results, commit=commit()),
+                                      missing(runs, results)))
         except KeyboardInterrupt:       # without waiting for the runs in the pool: the workers end with this process
             print("stopped; the same command goes on with what is missing", flush=True)
             os._exit(130)
