@@ -37,12 +37,12 @@ CANDIDATES = {
     **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
     "LoTA, published": PUBLISHED,
     **{f"LoTA, steps, {sigma}": {**STEPS, "filter_ratio": sigma} for sigma in (0.98, 0.99, 0.995)},
-    **{f"LoTA, grid, {rate}": {**GRID, "offset_lr": rate} for rate in (0.01, 0.03, 0.06)},
-    **{f"LoTA, learned, {rate}": {**LEARNED, "offset_lr": rate} for rate in (0.01, 0.03, 0.06)},
+    **{f"LoTA, grid, {rate}": {**GRID, "scale_lr": rate} for rate in (0.015, 0.03, 0.06)},
+    **{f"LoTA, learned, {rate}": {**LEARNED, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)},
 }
-# What stage choose gave; see experiments/LOG.md.
+# What was chosen by losses on the rows for choosing: experiments/LOG.md.
 CHOSEN = ("LoRA, 0.001", "QA-LoRA, 0.003", "LoTA, published", "LoTA, steps, 0.99", "LoTA, grid, 0.03",
-          "LoTA, learned, 0.03")
+          "LoTA, learned, 0.007")
 
 # Stage ablation: {what is varied: (flags of a value, {recipe: the values})}; and each recipe's own value.
 CENTRES = {"published": PUBLISHED, "steps": STEPS, "grid": GRID, "learned": LEARNED}

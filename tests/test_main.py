@@ -304,11 +304,11 @@ def test_recipes_fill_in_what_is_not_given(monkeypatch):
         base, training, _ = LoTA_QAF_main.parse_args()
         return (training.interval_point, training.momentum, training.filter_ratio, base.offset_scale, base.residual,
                 base.learned_scales, training.offset_lr, training.scale_lr)
-    assert parsed("published") == (None, 0.0, 0.95, "omega", True, False, 0.01, 0.03)
-    assert parsed("learned") == (None, 0.9, 0.995, "learned", True, True, 0.01, 0.03)
-    assert parsed("grid") == (None, 0.9, 0.995, "omega", False, True, 0.01, 0.03)
+    assert parsed("published") == (None, 0.0, 0.95, "omega", True, False, 0.007, 0.03)
+    assert parsed("learned") == (None, 0.9, 0.995, "learned", True, True, 0.007, 0.03)
+    assert parsed("grid") == (None, 0.9, 0.995, "omega", False, True, 0.007, 0.03)
     assert parsed("learned", "--momentum", 0.0, "--filter_ratio", 0.95, "--learned_scales", False, "--interval_point",
-                  3.0, "--scale_lr", 0.5) == (3.0, 0.0, 0.95, "learned", True, False, 0.01, 0.5)
+                  3.0, "--scale_lr", 0.5) == (3.0, 0.0, 0.95, "learned", True, False, 0.007, 0.5)
 
 
 @pytest.mark.parametrize("recipe, omega", [("published", 6.0), ("learned", 2.4), ("grid", 2.4)])
