@@ -113,8 +113,8 @@ class trainingConfig:
     filter_upper: float = setting(0.9999, "LoTA: sigma at the last step")
     momentum: float = setting(0.0, "LoTA: the weight of the past in the average of gradients that moves the entries; "
                                    "0, the published way, takes each step's own")
-    offset_lr: float = setting(0.007, "LoTA with --offset_scale learned: AdamW's learning rate for mu, in widths of the "
-                                     "grid, 2**bits - 1 steps; it falls to 0")
+    offset_lr: float = setting(0.007, "LoTA with --offset_scale learned: AdamW's learning rate for mu, in widths of "
+                                      "the grid, 2**bits - 1 steps; it falls to 0")
     scale_lr: float = setting(0.03, "LoTA with --learned_scales: AdamW's learning rate for the relative change of the "
                                     "scales; it falls to 0")
     optimizer_type: str = setting("adamw_torch", "the LoRA baseline's optimizer; LoTA takes int_sign_sgd by itself",
