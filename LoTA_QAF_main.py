@@ -37,13 +37,15 @@ from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
-# Opt-in settings for LoTA, found on a small model (experiments/LOG.md); interval_point is a share of the rank.
+# Opt-in settings for LoTA, found on a small model (experiments/LOG.md).
 RECIPES = {
     "published": {},
-    "learned": {"interval_point": 0.3, "momentum": 0.9, "filter_ratio": 0.995, "offset_scale": "learned",
-                "learned_scales": True},
-    "grid": {"interval_point": 0.3, "momentum": 0.9, "filter_ratio": 0.995, "residual": False,
-             "learned_scales": True}}
+    "learned": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True},
+    "grid": {"momentum": 0.9, "residual": False, "learned_scales": True}}
+# omega as a share of the rank, and sigma at the first step: as published, and in the other recipes by the bits. The
+# finer the grid, the more of its steps are worth taking. 8 bits are as 4, not tried.
+PUBLISHED_STEPS = 0.75, 0.95
+STEPS_BY_BITS = {2: (0.3, 0.995), 3: (0.2, 0.98), 4: (0.15, 0.98), 8: (0.15, 0.98)}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 SPLIT_TARGETS = re.compile(r"[,\s]+")
 
@@ -107,8 +109,10 @@ class trainingConfig:
     recipe: str = setting("published", "LoTA: settings that go together, for flags not given: learned trains mu "
                                        "and the scales as parameters and lets more integers move; grid does without "
                                        "mu, so that the merged model is plain GPTQ", choices=list(RECIPES))
-    interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)", shown="0.75 r: 48 at r = 64")
-    filter_ratio: float = setting(0.95, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the gradients")
+    interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)",
+                                           shown="0.75 r: 48 at r = 64; other recipes by the bits")
+    filter_ratio: float | None = setting(None, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the "
+                                               "gradients", shown="0.95; other recipes by the bits")
     min_grad: float = setting(0.999, "LoTA: sigma after 80 %% of the steps")
     filter_upper: float = setting(0.9999, "LoTA: sigma at the last step")
     momentum: float = setting(0.0, "LoTA: the weight of the past in the average of gradients that moves the entries; "
@@ -183,8 +187,7 @@ def parse_args():
             raise UserError(f"there is no flag {unknown[0]}; --help lists all")
         return settings
 
-    recipe = RECIPES[parse()[1].recipe]
-    parser.set_defaults(**{flag: value for flag, value in recipe.items() if flag != "interval_point"})
+    parser.set_defaults(**RECIPES[parse()[1].recipe])
     base, training, evaluation = parse()
     base.lora_target_modules = [m for name in base.lora_target_modules for m in SPLIT_TARGETS.split(name) if m]
     return base, training, evaluation
@@ -380,6 +383,11 @@ def check_training(base, training, folder):
         return
     if base.lora_dropout:
         raise UserError("--lora_dropout must be 0 with LoTA: what is dropped could not be merged")
+    omega, sigma = PUBLISHED_STEPS if training.recipe == "published" else STEPS_BY_BITS[base.w_bits]
+    if training.interval_point is None:
+        training.interval_point = omega * base.lora_r
+    if training.filter_ratio is None:
+        training.filter_ratio = sigma
     for flag in ("filter_ratio", "min_grad", "filter_upper"):
         if not 0 < getattr(training, flag) < 1:
             raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")
@@ -389,8 +397,6 @@ def check_training(base, training, folder):
         raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are none")
     if base.offset_scale == "learned" and not base.residual:
         raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
-    if training.interval_point is None:
-        training.interval_point = RECIPES[training.recipe].get("interval_point", 0.75) * base.lora_r
     training.optimizer_type, training.max_grad_norm = "int_sign_sgd", 0.0
     check_settings(base.lora_r, training.interval_point, max(1, folder.group_size))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from LoTA_QAF_main import RECIPES
+from LoTA_QAF_main import PUBLISHED_STEPS, RECIPES, STEPS_BY_BITS
 
 SEEDS = (1, 2, 3)
 RANK = 16
@@ -23,58 +23,62 @@ EVALUATE = {"ft_dataset_name": "viggo", "max_new_tokens": 160, "eval_batch_size"
             "answer_loss": True}
 
 
-def recipe(name):
-    """The flags of --recipe, written out, so that one can be changed at a time."""
-    settings = {"method": "lota", **RECIPES[name]}
-    return {**settings, "interval_point": RANK * settings.get("interval_point", 0.75)}
+def recipe(name, bits):
+    """The flags of --recipe, written out, so that one can be changed at a time. "steps": nothing but ternary steps."""
+    if name == "steps":
+        return {**recipe("grid", bits), "learned_scales": False, **({"filter_ratio": 0.99} if bits == 2 else {})}
+    omega, sigma = PUBLISHED_STEPS if name == "published" else STEPS_BY_BITS[bits]
+    return {"method": "lota", **RECIPES[name], "interval_point": RANK * omega, "filter_ratio": sigma}
 
 
 LORA, QALORA = {"method": "lora"}, {"method": "qalora"}
-PUBLISHED, LEARNED, GRID = recipe("published"), recipe("learned"), recipe("grid")
-STEPS = {**GRID, "learned_scales": False, "filter_ratio": 0.99}         # nothing but ternary steps
-CANDIDATES = {
-    **{f"LoRA, {rate}": {**LORA, "learning_rate": rate} for rate in (5e-4, 1e-3, 3e-3)},
-    **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
-    "LoTA, published": PUBLISHED,
-    **{f"LoTA, steps, {sigma}": {**STEPS, "filter_ratio": sigma} for sigma in (0.98, 0.99, 0.995)},
-    **{f"LoTA, grid, {rate}": {**GRID, "scale_lr": rate} for rate in (0.015, 0.03, 0.06)},
-    **{f"LoTA, learned, {rate}": {**LEARNED, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)},
-}
-# What was chosen by losses on the rows for choosing: experiments/LOG.md.
-CHOSEN = ("LoRA, 0.001", "QA-LoRA, 0.003", "LoTA, published", "LoTA, steps, 0.99", "LoTA, grid, 0.03",
-          "LoTA, learned, 0.007")
 
-# Stage ablation: {what is varied: (flags of a value, {recipe: the values})}; and each recipe's own value.
-CENTRES = {"published": PUBLISHED, "steps": STEPS, "grid": GRID, "learned": LEARNED}
+
+def candidates(bits):
+    """{name: flags} of stage choose."""
+    steps, grid, learned = (recipe(name, bits) for name in ("steps", "grid", "learned"))
+    return {
+        **{f"LoRA, {rate}": {**LORA, "learning_rate": rate} for rate in (5e-4, 1e-3, 3e-3)},
+        **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
+        "LoTA, published": recipe("published", bits), "LoTA, steps": steps,
+        **{f"LoTA, grid, {rate}": {**grid, "scale_lr": rate} for rate in (0.015, 0.03, 0.06)},
+        **{f"LoTA, learned, {rate}": {**learned, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)}}
+
+
+# What was chosen by losses on the rows for choosing: experiments/LOG.md.
+CHOSEN = "LoRA, 0.001", "QA-LoRA, 0.003", "LoTA, published", "LoTA, steps", "LoTA, grid, 0.03", "LoTA, learned, 0.007"
+
+# Stage ablation. What is varied away from: {name: (recipe, bits, setting)}.
+CENTRES = {"published": ("published", 2, "recovery"), "steps": ("steps", 2, "recovery"),
+           "grid": ("grid", 2, "recovery"), "learned": ("learned", 2, "recovery"),
+           "learned, 4 bits, task": ("learned", 4, "task")}
 ALONE = {"interval_point": 0.97 * RANK}             # beyond every |dW|: no integer moves
+# {what is varied: (flags of a value, {name of a centre: the values})}; and each centre's own value.
 VARIED = {
     "omega / r": (lambda share: {"interval_point": share * RANK},
-                  {"published": (0.3, 0.5, 0.75), "steps": (0.2, 0.3, 0.4, 0.5), "grid": (0.2, 0.3, 0.5),
-                   "learned": (0.3, 0.5)}),
+                  {"published": (0.3, 0.5, 0.75), "steps": (0.2, 0.3, 0.5), "learned": (0.15, 0.3, 0.97),
+                   "learned, 4 bits, task": (0.1, 0.15, 0.3, 0.97)}),
     "sigma at first": (lambda sigma: {"filter_ratio": sigma},
-                       {"published": (0.9, 0.95, 0.99), "steps": (0.95, 0.98, 0.99, 0.995), "grid": (0.99, 0.995),
-                        "learned": (0.95, 0.99, 0.995)}),
-    "momentum": (lambda momentum: {"momentum": momentum},
-                 {"published": (0.0, 0.9), "steps": (0.0, 0.8, 0.9, 0.95)}),
+                       {"published": (0.9, 0.95, 0.99), "steps": (0.95, 0.99, 0.995), "learned": (0.98, 0.995),
+                        "learned, 4 bits, task": (0.95, 0.98, 0.995)}),
+    "momentum": (lambda momentum: {"momentum": momentum}, {"published": (0.0, 0.9), "steps": (0.0, 0.9)}),
     "batches a step, equal data": (lambda count: {"gradient_accumulation_steps": count,
                                                   "max_steps": TRAIN["max_steps"] // count},
-                                   {"published": (1, 2, 4), "steps": (1, 2, 4)}),
-    "trained beside A, B": (lambda what: {
-        "nothing": {"residual": False}, "mu": {"learned_scales": False}, "mu, s, no step": ALONE,
-        "s, no step": ALONE}[what],
-        {"published": ("Eq. 4", "nothing"), "steps": ("nothing",), "grid": ("s", "s, no step"),
-         "learned": ("mu", "mu, s", "mu, s, no step")}),
+                                   {"published": (1, 4), "steps": (1, 2, 4)}),
+    "trained beside A, B": (lambda what: {"nothing": {"residual": False}, "mu": {"learned_scales": False}}[what],
+                            {"published": ("Eq. 4", "nothing"), "steps": ("nothing",), "grid": ("s",),
+                             "learned": ("mu", "mu, s")}),
     "kappa": (lambda kappa: {"offset_scale": kappa}, {"published": ("omega", "paper")}),
-    "rank": (lambda rank: {"lora_r": rank}, dict.fromkeys(("published", "steps", "learned"), (8, 16, 32))),
-    "group size": (lambda size: {"group": size}, dict.fromkeys(("published", "steps", "learned"), (16, 32, 64))),
-    "steps": (lambda steps: {"max_steps": steps}, dict.fromkeys(CENTRES, (80, 160, 320)))}
-CENTRE = {"omega / r": {"published": 0.75, "steps": 0.3, "grid": 0.3, "learned": 0.3},
-          "sigma at first": {"published": 0.95, "steps": 0.99, "grid": 0.995, "learned": 0.995},
+    "rank": (lambda rank: {"lora_r": rank}, dict.fromkeys(("published", "learned"), (8, 16, 32))),
+    "group size": (lambda size: {"group": size}, dict.fromkeys(("published", "learned"), (16, 32, 64))),
+    "steps": (lambda steps: {"max_steps": steps}, dict.fromkeys(("published", "learned"), (80, 160, 320)))}
+CENTRE = {"omega / r": {"published": 0.75, "steps": 0.3, "learned": 0.3, "learned, 4 bits, task": 0.15},
+          "sigma at first": {"published": 0.95, "steps": 0.99, "learned": 0.995, "learned, 4 bits, task": 0.98},
           "momentum": {"published": 0.0, "steps": 0.9},
           "batches a step, equal data": {"published": 1, "steps": 1},
           "trained beside A, B": {"published": "Eq. 4", "steps": "nothing", "grid": "s", "learned": "mu, s"},
-          "kappa": {"published": "omega"}, "rank": dict.fromkeys(CENTRES, RANK),
-          "group size": dict.fromkeys(CENTRES, 32), "steps": dict.fromkeys(CENTRES, TRAIN["max_steps"])}
+          "kappa": {"published": "omega"}, "rank": {"published": RANK, "learned": RANK},
+          "group size": {"published": 32, "learned": 32}, "steps": {"published": 160, "learned": 160}}
 
 # The paper's settings for 8B: section 4 and appendix; QA-LoRA and LoRA alike. 64 rows a step, in pieces of 16. The
 # baselines' AdamW is torch's here; the paper's, paged, needs bitsandbytes: --optimizer_type paged_adamw_32bit.
@@ -146,23 +150,22 @@ def main():
 
 
 def ablation(args):
-    """One setting at a time away from each recipe, at 2 bits, base_recovery, one seed, on the rows for choosing."""
-    return [*(away_from(recipe, args.work) for recipe in CENTRES),
-            *(away_from(recipe, args.work, f", {varied} {value}", change(value), varied=varied, value=value)
-              for varied, (change, values) in VARIED.items() for recipe, some in values.items() for value in some
-              if value != CENTRE[varied][recipe])]
+    """One setting at a time away from each centre, one seed, on the rows for choosing."""
+    return [*(away_from(centre, args.work) for centre in CENTRES),
+            *(away_from(centre, args.work, f", {varied} {value}", change(value), varied=varied, value=value)
+              for varied, (change, values) in VARIED.items() for centre, some in values.items() for value in some
+              if value != CENTRE[varied][centre])]
 
 
-def away_from(recipe, work, name="", changed=(), bits=2, **note):
-    """A run of `recipe` with some flags `changed`, scored on the rows for choosing; `note` goes into its line."""
-    work, changed = Path(work).resolve(), dict(changed)
-    settings = {**TRAIN, **CENTRES[recipe], **changed}
+def away_from(centre, work, name="", changed=(), **note):
+    """A run of one of CENTRES with some flags `changed`; `note` goes into its line."""
+    (of, bits, setting), work, changed = CENTRES[centre], Path(work).resolve(), dict(changed)
+    settings = {**TRAIN, **recipe(of, bits), **changed}
     group = settings.pop("group", 32)
     if "lora_r" in changed:                         # omega stays the same share of the rank
         settings["interval_point"] *= settings["lora_r"] / RANK
-    return {"name": f"ablation, {recipe}{name}", "recipe": recipe, **note, "method": f"LoTA, {recipe}",
-            "bits": bits, "setting": "recovery", "seed": 1,
-            "gptq": str(work / f"gptq/int{bits}_{group}_base_recovery"),
+    return {"name": f"ablation, {centre}{name}", "centre": centre, **note, "method": f"LoTA, {of}", "bits": bits,
+            "setting": setting, "seed": 1, "gptq": str(work / f"gptq/int{bits}_{group}_base_{setting}"),
             "train": flags({**settings, "data_dir": str(work / "data/tune")}),
             "evaluate": flags({**EVALUATE, "data_dir": str(work / "data/choose")})}
 
@@ -173,7 +176,6 @@ def small(args):
     seeds = args.seeds or (SEEDS if args.stage == "test" else SEEDS[:1])
     rows = str(work / "data" / ("tune" if args.stage == "test" else "choose"))
     evaluate = flags({**EVALUATE, "data_dir": rows})
-    methods = {name: CANDIDATES[name] for name in CHOSEN} if args.stage == "test" else CANDIDATES
     runs = []
     for setting in args.settings:
         base = str(work / f"base_{setting}")
@@ -182,6 +184,7 @@ def small(args):
         for bits in args.bits:
             gptq = str(work / f"gptq/int{bits}_32_base_{setting}")
             common = {"setting": setting, "bits": bits, "gptq": gptq}
+            methods = {name: own for name, own in candidates(bits).items() if args.stage == "choose" or name in CHOSEN}
             runs.append({"name": f"{setting}, {bits} bits, GPTQ", **common, "method": "GPTQ", "seed": 0,
                          "evaluate": [*evaluate, "--quantized_model_dir", gptq]})
             runs += [{"name": f"{setting}, {bits} bits, {method}", **common, "method": method, "seed": seed,

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from experiment_runs import CENTRE, VARIED
+from experiment_runs import CENTRE, CENTRES, VARIED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -124,24 +124,25 @@ def draw_results(lines, file):
 
 
 def draw_ablation(lines, file):
-    """One panel for each thing that was varied: the loss of each recipe along it, its own value drawn full."""
+    """One panel for each thing that was varied: the loss of each centre along it, its own value drawn full."""
     plt = pyplot()
     what = list(dict.fromkeys(line["varied"] for line in lines if "varied" in line))
-    centres = [{**line, "varied": varied, "value": CENTRE[varied][line["recipe"]]}
-               for line in lines if "varied" not in line for varied in what if line["recipe"] in CENTRE[varied]]
+    centres = [{**line, "varied": varied, "value": CENTRE[varied][line["centre"]]}
+               for line in lines if "varied" not in line for varied in what if line["centre"] in CENTRE[varied]]
     figure, axes = plt.subplots((len(what) + 3) // 4, 4, figsize=(12, 2.8 * ((len(what) + 3) // 4)), squeeze=False,
                                 sharey=True)
     for ax, varied in zip(axes.flat, what, strict=False):
         some = [line for line in lines + centres if line.get("varied") == varied]
         values = list(VARIED[varied][1].values())
         order = sorted({v for value in values for v in value}, key=lambda v: (isinstance(v, str), v))
-        for recipe in dict.fromkeys(line["recipe"] for line in some):
-            points = {line["value"]: line["loss"] for line in some if line["recipe"] == recipe}
+        for centre in dict.fromkeys(line["centre"] for line in some):
+            points = {line["value"]: line["loss"] for line in some if line["centre"] == centre}
+            recipe, bits, setting = CENTRES[centre]
             color = next(color for name, _, color in METHODS if name == f"LoTA, {recipe}")
             places = [i for i, value in enumerate(order) if value in points]
-            ax.plot(places, [points[order[i]] for i in places], "o-", markersize=4, color=color, label=recipe,
-                    markerfacecolor="white")
-            if (own := CENTRE[varied][recipe]) in points:
+            ax.plot(places, [points[order[i]] for i in places], markersize=4, color=color, label=centre, marker="o",
+                    linestyle="-" if (bits, setting) == (2, "recovery") else "--", markerfacecolor="white")
+            if (own := CENTRE[varied][centre]) in points:
                 ax.plot([order.index(own)], [points[own]], "o", markersize=5, color=color)
         ax.set_xticks(range(len(order)), order, fontsize=8)
         ax.set_title(varied, fontsize=10, loc="left")
