@@ -37,15 +37,19 @@ from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
-# Opt-in settings for LoTA, found on a small model (experiments/LOG.md).
+# Opt-in settings for LoTA, found on a small model (experiments/LOG.md); and for each recipe and number of bits omega, as
+# a share of the rank, and sigma at the first step. The finer the grid, the more of its steps are worth taking. 8 bits
+# were not tried: they are as 4.
 RECIPES = {
     "published": {},
-    "learned": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True},
-    "grid": {"momentum": 0.9, "residual": False, "learned_scales": True}}
-# omega as a share of the rank, and sigma at the first step: as published, and in the other recipes by the bits. The
-# finer the grid, the more of its steps are worth taking. 8 bits are as 4, not tried.
-PUBLISHED_STEPS = 0.75, 0.95
-STEPS_BY_BITS = {2: (0.3, 0.995), 3: (0.2, 0.98), 4: (0.15, 0.98), 8: (0.15, 0.98)}
+    "steps": {"momentum": 0.9, "residual": False},
+    "grid": {"momentum": 0.9, "residual": False, "learned_scales": True},
+    "learned": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True}}
+BESIDE_SCALES = {2: (0.3, 0.995), 3: (0.3, 0.995), 4: (0.15, 0.98), 8: (0.15, 0.98)}
+STEPS = {
+    "published": dict.fromkeys((2, 3, 4, 8), (0.75, 0.95)),
+    "steps": {2: (0.3, 0.99), 3: (0.15, 0.98), 4: (0.1, 0.98), 8: (0.1, 0.98)},
+    "grid": BESIDE_SCALES, "learned": BESIDE_SCALES}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 SPLIT_TARGETS = re.compile(r"[,\s]+")
 
@@ -106,9 +110,9 @@ class trainingConfig:
     gradient_accumulation_steps: int = setting(1, "batches of an optimizer step")
     source_max_len: int = setting(1024, "tokens of a prompt at most")
     target_max_len: int = setting(256, "tokens of an answer at most, its end token counted in")
-    recipe: str = setting("published", "LoTA: settings that go together, for flags not given: learned trains mu "
-                                       "and the scales as parameters and lets more integers move; grid does without "
-                                       "mu, so that the merged model is plain GPTQ", choices=list(RECIPES))
+    recipe: str = setting("published", "LoTA: settings that go together, for flags not given. steps: ternary steps alone, "
+                                       "many of them; grid: the scales are trained beside them; both leave a plain "
+                                       "GPTQ model. learned: mu is trained too", choices=list(RECIPES))
     interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)",
                                            shown="0.75 r: 48 at r = 64; other recipes by the bits")
     filter_ratio: float | None = setting(None, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the "
@@ -383,7 +387,7 @@ def check_training(base, training, folder):
         return
     if base.lora_dropout:
         raise UserError("--lora_dropout must be 0 with LoTA: what is dropped could not be merged")
-    omega, sigma = PUBLISHED_STEPS if training.recipe == "published" else STEPS_BY_BITS[base.w_bits]
+    omega, sigma = STEPS[training.recipe][base.w_bits]
     if training.interval_point is None:
         training.interval_point = omega * base.lora_r
     if training.filter_ratio is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from LoTA_QAF_main import PUBLISHED_STEPS, RECIPES, STEPS_BY_BITS
+from LoTA_QAF_main import RECIPES, STEPS
 
 SEEDS = (1, 2, 3)
 RANK = 16
@@ -24,10 +24,8 @@ EVALUATE = {"ft_dataset_name": "viggo", "max_new_tokens": 160, "eval_batch_size"
 
 
 def recipe(name, bits):
-    """The flags of --recipe, written out, so that one can be changed at a time. "steps": nothing but ternary steps."""
-    if name == "steps":
-        return {**recipe("grid", bits), "learned_scales": False, **({"filter_ratio": 0.99} if bits == 2 else {})}
-    omega, sigma = PUBLISHED_STEPS if name == "published" else STEPS_BY_BITS[bits]
+    """The flags of --recipe, written out, so that one can be changed at a time."""
+    omega, sigma = STEPS[name][bits]
     return {"method": "lota", **RECIPES[name], "interval_point": RANK * omega, "filter_ratio": sigma}
 
 
@@ -36,11 +34,11 @@ LORA, QALORA = {"method": "lora"}, {"method": "qalora"}
 
 def candidates(bits):
     """{name: flags} of stage choose."""
-    steps, grid, learned = (recipe(name, bits) for name in ("steps", "grid", "learned"))
+    grid, learned = recipe("grid", bits), recipe("learned", bits)
     return {
         **{f"LoRA, {rate}": {**LORA, "learning_rate": rate} for rate in (5e-4, 1e-3, 3e-3)},
         **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
-        "LoTA, published": recipe("published", bits), "LoTA, steps": steps,
+        "LoTA, published": recipe("published", bits), "LoTA, steps": recipe("steps", bits),
         **{f"LoTA, grid, {rate}": {**grid, "scale_lr": rate} for rate in (0.015, 0.03, 0.06)},
         **{f"LoTA, learned, {rate}": {**learned, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)}}
 
@@ -49,36 +47,34 @@ def candidates(bits):
 CHOSEN = "LoRA, 0.001", "QA-LoRA, 0.003", "LoTA, published", "LoTA, steps", "LoTA, grid, 0.03", "LoTA, learned, 0.007"
 
 # Stage ablation. What is varied away from: {name: (recipe, bits, setting)}.
-CENTRES = {"published": ("published", 2, "recovery"), "steps": ("steps", 2, "recovery"),
-           "grid": ("grid", 2, "recovery"), "learned": ("learned", 2, "recovery"),
-           "learned, 4 bits, task": ("learned", 4, "task")}
-ALONE = {"interval_point": 0.97 * RANK}             # beyond every |dW|: no integer moves
+CENTRES = {"published": ("published", 2, "recovery"), "learned": ("learned", 2, "recovery"),
+           "steps, 4 bits, task": ("steps", 4, "task"), "learned, 4 bits, task": ("learned", 4, "task")}
+ALONE = 0.97                                        # beyond every |dW|: no integer moves
 # {what is varied: (flags of a value, {name of a centre: the values})}; and each centre's own value.
 VARIED = {
     "omega / r": (lambda share: {"interval_point": share * RANK},
-                  {"published": (0.3, 0.5, 0.75), "steps": (0.2, 0.3, 0.5), "learned": (0.15, 0.3, 0.97),
-                   "learned, 4 bits, task": (0.1, 0.15, 0.3, 0.97)}),
+                  {"published": (0.3, 0.5, 0.75), "learned": (0.3, ALONE),
+                   "steps, 4 bits, task": (0.1, 0.15, 0.2, 0.3), "learned, 4 bits, task": (0.1, 0.15, 0.3, ALONE)}),
     "sigma at first": (lambda sigma: {"filter_ratio": sigma},
-                       {"published": (0.9, 0.95, 0.99), "steps": (0.95, 0.99, 0.995), "learned": (0.98, 0.995),
-                        "learned, 4 bits, task": (0.95, 0.98, 0.995)}),
-    "momentum": (lambda momentum: {"momentum": momentum}, {"published": (0.0, 0.9), "steps": (0.0, 0.9)}),
+                       {"published": (0.9, 0.95, 0.99), "steps, 4 bits, task": (0.95, 0.98, 0.995),
+                        "learned, 4 bits, task": (0.95, 0.98)}),
+    "kappa": (lambda kappa: {"offset_scale": kappa}, {"published": ("omega", "paper")}),
+    "trained beside A, B": (lambda what: {"nothing": {"residual": False}, "mu": {"learned_scales": False}}[what],
+                            {"published": ("Eq. 4", "nothing"), "learned": ("mu", "mu, s")}),
+    "momentum": (lambda momentum: {"momentum": momentum}, {"published": (0.0, 0.9), "steps, 4 bits, task": (0.0, 0.9)}),
+    "rank": (lambda rank: {"lora_r": rank}, {"learned": (8, 16, 32), "steps, 4 bits, task": (8, 16, 32)}),
+    "group size": (lambda size: {"group": size}, {"published": (16, 32, 64), "learned": (16, 32, 64)}),
+    "steps": (lambda steps: {"max_steps": steps}, {"published": (80, 160, 320), "learned": (80, 160, 320)}),
     "batches a step, equal data": (lambda count: {"gradient_accumulation_steps": count,
                                                   "max_steps": TRAIN["max_steps"] // count},
-                                   {"published": (1, 4), "steps": (1, 2, 4)}),
-    "trained beside A, B": (lambda what: {"nothing": {"residual": False}, "mu": {"learned_scales": False}}[what],
-                            {"published": ("Eq. 4", "nothing"), "steps": ("nothing",), "grid": ("s",),
-                             "learned": ("mu", "mu, s")}),
-    "kappa": (lambda kappa: {"offset_scale": kappa}, {"published": ("omega", "paper")}),
-    "rank": (lambda rank: {"lora_r": rank}, dict.fromkeys(("published", "learned"), (8, 16, 32))),
-    "group size": (lambda size: {"group": size}, dict.fromkeys(("published", "learned"), (16, 32, 64))),
-    "steps": (lambda steps: {"max_steps": steps}, dict.fromkeys(("published", "learned"), (80, 160, 320)))}
-CENTRE = {"omega / r": {"published": 0.75, "steps": 0.3, "learned": 0.3, "learned, 4 bits, task": 0.15},
-          "sigma at first": {"published": 0.95, "steps": 0.99, "learned": 0.995, "learned, 4 bits, task": 0.98},
-          "momentum": {"published": 0.0, "steps": 0.9},
-          "batches a step, equal data": {"published": 1, "steps": 1},
-          "trained beside A, B": {"published": "Eq. 4", "steps": "nothing", "grid": "s", "learned": "mu, s"},
-          "kappa": {"published": "omega"}, "rank": {"published": RANK, "learned": RANK},
-          "group size": {"published": 32, "learned": 32}, "steps": {"published": 160, "learned": 160}}
+                                   {"published": (1, 4), "steps, 4 bits, task": (1, 2, 4)})}
+CENTRE = {"omega / r": {"published": 0.75, "learned": 0.3, "steps, 4 bits, task": 0.1, "learned, 4 bits, task": 0.15},
+          "sigma at first": {"published": 0.95, "steps, 4 bits, task": 0.98, "learned, 4 bits, task": 0.98},
+          "kappa": {"published": "omega"}, "trained beside A, B": {"published": "Eq. 4", "learned": "mu, s"},
+          "momentum": {"published": 0.0, "steps, 4 bits, task": 0.9},
+          "rank": {"learned": RANK, "steps, 4 bits, task": RANK}, "group size": {"published": 32, "learned": 32},
+          "steps": {"published": 160, "learned": 160},
+          "batches a step, equal data": {"published": 1, "steps, 4 bits, task": 1}}
 
 # The paper's settings for 8B: section 4 and appendix; QA-LoRA and LoRA alike. 64 rows a step, in pieces of 16. The
 # baselines' AdamW is torch's here; the paper's, paged, needs bitsandbytes: --optimizer_type paged_adamw_32bit.

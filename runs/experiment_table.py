@@ -19,7 +19,7 @@ MARKS = "<!-- made by runs/experiment_table.py -->\n", "<!-- end of what it made
 # Methods in the table's order: (as the runs call them, as the README does, colour).
 METHODS = (("GPTQ", "GPTQ", "#c9c9c9"), ("LoRA", "LoRA, 16-bit adapter", "#7fb069"),
            ("QA-LoRA", "QA-LoRA", "#e6b450"), ("LoTA, published", "LoTA, as published", "#a6c8e6"),
-           ("LoTA, steps", "LoTA, steps alone", "#b79fd6"), ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"),
+           ("LoTA, steps", "LoTA, `--recipe steps`", "#b79fd6"), ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"),
            ("LoTA, learned", "LoTA, `--recipe learned`", "#1f4e8c"))
 COLUMNS = 12
 SETTINGS = {"recovery": "recovery: the base knows the task",

@@ -306,6 +306,7 @@ def test_recipes_fill_in_what_is_not_given(monkeypatch):
                 base.learned_scales, training.offset_lr, training.scale_lr)
     assert parsed("published") == (None, 0.0, None, "omega", True, False, 0.007, 0.03)
     assert parsed("learned") == (None, 0.9, None, "learned", True, True, 0.007, 0.03)
+    assert parsed("steps") == (None, 0.9, None, "omega", False, False, 0.007, 0.03)
     assert parsed("grid") == (None, 0.9, None, "omega", False, True, 0.007, 0.03)
     assert parsed("learned", "--momentum", 0.0, "--filter_ratio", 0.95, "--learned_scales", False, "--interval_point",
                   3.0, "--scale_lr", 0.5) == (3.0, 0.0, 0.95, "learned", True, False, 0.007, 0.5)
@@ -313,7 +314,8 @@ def test_recipes_fill_in_what_is_not_given(monkeypatch):
 
 @pytest.mark.parametrize("recipe, bits, omega, sigma", [
     ("published", 2, 6.0, 0.95), ("published", 4, 6.0, 0.95), ("learned", 2, 2.4, 0.995), ("grid", 2, 2.4, 0.995),
-    ("learned", 3, 1.6, 0.98), ("learned", 4, 1.2, 0.98), ("grid", 8, 1.2, 0.98)])
+    ("learned", 3, 2.4, 0.995), ("learned", 4, 1.2, 0.98), ("steps", 4, 0.8, 0.98),
+    ("steps", 3, 1.2, 0.98), ("grid", 8, 1.2, 0.98)])
 def test_recipes_say_omega_and_sigma_by_the_bits(gptq, monkeypatch, recipe, bits, omega, sigma):
     """omega as a share of the rank."""
     monkeypatch.setattr(sys, "argv", ["LoTA_QAF_main.py", "--recipe", recipe, "--lora_r", "8", "--max_steps", "1"])
