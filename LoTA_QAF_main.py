@@ -37,9 +37,9 @@ from LoTA.ternary import check_settings
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}
-# Opt-in settings for LoTA, found on a small model (experiments/LOG.md); and for each recipe and number of bits omega, as
-# a share of the rank, and sigma at the first step. The finer the grid, the more of its steps are worth taking. 8 bits
-# were not tried: they are as 4.
+# Opt-in settings for LoTA, found on a small model (experiments/LOG.md); and for each recipe and number of bits omega,
+# as a share of the rank, and sigma at the first step. The finer the grid, the more of its steps are worth taking. 8
+# bits were not tried: they are as 4.
 RECIPES = {
     "published": {},
     "steps": {"momentum": 0.9, "residual": False},
@@ -110,9 +110,9 @@ class trainingConfig:
     gradient_accumulation_steps: int = setting(1, "batches of an optimizer step")
     source_max_len: int = setting(1024, "tokens of a prompt at most")
     target_max_len: int = setting(256, "tokens of an answer at most, its end token counted in")
-    recipe: str = setting("published", "LoTA: settings that go together, for flags not given. steps: ternary steps alone, "
-                                       "many of them; grid: the scales are trained beside them; both leave a plain "
-                                       "GPTQ model. learned: mu is trained too", choices=list(RECIPES))
+    recipe: str = setting("published", "LoTA: settings that go together, for flags not given. steps: ternary steps "
+                                       "alone, many of them; grid: the scales are trained beside them; both leave a "
+                                       "plain GPTQ model. learned: mu is trained too", choices=list(RECIPES))
     interval_point: float | None = setting(None, "LoTA: the threshold omega, in (0, r)",
                                            shown="0.75 r: 48 at r = 64; other recipes by the bits")
     filter_ratio: float | None = setting(None, "LoTA: sigma at the first step; 0.95 moves the top 5 %% of the "
