@@ -85,7 +85,7 @@ TABLE1 = {
               "evaluate": {"ft_dataset_name": name, "answer_loss": True}} for name in ("gsm8k", "sql", "viggo")}}
 TABLE1_TRAIN = {"lora_r": 64, "train_batch_size": 16, "gradient_accumulation_steps": 4, "save_strategy": "no"}
 TABLE1_METHODS = {"LoRA": LORA, "QA-LoRA": QALORA, "LoTA, published": {"method": "lota"},
-                  "LoTA, learned": {"method": "lota", "recipe": "learned"}}
+                  **{f"LoTA, {name}": {"method": "lota", "recipe": name} for name in ("steps", "learned")}}
 VIGGO_OMEGA = 0.875 * TABLE1_TRAIN["lora_r"]        # the others: 0.75 r, the default
 
 

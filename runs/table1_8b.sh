@@ -9,7 +9,7 @@
 #   MODEL       the 16-bit model, folder or hub name   [meta-llama/Llama-3.1-8B]
 #   WORK        where everything goes                  [work/table1_8b]
 #   BITS SEEDS  [4 3 2] [1]
-#   METHODS     some of LoRA, QA-LoRA, published, learned (the last two are LoTA's recipes)   [all]
+#   METHODS     some of LoRA, QA-LoRA, published, steps, learned (the last three are LoTA's recipes)   [all]
 #   SETS        [alpaca gsm8k sql viggo]
 #   DATA        a folder with the data sets in folders of their own, instead of the hub
 #   QUANTIZE TRAIN EVALUATE   more flags of gptq_quantize.py, of mode 1, of mode 2, for all runs
