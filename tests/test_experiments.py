@@ -1,6 +1,11 @@
 """The experiment scripts: the cut of the data, the lists of runs, a run from end to end, and the README's figures."""
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from statistics import mean, stdev
 
 import experiment
@@ -110,6 +115,38 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
         run_main(experiment, *arguments)
     changed = json.loads(results.read_text().splitlines()[-1])
     assert end.value.code == 0 and changed["name"] == "LoRA" and changed["loss"] != lora["loss"]
+
+
+def test_ctrl_c_ends_an_experiment(quantize, demo_data, tmp_path):
+    """Ctrl-C in a terminal reaches all processes: they end at once, none goes on with the next run."""
+    runs = [{"name": f"LoTA, {i}", "seed": 1, "gptq": str(quantize(2)), "evaluate": [],
+             "train": [*TRAIN, "--max_steps", 10_000, "--data_dir", str(demo_data), "--method", "lota"]}
+            for i in range(3)]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    process = subprocess.Popen([sys.executable, ROOT / "runs/experiment.py", "--runs", tmp_path / "runs.json", "--work",
+                                tmp_path, "--results", tmp_path / "results.jsonl"], stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    log = wait_for(lambda: next((tmp_path / "logs").glob("LoTA_0*.log"), None))
+    wait_for(lambda: "step 1/10000" in log.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and out.splitlines()[-1].startswith("stopped; ")
+
+    def all_gone():
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+    wait_for(all_gone, seconds=30)
+    assert len(list((tmp_path / "logs").iterdir())) == 1 and not (tmp_path / "results.jsonl").exists()
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return found
 
 
 def line(method, bits, seed, accuracy, loss, setting="recovery", **more):
