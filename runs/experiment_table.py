@@ -22,6 +22,7 @@ METHODS = (("GPTQ", "GPTQ", "#c9c9c9"), ("LoRA", "LoRA, 16-bit adapter", "#7fb06
            ("LoTA, steps", "LoTA, `--recipe steps`", "#b79fd6"), ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"),
            ("LoTA, learned", "LoTA, `--recipe learned`", "#1f4e8c"))
 COLUMNS = 12
+PANELS = 5              # in a row of the ablation's figure
 SETTINGS = {"recovery": "recovery: the base knows the task",
             "task": "task-specific: the base lacks three of nine functions"}
 # Table 1 of the paper, Llama 3.1 8B: {bits: {method: (MMLU after Alpaca, ViGGO after an epoch of it)}}.
@@ -129,8 +130,8 @@ def draw_ablation(lines, file):
     what = list(dict.fromkeys(line["varied"] for line in lines if "varied" in line))
     centres = [{**line, "varied": varied, "value": CENTRE[varied][line["centre"]]}
                for line in lines if "varied" not in line for varied in what if line["centre"] in CENTRE[varied]]
-    figure, axes = plt.subplots((len(what) + 3) // 4, 4, figsize=(12, 2.8 * ((len(what) + 3) // 4)), squeeze=False,
-                                sharey=True)
+    rows = -(-len(what) // PANELS)
+    figure, axes = plt.subplots(rows, PANELS, figsize=(2.9 * PANELS, 2.6 * rows), squeeze=False, sharey=True)
     for ax, varied in zip(axes.flat, what, strict=False):
         some = [line for line in lines + centres if line.get("varied") == varied]
         values = list(VARIED[varied][1].values())
@@ -140,8 +141,9 @@ def draw_ablation(lines, file):
             recipe, bits, setting = CENTRES[centre]
             color = next(color for name, _, color in METHODS if name == f"LoTA, {recipe}")
             places = [i for i, value in enumerate(order) if value in points]
+            style = "" if isinstance(order[0], str) else "-" if (bits, setting) == (2, "recovery") else "--"
             ax.plot(places, [points[order[i]] for i in places], markersize=4, color=color, label=centre, marker="o",
-                    linestyle="-" if (bits, setting) == (2, "recovery") else "--", markerfacecolor="white")
+                    linestyle=style, markerfacecolor="white")
             if (own := CENTRE[varied][centre]) in points:
                 ax.plot([order.index(own)], [points[own]], "o", markersize=5, color=color)
         ax.set_xticks(range(len(order)), order, fontsize=8)
@@ -149,9 +151,12 @@ def draw_ablation(lines, file):
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("loss")
+        ax.set_yscale("log", subs=())
+        ax.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
     for ax in axes.flat[len(what):]:
         ax.axis("off")
-    axes.flat[0].legend(fontsize=7, frameon=False)
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=8, frameon=False)
     save(figure, file)
 
 
