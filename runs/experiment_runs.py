@@ -32,6 +32,10 @@ def recipe(name, bits):
 LORA, QALORA = {"method": "lora"}, {"method": "qalora"}
 
 
+# (omega / r, sigma at first) that the recipes' own were chosen from.
+PAIRS = (0.3, 0.995), (0.2, 0.98), (0.15, 0.98), (0.1, 0.98), (0.1, 0.95), (0.1, 0.9)
+
+
 def candidates(bits):
     """{name: flags} of stage choose."""
     grid, learned = recipe("grid", bits), recipe("learned", bits)
@@ -40,7 +44,10 @@ def candidates(bits):
         **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
         "LoTA, published": recipe("published", bits), "LoTA, steps": recipe("steps", bits),
         **{f"LoTA, grid, {rate}": {**grid, "scale_lr": rate} for rate in (0.015, 0.03, 0.06)},
-        **{f"LoTA, learned, {rate}": {**learned, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)}}
+        **{f"LoTA, learned, {rate}": {**learned, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)},
+        **{f"LoTA, {name}, {omega} r, {sigma}": {**own, "interval_point": omega * RANK, "filter_ratio": sigma}
+           for name, own in (("steps", recipe("steps", bits)), ("grid", grid), ("learned", learned))
+           for omega, sigma in PAIRS}}
 
 
 # What was chosen by losses on the rows for choosing: experiments/LOG.md.
