@@ -2,11 +2,12 @@
 
     python experiments/two_steps.py --work WORK --results RESULTS.jsonl
 
-WORK holds what runs/experiment.sh makes. `learned` at 4 bits, task-specific, with one step at most and with two, at two
-thresholds, on the rows for choosing. A second step needs no other code: the sum of two thresholds of Eq. 3 takes
-the place of one, in training, merge and verification alike.
+WORK holds what runs/experiment.sh makes, and for 8 bits a gptq/int8_32_base_task made likewise. `learned`,
+task-specific, with one step at most and with two, at two thresholds, on the rows for choosing. A second step needs no
+other code: the sum of two thresholds of Eq. 3 takes the place of one, in training, merge and verification alike.
 """
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -32,14 +33,15 @@ def main():
         sys.exit("error: this changes the CPU's road only; hide the GPU: CUDA_VISIBLE_DEVICES=")
     one_step = ternary.ternary_step
     ternary._few_steps = lambda *_: None            # that shortcut knows one step only
-    for share in OMEGAS:
-        for most in (1, 2):
-            ternary.ternary_step = one_step if most == 1 else (
-                lambda aux, omega: one_step(aux, omega) + one_step(aux, 2 * omega))
-            run = away_from("learned, 4 bits, task", work, f", omega / r {share}, at most {most} steps",
-                            {"interval_point": share * RANK})
-            if missing([run], results):
-                add_line(run, work, results, commit())
+    for bits, share, most in itertools.product((4, 8), OMEGAS, (1, 2)):
+        ternary.ternary_step = one_step if most == 1 else (
+            lambda aux, omega: one_step(aux, omega) + one_step(aux, 2 * omega))
+        run = away_from("learned, 4 bits, task", work, f", omega / r {share}, at most {most} steps",
+                        {"interval_point": share * RANK})
+        run |= {"bits": bits, "gptq": str(work / f"gptq/int{bits}_32_base_task"),
+                "name": run["name"].replace("4 bits", f"{bits} bits")}
+        if missing([run], results):
+            add_line(run, work, results, commit())
 
 
 if __name__ == "__main__":
