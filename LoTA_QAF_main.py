@@ -45,7 +45,7 @@ RECIPES = {
     "steps": {"momentum": 0.9, "residual": False},
     "grid": {"momentum": 0.9, "residual": False, "learned_scales": True},
     "learned": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True}}
-BESIDE_SCALES = {2: (0.3, 0.995), 3: (0.3, 0.995), 4: (0.15, 0.98), 8: (0.15, 0.98)}
+BESIDE_SCALES = {2: (0.3, 0.995), 3: (0.2, 0.98), 4: (0.15, 0.98), 8: (0.15, 0.98)}
 STEPS = {
     "published": dict.fromkeys((2, 3, 4, 8), (0.75, 0.95)),
     "steps": {2: (0.3, 0.99), 3: (0.15, 0.98), 4: (0.1, 0.98), 8: (0.1, 0.98)},

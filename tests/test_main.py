@@ -314,7 +314,7 @@ def test_recipes_fill_in_what_is_not_given(monkeypatch):
 
 @pytest.mark.parametrize("recipe, bits, omega, sigma", [
     ("published", 2, 6.0, 0.95), ("published", 4, 6.0, 0.95), ("learned", 2, 2.4, 0.995), ("grid", 2, 2.4, 0.995),
-    ("learned", 3, 2.4, 0.995), ("learned", 4, 1.2, 0.98), ("steps", 4, 0.8, 0.98),
+    ("learned", 3, 1.6, 0.98), ("learned", 4, 1.2, 0.98), ("steps", 4, 0.8, 0.98),
     ("steps", 3, 1.2, 0.98), ("grid", 8, 1.2, 0.98)])
 def test_recipes_say_omega_and_sigma_by_the_bits(gptq, monkeypatch, recipe, bits, omega, sigma):
     """omega as a share of the rank."""
