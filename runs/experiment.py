@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -159,6 +160,8 @@ def main():
     runs = json.loads(Path(args.runs).read_text())
     (work / "logs").mkdir(parents=True, exist_ok=True)
     results.parent.mkdir(parents=True, exist_ok=True)
+    # A script that starts this with & has had Ctrl-C ignored for it; the runs take it all the same, and so must this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"         # before the workers import torch
     # Processes that stay: importing everything takes ten seconds, a small run a minute or two.

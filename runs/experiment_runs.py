@@ -5,6 +5,7 @@
 WORK holds what runs/experiment.sh makes: base_SETTING, gptq/ and data/. Stage choose: candidates side by side, one
 seed, scored on rows of the train split that nothing is trained on. Stage ablation: one setting at a time away from the
 published recipe and from the best ones, the same rows. Stage test: what was chosen, three seeds, on the test split.
+Stage confirm: the same runs, in a WORK whose data/ is the turned cut of runs/experiment_data.py.
 """
 import argparse
 import json
@@ -134,10 +135,10 @@ def named(method, only):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True)
-    parser.add_argument("--stage", choices=["choose", "ablation", "test", "table1"], required=True)
+    parser.add_argument("--stage", choices=["choose", "ablation", "test", "confirm", "table1"], required=True)
     parser.add_argument("--settings", nargs="+", choices=["recovery", "task"], default=["recovery"])
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
-    parser.add_argument("--seeds", type=int, nargs="+", help="[1; of stage test 1 2 3]")
+    parser.add_argument("--seeds", type=int, nargs="+", help="[1; of stages test and confirm 1 2 3]")
     parser.add_argument("--only", nargs="+", help="only methods with one of these words: LoRA, LoTA, published ...")
     parser.add_argument("--output", required=True)
     only = parser.add_argument_group("stage table1")
@@ -176,8 +177,9 @@ def away_from(centre, work, name="", changed=(), **note):
 def small(args):
     """The runs of runs/experiment.sh."""
     work = Path(args.work).resolve()
-    seeds = args.seeds or (SEEDS if args.stage == "test" else SEEDS[:1])
-    rows = str(work / "data" / ("tune" if args.stage == "test" else "choose"))
+    final = args.stage in ("test", "confirm")
+    seeds = args.seeds or (SEEDS if final else SEEDS[:1])
+    rows = str(work / "data" / ("tune" if final else "choose"))
     evaluate = flags({**EVALUATE, "data_dir": rows})
     runs = []
     for setting in args.settings:
@@ -187,7 +189,7 @@ def small(args):
         for bits in args.bits:
             gptq = str(work / f"gptq/int{bits}_32_base_{setting}")
             common = {"setting": setting, "bits": bits, "gptq": gptq}
-            methods = {name: own for name, own in candidates(bits).items() if args.stage == "choose" or name in CHOSEN}
+            methods = {name: own for name, own in candidates(bits).items() if not final or name in CHOSEN}
             runs.append({"name": f"{setting}, {bits} bits, GPTQ", **common, "method": "GPTQ", "seed": 0,
                          "evaluate": [*evaluate, "--quantized_model_dir", gptq]})
             runs += [{"name": f"{setting}, {bits} bits, {method}", **common, "method": method, "seed": seed,

@@ -1,7 +1,7 @@
-"""Makes the README's table of results and its two figures from the lines of JSON in experiments/results/.
+"""Makes the README's tables of results and its two figures from the lines of JSON in experiments/results/.
 
-    python runs/experiment_table.py            # prints the table, draws results.svg and ablation.svg beside the lines
-    python runs/experiment_table.py --readme   # and puts the table between the marks in README.md
+    python runs/experiment_table.py            # prints the tables, draws results.svg and ablation.svg beside the lines
+    python runs/experiment_table.py --readme   # and puts the tables between their marks in README.md
     python runs/experiment_table.py --lines choose.jsonl      # any other file of lines, run by run, for the log
 
 Means over the seeds with their standard deviation (n - 1); medians of what was moved, of sizes and times.
@@ -15,13 +15,14 @@ from experiment_runs import CENTRE, CENTRES, VARIED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-MARKS = "<!-- made by runs/experiment_table.py -->\n", "<!-- end of what it made -->\n"
+# The README's tables: {file of lines: how many of the columns}.
+TABLES = {"test.jsonl": 12, "confirm.jsonl": 7}
+END_MARK = "<!-- end of what it made -->\n"
 # Methods in the table's order: (as the runs call them, as the README does, colour).
 METHODS = (("GPTQ", "GPTQ", "#c9c9c9"), ("LoRA", "LoRA, 16-bit adapter", "#7fb069"),
            ("QA-LoRA", "QA-LoRA", "#e6b450"), ("LoTA, published", "LoTA, as published", "#a6c8e6"),
            ("LoTA, steps", "LoTA, `--recipe steps`", "#b79fd6"), ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"),
            ("LoTA, learned", "LoTA, `--recipe learned`", "#1f4e8c"))
-COLUMNS = 12
 PANELS = 5              # in a row of the ablation's figure
 SETTINGS = {"recovery": "recovery: the base knows the task",
             "task": "task-specific: the base lacks three of nine functions"}
@@ -59,7 +60,7 @@ def spread(values, form, scale=1):
 
 
 def row_of(lines, bits, method, label):
-    """One row of the README's table, or None where nothing was run."""
+    """One row of the README's tables, a list of cells, or None where nothing was run."""
     both = [chosen(lines, setting=setting, bits=bits, method=method) for setting in SETTINGS]
     if not any(both):
         return None
@@ -73,18 +74,20 @@ def row_of(lines, bits, method, label):
         return f"{scale * median(values):{form}}" if values else ""
     moved = [middle("moved", ".3f", 100, some) for some in both]
     cells += [" / ".join(filter(None, moved)), middle("adapter_mb", ".2f"), middle("merged_mb", ".2f"),
-              middle("train_s", ".0f"), *(f"*{cell}*" for cell in PAPER[bits].get(method, ()))]
-    return "| " + " | ".join(cells + [""] * (COLUMNS - len(cells))) + " |"
+              middle("train_s", ".0f")]
+    paper = PAPER[bits].get(method)
+    return [*cells, *(f"*{cell}*" for cell in paper)] if paper else [*cells, "", ""]
 
 
-def table(lines):
-    """The README's table, with what it needs to be read."""
+def table(lines, columns):
+    """A table of the README, its first so many columns, with what it needs to be read."""
     header = ["bits", "method", "recovery: exact match, %", "loss", "task: exact match, %", "loss",
               "integers moved (recovery / task), %", "adapter MB", "merged MB", "training, s", "*paper, 8B: MMLU*",
               "*paper, 8B: ViGGO*"]
     rows = [row_of(lines, 16, "16-bit base", "the base"),
             *(row_of(lines, bits, method, label) for bits in (4, 3, 2) for method, label, _ in METHODS)]
-    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *filter(None, rows)]
+    rows = [header, ["---"] * len(header), *filter(None, rows)]
+    rows = [f"| {' | '.join(row[:columns])} |" for row in rows]
     merging = [line for line in lines if line.get("differ_from_live") is not None]
     seeds = sorted({line["seed"] for line in lines if "train" in line})
     differ = sum(line["differ_from_live"] for line in merging)
@@ -174,15 +177,18 @@ def save(figure, file):
     print(f"drawn: {Path(file).relative_to(ROOT)}")
 
 
-def replace_block(text, block):
-    """`text` with `block` between MARKS."""
-    before, rest = text.split(MARKS[0], 1)
-    return before + MARKS[0] + block + MARKS[1] + rest.split(MARKS[1], 1)[1]
+def with_tables(text):
+    """`text`, the README's, with the tables of the committed lines between their marks."""
+    for name, columns in TABLES.items():
+        mark = f"<!-- made by runs/experiment_table.py of {name} -->\n"
+        before, rest = text.split(mark, 1)
+        text = before + mark + table(read_lines(RESULTS / name), columns) + END_MARK + rest.split(END_MARK, 1)[1]
+    return text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables into README.md")
     parser.add_argument("--lines", help="print this file of experiments/results/ run by run instead")
     args = parser.parse_args()
     if args.lines:
@@ -193,14 +199,13 @@ def main():
             print(f"| {line['name']} | {line['seed']} | {line['accuracy']:.1%} | {loss} | {moved} | "
                   f"{line.get('differ_from_live', '')} |")
         return
-    lines = read_lines(RESULTS / "test.jsonl")
-    print(table(lines))
-    draw_results(lines, RESULTS / "results.svg")
-    if (RESULTS / "ablation.jsonl").exists():
-        draw_ablation(read_lines(RESULTS / "ablation.jsonl"), RESULTS / "ablation.svg")
+    for name, columns in TABLES.items():
+        print(table(read_lines(RESULTS / name), columns))
+    draw_results(read_lines(RESULTS / "test.jsonl"), RESULTS / "results.svg")
+    draw_ablation(read_lines(RESULTS / "ablation.jsonl"), RESULTS / "ablation.svg")
     if args.readme:
         readme = ROOT / "README.md"
-        readme.write_text(replace_block(readme.read_text(), table(lines)))
+        readme.write_text(with_tables(readme.read_text()))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def rows_of(file):
 
 def test_the_cut_keeps_rows_apart(tmp_path):
     """Half, 40 % and 10 %, no row in two parts; the second base has no row of three functions; test rows are only where
-    nothing is chosen."""
+    nothing is chosen. Turned: bases from the other half, and the meanings to be scored are in no other part."""
     functions = ("inform", *experiment_data.LACKING)
-    train = [(f"{functions[i % 4]}(name[Game {i}])", f"Text {i}.") for i in range(200)]
+    train = [(f"{functions[i // 2 % 4]}(name[Game {i // 2}])", f"Text {i}.") for i in range(200)]
     test = [(f"inform(name[Test {i}])", f"Test {i}.") for i in range(7)]
     for name, rows in (("train", train), ("test", test)):
         with open(tmp_path / f"{name}.csv", "w", newline="", encoding="utf-8") as f:
@@ -43,6 +43,18 @@ def test_the_cut_keeps_rows_apart(tmp_path):
     assert part["choose"] == part["tune"] and rows_of(tmp_path / "cut/tune/test.csv") == test
     assert not set(choosing) & set(test)
 
+    run_main(experiment_data, "--data_dir", tmp_path, "--output", tmp_path / "turned", "--turned")
+    turned = {name: rows_of(tmp_path / "turned" / name / "train.csv")
+              for name in ("base_recovery", "base_task", "tune")}
+    scored = rows_of(tmp_path / "turned/tune/test.csv")
+    assert sorted(turned["base_recovery"]) == sorted(part["tune"] + choosing)
+    assert turned["base_task"] == [row for row in turned["base_recovery"] if row[0].startswith("inform(")]
+    assert sorted(turned["tune"] + scored) == sorted(part["base_recovery"]) and len(scored) > 10
+    known = {meaning for meaning, _ in turned["base_recovery"]}
+    assert {meaning for meaning, _ in turned["tune"]} <= known and not {meaning for meaning, _ in scored} & known
+    assert all(rows_of(tmp_path / "turned" / name / "test.csv") == scored for name in turned)
+    assert not (tmp_path / "turned/choose").exists()
+
 
 def test_the_lists_of_runs(tmp_path):
     """Stage test: every method, setting, number of bits and seed once, and scored on the test rows; choose: not."""
@@ -53,6 +65,7 @@ def test_the_lists_of_runs(tmp_path):
     assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) == 2 * (1 + 3 * (
         1 + 3 * len(experiment_runs.CHOSEN)))
     assert all(run["evaluate"][run["evaluate"].index("--data_dir") + 1] == str(tmp_path / "data/tune") for run in runs)
+    assert listed("--stage", "confirm", "--settings", "recovery", "task", "--bits", 2, 3, 4) == runs
     for stage in ("choose", "ablation"):
         runs = listed("--stage", stage)
         assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 10
@@ -118,14 +131,17 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
 
 
 def test_ctrl_c_ends_an_experiment(quantize, demo_data, tmp_path):
-    """Ctrl-C in a terminal reaches all processes: they end at once, none goes on with the next run."""
+    """Ctrl-C in a terminal reaches all processes: they end at once, none goes on with the next run. Also where this was
+    started with & by a script: its shell has had the signal ignored."""
     runs = [{"name": f"LoTA, {i}", "seed": 1, "gptq": str(quantize(2)), "evaluate": [],
              "train": [*TRAIN, "--max_steps", 10_000, "--data_dir", str(demo_data), "--method", "lota"]}
             for i in range(3)]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = subprocess.Popen([sys.executable, ROOT / "runs/experiment.py", "--runs", tmp_path / "runs.json", "--work",
                                 tmp_path, "--results", tmp_path / "results.jsonl"], stdout=subprocess.PIPE, text=True,
                                start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     log = wait_for(lambda: next((tmp_path / "logs").glob("LoTA_0*.log"), None))
     wait_for(lambda: "step 1/10000" in log.read_text())
     os.killpg(process.pid, signal.SIGINT)
@@ -162,7 +178,7 @@ def test_the_table_is_of_the_lines():
                     train_s=10.0 * i, differ_from_live=i) for i, a in enumerate(three, 1)),
              line("LoTA, published", 3, 1, 0.9, 0.1, train=[], differ_from_live=0),
              line("QA-LoRA, 3e-3", 2, 1, 0.25, 0.3, "task", train=[], differ_from_live=0)]
-    text = experiment_table.table(lines)
+    text = experiment_table.table(lines, 12)
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
     assert [row[:2] for row in rows[2:]] == [["16", "the base"], ["3", "LoTA, as published"], ["2", "GPTQ"],
                                             ["2", "QA-LoRA"], ["2", "LoTA, as published"]]
@@ -170,6 +186,9 @@ def test_the_table_is_of_the_lines():
     assert rows[-1] == ["2", "LoTA, as published", accuracy, "0.200 ± 0.100", "", "", "2.000", "0.50", "1.50", "20",
                         "*28.49*", "*41.98*"]
     assert rows[-2][2:6] == ["", "", "25.0", "0.300"] and rows[-2][-2:] == ["*26.56*", "*37.18*"]
+    assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
+    narrow = experiment_table.table(lines, 7).splitlines()[2:7]
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in narrow] == [row[:7] for row in rows[2:]]
     assert "Seeds 1, 2, 3" in text
     assert "In the 5 runs that merge, 500 answers were given merged and live: 6 differ" in text
 
@@ -190,9 +209,11 @@ def test_the_figures_are_drawn_of_what_is_there(tmp_path, monkeypatch):
         assert f"<!-- {text} -->" in drawn
 
 
-def test_the_readme_has_the_table_of_the_committed_lines():
-    """No figure of the README's table without a line of JSON behind it."""
+def test_the_readme_has_the_tables_of_the_committed_lines():
+    """No figure of the README's tables without a line of JSON behind it."""
     readme = (ROOT / "README.md").read_text()
-    lines = experiment_table.read_lines(experiment_table.RESULTS / "test.jsonl")
-    assert experiment_table.replace_block(readme, experiment_table.table(lines)) == readme
-    assert all(line["differ_from_live"] == 0 for line in lines if "differ_from_live" in line)
+    assert experiment_table.with_tables(readme) == readme
+    for name in experiment_table.TABLES:
+        lines = experiment_table.read_lines(experiment_table.RESULTS / name)
+        assert sum("differ_from_live" in line for line in lines) > 30
+        assert all(line["differ_from_live"] == 0 for line in lines if "differ_from_live" in line)
