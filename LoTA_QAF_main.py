@@ -134,7 +134,8 @@ class trainingConfig:
                                         "with the constant schedule")
     lr_scheduler_type: str = setting("constant", "LoRA baseline: learning rate schedule")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, more time")
-    logging_steps: int = setting(1, "steps between two lines of metrics")
+    logging_steps: int = setting(1, "steps between two lines of metrics; about 100 of them at most also say which "
+                                   "integers a merge would move")
     save_strategy: str = setting("steps", "when to save checkpoints: steps (see --save_number), epoch or no",
                                  choices=["steps", "epoch", "no"])
     save_number: int = setting(10, "with --save_strategy steps: how many checkpoints a run writes")

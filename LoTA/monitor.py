@@ -12,7 +12,7 @@ import torch
 from LoTA.layer import CustomLoraLinear
 from LoTA.lota_merge import count_moved, shares
 
-LOOKS = 100             # times a run is looked into at most: every look merges all layers in memory
+LOOKS = 100             # about so many times a run is looked into at most: each time merges all layers in memory
 SAMPLE_ROWS = 64        # rows of each layer whose dW is formed
 
 
@@ -21,28 +21,38 @@ class Monitor:
 
     def __init__(self, model, optimizer, omega, num_steps):
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
-        self.optimizer, self.omega = optimizer, omega
-        self.every = max(1, math.ceil(num_steps / LOOKS))
+        self.optimizer, self.omega, self.num_steps = optimizer, omega, num_steps
+        self.next_inside = 0                # the step from which on another look inside is due
         self.kinds = {id(p): n for layer in self.layers.values() for n in ("lora_A", "lora_B")
                       for p in getattr(layer, n).parameters()}
-        self.rows = []                      # one dict for each look
+        self.rows = []                      # one dict for each logging step
         self.moved = self.moved_in_layer = None
 
-    def is_due(self, step):
-        return step % self.every == 0 or step == 1
-
-    @torch.no_grad()
     def look(self, step, loss):
-        """The numbers of this step: a flat dict, for the console and any tracker.
+        """The numbers of this logging step: a flat dict, for the console and any tracker.
 
-        flips_A, flips_B: entries moved in the last step; minus, zeros, plus: shares of the entries that are -1, 0, 1;
-        dW_median, dW_99, dW_max: quantiles of |dW|, in omega, over SAMPLE_ROWS rows of every layer; mu: mean |offset|
-        in grid steps; scales: mean relative change of learned scales; moved: share of the integer weights that a merge
-        would move, and moved_PROJECTION of each.
+        flips_A, flips_B: entries moved in the last step. And of the last step, and about LOOKS others: what
+        look_inside() finds, moved_PROJECTION for each.
         """
         flips = {"lora_A": 0, "lora_B": 0}
         for p, count in self.optimizer.flipped.items():
             flips[self.kinds[id(p)]] += int(count)
+        numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"]}
+        if step >= self.next_inside or step == self.num_steps:
+            self.next_inside = step + math.ceil(self.num_steps / LOOKS)
+            numbers |= self.look_inside()
+        self.rows.append({"step": step, "loss": loss, **numbers})
+        by_projection = numbers.pop("moved_by_projection", {})
+        return numbers | {f"moved_{name}": share for name, share in by_projection.items() if name != "all"}
+
+    @torch.no_grad()
+    def look_inside(self):
+        """What the layers hold now.
+
+        minus, zeros, plus: shares of the entries that are -1, 0, 1; dW_median, dW_99, dW_max: quantiles of |dW|, in
+        omega, over SAMPLE_ROWS rows of every layer; mu: mean |offset| in grid steps; scales: mean relative change of
+        learned scales; moved: share of the integer weights that a merge would move; moved_by_projection: of each.
+        """
         minus = plus = entries = 0
         for layer in self.layers.values():
             for matrix in layer.adapter_pair():
@@ -52,14 +62,11 @@ class Monitor:
         mu = self.merge_in_memory()
         changes = [c.abs().mean() for c in (layer.scale_change() for layer in self.layers.values()) if c is not None]
         by_projection = shares(self.moved)
-        numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"],
-                   "minus": minus / entries, "zeros": 1 - (minus + plus) / entries, "plus": plus / entries,
-                   "dW_median": _quantile(sizes, 0.5) / self.omega, "dW_99": _quantile(sizes, 0.99) / self.omega,
-                   "dW_max": float(sizes.max()) / self.omega, "mu": mu,
-                   "scales": float(sum(c.cpu() for c in changes)) / max(1, len(changes)),
-                   "moved": by_projection["all"]}
-        self.rows.append({"step": step, "loss": loss, **numbers, "moved_by_projection": by_projection})
-        return numbers | {f"moved_{name}": share for name, share in by_projection.items() if name != "all"}
+        return {"minus": minus / entries, "zeros": 1 - (minus + plus) / entries, "plus": plus / entries,
+                "dW_median": _quantile(sizes, 0.5) / self.omega, "dW_99": _quantile(sizes, 0.99) / self.omega,
+                "dW_max": float(sizes.max()) / self.omega, "mu": mu,
+                "scales": float(sum(c.cpu() for c in changes)) / max(1, len(changes)),
+                "moved": by_projection["all"], "moved_by_projection": by_projection}
 
     @torch.no_grad()
     def sizes_of_aux(self):
@@ -83,7 +90,7 @@ class Monitor:
         return total / max(1, count)
 
     def write(self, folder):
-        """metrics.jsonl, report.md and report.png in `folder`, of the last look."""
+        """metrics.jsonl, report.md and report.png in `folder`, after a look at the last step."""
         folder = Path(folder)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         draw(folder / "report.png", self.rows, self.moved_in_layer, self.sizes_of_aux(), self.omega)
@@ -106,12 +113,12 @@ class Monitor:
 def line_of(logs, steps):
     """One line for the console out of what a step logged; `steps` is "done/all"."""
     parts = [f"step {steps}", *(f"{name} {logs[name]:{form}}" for name, form in (
-        ("loss", ".4f"), ("grad_norm", ".3g"), ("sigma", ".5f")) if name in logs)]
+        ("loss", ".4f"), ("grad_norm", ".3g"), ("sigma", ".5f")) if name in logs),
+        f"flips A {logs['flips_A']} B {logs['flips_B']}"]
     if "moved" in logs:
         by_projection = " ".join(f"{name.removeprefix('moved_').removesuffix('_proj')} {share:.3%}"
                                  for name, share in logs.items() if name.startswith("moved_"))
-        parts += [f"flips A {logs['flips_A']} B {logs['flips_B']}",
-                  f"-1/0/1 {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
+        parts += [f"-1/0/1 {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
                   f"|dW|/omega {logs['dW_median']:.2f} {logs['dW_99']:.2f} {logs['dW_max']:.2f}",
                   f"mu {logs['mu']:.3f}", f"scales {logs['scales']:.3f}",
                   f"moved {logs['moved']:.3%} ({by_projection})"]

@@ -35,9 +35,7 @@ class LotaTrainer(Trainer):
     def log(self, logs, *args, **kwargs):
         if "learning_rate" in logs:
             logs.pop("learning_rate")                               # t-SignSGD has none
-            logs["sigma"] = self.ternary_optimizer.current_sigma()
-            if self.monitor.is_due(self.state.global_step):
-                logs |= self.monitor.look(self.state.global_step, logs["loss"])
+            logs |= self.monitor.look(self.state.global_step, logs["loss"])
         super().log(logs, *args, **kwargs)
 
     def last_look(self, loss):

@@ -540,16 +540,22 @@ def test_help_explains_every_flag(capsys):
         assert symbol in text
 
 
-def test_a_step_on_the_console_is_one_readable_line(trained, gptq, base_model, demo_data, tmp_path, capsys):
-    """The line of a step has the numbers that metrics.jsonl has, with the share moved of every projection."""
+def test_a_step_on_the_console_is_one_readable_line(gptq, base_model, demo_data, tmp_path, capsys, monkeypatch):
+    """The line of a step has the numbers that metrics.jsonl has, with the share moved of every projection. Where
+    looking inside at every logging step would be too often, the steps between have loss, sigma and flips."""
+    monkeypatch.setattr("LoTA.monitor.LOOKS", 2)                    # of 8 steps: every 4
     main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
          "--adapter_path", tmp_path, "--save_strategy", "no")
     adapter, = tmp_path.iterdir()
-    row = json.loads((adapter / "metrics.jsonl").read_text().splitlines()[-1])
-    line, = (part for part in capsys.readouterr().out.splitlines() if part.startswith("step 8/8"))
+    rows = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [(row["step"], "moved" in row) for row in rows] == [(2, True), (4, False), (6, True), (8, True)]
+    assert lines[1].startswith(f"step 4/8  loss {rows[1]['loss']:.4f}  ")
+    assert lines[1].endswith(f"  sigma {rows[1]['sigma']:.5f}  flips A {rows[1]['flips_A']} B {rows[1]['flips_B']}")
+    row, line = rows[-1], lines[-1]
     moved = " ".join(f"{name.removesuffix('_proj')} {share:.3%}" for name, share in row["moved_by_projection"].items()
                      if name != "all")
-    assert f"loss {row['loss']:.4f}  " in line and "sigma 0.99990  " in line
+    assert line.startswith("step 8/8  ") and f"loss {row['loss']:.4f}  " in line and "sigma 0.99990  " in line
     assert f"flips A {row['flips_A']} B {row['flips_B']}  " in line
     assert f"-1/0/1 {row['minus']:.0%}/{row['zeros']:.0%}/{row['plus']:.0%}  " in line
     assert f"|dW|/omega {row['dW_median']:.2f} {row['dW_99']:.2f} {row['dW_max']:.2f}  mu {row['mu']:.3f}  " in line
