@@ -86,7 +86,8 @@ def perform(run, work):
     config = LotaConfig.load(adapter)
     figures = {"training_loss": config.training["loss"], "train_s": config.training["runtime_s"],
                "moved": (config.training.get("moved") or {}).get("all"),
-               "adapter_mb": megabytes(adapter), "gptq_mb": megabytes(run["gptq"])}
+               "adapter_mb": megabytes(adapter), "gptq_mb": megabytes(run["gptq"]),
+               "fingerprint": config.fingerprint}           # of the GPTQ weights: which base a line is of
     if torch.cuda.is_available():       # on a CPU it is that of the process, and so of all runs before
         figures["train_mb"] = config.training["peak_mb"]
     flags = ["--load_adapter", adapter, "--quantized_model_dir", run["gptq"], *run["evaluate"]]

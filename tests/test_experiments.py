@@ -15,6 +15,8 @@ import experiment_table
 import pytest
 from conftest import ROOT, run_main
 
+from LoTA.folders import GPTQFolder
+
 TRAIN = ["--training_data_name", "viggo", "--lora_r", 8, "--max_steps", 3, "--train_batch_size", 8, "--dtype",
          "float32", "--save_strategy", "no"]
 
@@ -103,6 +105,7 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
     assert lota["differ_from_live"] == 0 and lota["live_accuracy"] == lota["accuracy"] and lota["merged_mb"] > 0
     assert "differ_from_live" not in lora and lora["adapter_mb"] > 0 and lora["train_s"] > 0
     assert lota["loss"] != lines["GPTQ"]["loss"] and str(tmp_path) not in results.read_text()
+    assert lota["fingerprint"] == lora["fingerprint"] == GPTQFolder(gptq).fingerprint()
     assert lota["train"][:2] == TRAIN[:2] and gptq not in results.read_text()
 
     # Without the line of LoRA, and with GPTQ scored on fewer rows: LoRA's adapter is there, LoTA stays as it is.
