@@ -4,6 +4,7 @@
 #   bash runs/experiment.sh DATA confirm       what the table says, on bases and rows that nothing was chosen on; 2 hours
 #   bash runs/experiment.sh DATA choose        candidates side by side, on rows of the train split
 #   bash runs/experiment.sh DATA ablation      one setting at a time, the same rows
+# More flags go to runs/experiment_runs.py: DATA choose --settings recovery task --bits 4 --only LoRA QA-LoRA
 # DATA holds ViGGO's train.csv and test.csv, published in github.com/jjuraska/data2text-nlg. What is already made, trained
 # or scored is left alone: start it again after an interruption. Lines of JSON go to WORK/STAGE.jsonl (LOTA_WORK names
 # WORK); JOBS runs go on at a time [the number of cores], each on one thread.
@@ -33,7 +34,7 @@ if [ "$stage" = ablation ]; then quantize recovery 2 16; quantize recovery 2 64;
 
 # 3. The runs.
 if [ "$stage" = test ] || [ "$stage" = confirm ]; then range=(--settings recovery task --bits 2 3 4); fi
-python runs/experiment_runs.py --work "$work" --stage "$stage" ${range[@]+"${range[@]}"} --output "$work/$stage.json"
+python runs/experiment_runs.py --work "$work" --stage "$stage" ${range[@]+"${range[@]}"} "${@:3}" --output "$work/$stage.json"
 # glibc gives the memory of large tensors back and faults it in again at every step: 14 % of a step's time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
 python runs/experiment.py --runs "$work/$stage.json" --work "$work" --results "$lines" \

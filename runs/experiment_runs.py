@@ -34,15 +34,17 @@ LORA, QALORA = {"method": "lora"}, {"method": "qalora"}
 
 
 # (omega / r, sigma at first) that the recipes' own were chosen from.
-PAIRS = (0.3, 0.995), (0.2, 0.98), (0.15, 0.98), (0.1, 0.98), (0.1, 0.95), (0.1, 0.9)
+PAIRS = (0.3, 0.995), (0.3, 0.99), (0.2, 0.98), (0.15, 0.98), (0.1, 0.98), (0.1, 0.95), (0.1, 0.9)
 
 
 def candidates(bits):
     """{name: flags} of stage choose."""
     grid, learned = recipe("grid", bits), recipe("learned", bits)
     return {
-        **{f"LoRA, {rate}": {**LORA, "learning_rate": rate} for rate in (5e-4, 1e-3, 3e-3)},
-        **{f"QA-LoRA, {rate}": {**QALORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)},
+        **{f"{name}, {rate}{fall}": {**own, "learning_rate": rate, **schedule}
+           for fall, schedule in (("", {}), (", linear", {"lr_scheduler_type": "linear"}))
+           for name, own, rates in (("LoRA", LORA, (5e-4, 1e-3, 3e-3)), ("QA-LoRA", QALORA, (1e-3, 3e-3, 1e-2)))
+           for rate in rates},
         "LoTA, published": recipe("published", bits), "LoTA, steps": recipe("steps", bits),
         **{f"LoTA, grid, {rate}": {**grid, "scale_lr": rate} for rate in (0.015, 0.03, 0.06)},
         **{f"LoTA, learned, {rate}": {**learned, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)},
