@@ -335,10 +335,10 @@ def train(base, training):
     write_json(running / "log_history.json", trainer.state.log_history)
     config.save(running)
     if base.lota_qaf:               # the adapter is safe whatever becomes of its report
-        config.training["moved"] = trainer.last_look(config.training["loss"])["moved_by_projection"]
+        config.training["moved"] = trainer.monitor.shares_moved()
         print_moved(config.training["moved"])
         config.save(running)
-        trainer.monitor.write(running)
+        trainer.monitor.write(running, trainer.state.log_history)
     final = running.parent / folder_name(runtime=runtime, peak_mb=peak)
     os.rename(running, final)
     print(f"adapter saved to {final}")

@@ -1,7 +1,7 @@
 """What happens inside a run: numbers of every logging step, and a report with pictures at its end.
 
 Touches CustomLoraLinear layers and their optimizer, by reading; writes metrics.jsonl, report.png and report.md into the
-adapter folder.
+adapter folder. What was logged is kept by Trainer, in its state and so in every checkpoint.
 """
 import json
 import math
@@ -25,14 +25,13 @@ class Monitor:
         self.next_inside = 0                # the step from which on another look inside is due
         self.kinds = {id(p): n for layer in self.layers.values() for n in ("lora_A", "lora_B")
                       for p in getattr(layer, n).parameters()}
-        self.rows = []                      # one dict for each logging step
         self.moved = self.moved_in_layer = None
 
-    def look(self, step, loss):
+    def look(self, step):
         """The numbers of this logging step: a flat dict, for the console and any tracker.
 
-        flips_A, flips_B: entries moved in the last step. And of the last step, and about LOOKS others: what
-        look_inside() finds, moved_PROJECTION for each.
+        sigma; flips_A, flips_B: entries moved in the step; and of the last step, and about LOOKS others, what
+        look_inside() finds.
         """
         flips = {"lora_A": 0, "lora_B": 0}
         for p, count in self.optimizer.flipped.items():
@@ -41,17 +40,15 @@ class Monitor:
         if step >= self.next_inside or step == self.num_steps:
             self.next_inside = step + math.ceil(self.num_steps / LOOKS)
             numbers |= self.look_inside()
-        self.rows.append({"step": step, "loss": loss, **numbers})
-        by_projection = numbers.pop("moved_by_projection", {})
-        return numbers | {f"moved_{name}": share for name, share in by_projection.items() if name != "all"}
+        return numbers
 
     @torch.no_grad()
     def look_inside(self):
-        """What the layers hold now.
+        """What the layers hold now: a flat dict.
 
         minus, zeros, plus: shares of the entries that are -1, 0, 1; dW_median, dW_99, dW_max: quantiles of |dW|, in
         omega, over SAMPLE_ROWS rows of every layer; mu: mean |offset| in grid steps; scales: mean relative change of
-        learned scales; moved: share of the integer weights that a merge would move; moved_by_projection: of each.
+        learned scales; moved: share of the integer weights that a merge would move, and moved_PROJECTION of each.
         """
         minus = plus = entries = 0
         for layer in self.layers.values():
@@ -61,12 +58,11 @@ class Monitor:
         sizes = self.sizes_of_aux()
         mu = self.merge_in_memory()
         changes = [c.abs().mean() for c in (layer.scale_change() for layer in self.layers.values()) if c is not None]
-        by_projection = shares(self.moved)
         return {"minus": minus / entries, "zeros": 1 - (minus + plus) / entries, "plus": plus / entries,
                 "dW_median": _quantile(sizes, 0.5) / self.omega, "dW_99": _quantile(sizes, 0.99) / self.omega,
                 "dW_max": float(sizes.max()) / self.omega, "mu": mu,
                 "scales": float(sum(c.cpu() for c in changes)) / max(1, len(changes)),
-                "moved": by_projection["all"], "moved_by_projection": by_projection}
+                **{"moved" if name == "all" else f"moved_{name}": share for name, share in self.shares_moved().items()}}
 
     @torch.no_grad()
     def sizes_of_aux(self):
@@ -77,6 +73,10 @@ class Monitor:
             some = lora_A[::max(1, lora_A.shape[0] // SAMPLE_ROWS)]
             sizes.append((some.float() @ lora_B.float()).abs().flatten().cpu())
         return torch.cat(sizes)
+
+    def shares_moved(self):
+        """{projection: the share of its integers that a merge would move, "all": of all}, as of the last look."""
+        return shares(self.moved)
 
     @torch.no_grad()
     def merge_in_memory(self):
@@ -89,12 +89,12 @@ class Monitor:
                 total, count = total + float(mu.abs().sum()), count + mu.numel()
         return total / max(1, count)
 
-    def write(self, folder):
-        """metrics.jsonl, report.md and report.png in `folder`, after a look at the last step."""
-        folder = Path(folder)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        draw(folder / "report.png", self.rows, self.moved_in_layer, self.sizes_of_aux(), self.omega)
-        last = self.rows[-1]
+    def write(self, folder, log_history):
+        """metrics.jsonl, report.md and report.png in `folder`; log_history: Trainer's, to the last step."""
+        folder, rows = Path(folder), [row for row in log_history if "sigma" in row]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        draw(folder / "report.png", rows, self.moved_in_layer, self.sizes_of_aux(), self.omega)
+        last = rows[-1]
         verdict = ("**No integer weight moved.** All of the effect is in the offsets and scales: lower "
                    "--interval_point, or see --recipe." if last["moved"] == 0 else
                    f"{last['moved']:.4%} of the integer weights moved.")
@@ -106,7 +106,7 @@ class Monitor:
                  f"{last['dW_max']:.2f} |", f"| mean \\|mu\\| in grid steps | {last['mu']:.4f} |",
                  f"| mean relative change of the scales | {last['scales']:.4f} |", "",
                  "| projection | integers moved |", "|---|---|",
-                 *(f"| {name} | {share:.4%} |" for name, share in last["moved_by_projection"].items()), ""]
+                 *(f"| {name} | {share:.4%} |" for name, share in self.shares_moved().items()), ""]
         (folder / "report.md").write_text("\n".join(lines))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from LoTA import UserError
 from LoTA.monitor import Monitor, line_of
 
 
@@ -19,6 +20,7 @@ class LotaTrainer(Trainer):
     def __init__(self, optimizer, omega, **kwargs):
         super().__init__(optimizers=(optimizer, None), **kwargs)
         self.ternary_optimizer, self.omega = optimizer, omega       # accelerate will wrap self.optimizer
+        self.add_callback(LastStep)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ConsoleLine)
 
@@ -35,14 +37,16 @@ class LotaTrainer(Trainer):
     def log(self, logs, *args, **kwargs):
         if "learning_rate" in logs:
             logs.pop("learning_rate")                               # t-SignSGD has none
-            logs |= self.monitor.look(self.state.global_step, logs["loss"])
+            logs |= self.monitor.look(self.state.global_step)
         super().log(logs, *args, **kwargs)
 
-    def last_look(self, loss):
-        """The Monitor's numbers after the last step; `loss` where that step was not logged."""
-        if not self.monitor.rows or self.monitor.rows[-1]["step"] != self.state.global_step:
-            self.monitor.look(self.state.global_step, loss)
-        return self.monitor.rows[-1]
+
+class LastStep(TrainerCallback):
+    """The last step is logged too, whatever --logging_steps says."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class ConsoleLine(ProgressCallback):
@@ -56,8 +60,8 @@ class ConsoleLine(ProgressCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Writes `config`, a LotaConfig, last of all into every checkpoint, so that it marks a whole one; and turns Ctrl-C
-    into a checkpoint and an orderly end.
+    """Writes `config`, a LotaConfig, last of all into every checkpoint, so that it marks a whole one; turns Ctrl-C into
+    a checkpoint and an orderly end; and refuses to resume a run at its end.
 
     A context manager around train(): the handler of Ctrl-C before it is there again behind it.
     """
@@ -77,6 +81,11 @@ class Checkpoints(TrainerCallback):
             raise KeyboardInterrupt
         self.interrupted = True
         print("\ninterrupted: saving a checkpoint after this step; Ctrl-C again stops at once")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:                    # Trainer would take one step more
+            raise UserError(f"nothing to resume: the checkpoint is of step {state.global_step}, the run's last. It is "
+                            "an adapter as it is (--load_adapter); more --max_steps would train it further")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted:

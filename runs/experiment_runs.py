@@ -163,9 +163,11 @@ def ablation(args):
               if value != CENTRE[varied][centre])]
 
 
-def away_from(centre, work, name="", changed=(), **note):
-    """A run of one of CENTRES with some flags `changed`; `note` goes into its line."""
-    (of, bits, setting), work, changed = CENTRES[centre], Path(work).resolve(), dict(changed)
+def away_from(centre, work, name="", changed=(), bits=None, **note):
+    """A run of one of CENTRES with some flags `changed`, or with its recipe at other `bits`; `note` goes into its
+    line."""
+    (of, own_bits, setting), work, changed = CENTRES[centre], Path(work).resolve(), dict(changed)
+    bits = bits or own_bits
     settings = {**TRAIN, **recipe(of, bits), **changed}
     group = settings.pop("group", 32)
     if "lora_r" in changed:                         # omega stays the same share of the rank

@@ -72,6 +72,13 @@ def test_the_lists_of_runs(tmp_path):
         runs = listed("--stage", stage)
         assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 10
         assert str(tmp_path / "data/tune") not in sum((run["evaluate"] for run in runs), [])
+    elsewhere = {"offset_scale": "omega", "momentum": 0.0, "group": 32, "gradient_accumulation_steps": 1}
+    for varied, own in experiment_runs.CENTRE.items():          # a centre's own value changes nothing in it
+        for centre, value in own.items():
+            of, bits, _ = experiment_runs.CENTRES[centre]
+            settings = {**elsewhere, **experiment_runs.TRAIN, **experiment_runs.recipe(of, bits)}
+            if varied != "trained beside A, B":
+                assert experiment_runs.VARIED[varied][0](value).items() <= settings.items()
     runs = listed("--stage", "table1", "--model", "meta-llama/Llama-3.1-8B", "--bits", 4, 3, 2)
     assert len(runs) == 4 * (1 + 3 * (1 + len(experiment_runs.TABLE1_METHODS)))
     assert experiment_runs.named("LoRA, 0.001", ["LoRA"]) and not experiment_runs.named("QA-LoRA", ["LoRA"])
@@ -178,7 +185,7 @@ def test_the_table_is_of_the_lines():
     three = (0.5, 0.53, 0.59)
     lines = [line("16-bit base", 16, 0, 0.7, 0.05), line("GPTQ", 2, 0, 0.4, 0.2),
              *(line("LoTA, published", 2, i, a, 0.1 * i, train=[], moved=0.01 * i, adapter_mb=0.5, merged_mb=1.5,
-                    train_s=10.0 * i, differ_from_live=i) for i, a in enumerate(three, 1)),
+                    train_s=10.0 * i, differ_from_live=i, gptq_mb=1.25) for i, a in enumerate(three, 1)),
              line("LoTA, published", 3, 1, 0.9, 0.1, train=[], differ_from_live=0),
              line("QA-LoRA, 3e-3", 2, 1, 0.25, 0.3, "task", train=[], differ_from_live=0)]
     text = experiment_table.table(lines, 12)
@@ -188,6 +195,7 @@ def test_the_table_is_of_the_lines():
     accuracy = f"{100 * mean(three):.1f} ± {100 * stdev(three):.1f}"
     assert rows[-1] == ["2", "LoTA, as published", accuracy, "0.200 ± 0.100", "", "", "2.000", "0.50", "1.50", "20",
                         "*28.49*", "*41.98*"]
+    assert rows[4][:3] + rows[4][6:9] == ["2", "GPTQ", "40.0", "", "", "1.25"]
     assert rows[-2][2:6] == ["", "", "25.0", "0.300"] and rows[-2][-2:] == ["*26.56*", "*37.18*"]
     assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
     narrow = experiment_table.table(lines, 7).splitlines()[2:7]

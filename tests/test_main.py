@@ -80,7 +80,9 @@ def test_the_report_beside_the_adapter(trained, gptq, base_model, demo_data, tmp
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert rows[0]["loss"] > rows[-1]["loss"] > 0 and all(row["flips_B"] > 0 for row in rows)
     tensors, config = load_file(trained / "adapter_model.safetensors"), LotaConfig.load(trained)
-    assert rows[-1]["moved_by_projection"] == config.training["moved"] and rows[-1]["moved"] > 0
+    moved = config.training["moved"]
+    assert rows[-1]["moved"] == moved["all"] > 0 and len(moved) == 8
+    assert all(rows[-1][f"moved_{name}"] == share for name, share in moved.items() if name != "all")
     entries = sum(t.numel() for t in tensors.values())
     for value, name in ((-1, "minus"), (0, "zeros"), (1, "plus")):
         assert rows[-1][name] == pytest.approx(sum(int((t == value).sum()) for t in tensors.values()) / entries)
@@ -90,26 +92,35 @@ def test_the_report_beside_the_adapter(trained, gptq, base_model, demo_data, tmp
     assert rows[-1]["mu"] > 0 and "of the integer weights moved" in (trained / "report.md").read_text()
     assert (trained / "report.png").read_bytes().startswith(b"\x89PNG")
 
-    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 2,
+    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 3,
          "--adapter_path", tmp_path, "--interval_point", 7.5, "--save_strategy", "no")
     still, = tmp_path.iterdir()
     assert "No integer weight moved" in (still / "report.md").read_text()
+    rows = [json.loads(line) for line in (still / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["moved"]) for row in rows] == [(2, 0.0), (3, 0.0)]        # the last step has its line
 
 
 def test_resuming_goes_on_where_it_was(trained, tmp_path, gptq, base_model, demo_data):
-    """A run resumed at step 4 ends with the very adapter of the run that was not interrupted: sigma, batches, all."""
+    """A run resumed at step 4 ends with the very adapter and metrics of the run that was not interrupted: sigma,
+    batches, all. At its end there is nothing to resume: Trainer would take a step too many."""
     home = tmp_path / "home"                    # a checkpoint may lie anywhere; nothing around it is touched
     home.mkdir()
     (home / "thesis.txt").write_text("years of work")
     shutil.copytree(trained / "checkpoint-4", home / "checkpoint-4")
-    main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
-         "--adapter_path", tmp_path / "a", "--adapter_ckpt", home / "checkpoint-4")
+    arguments = (*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data,
+                 "--max_steps", 8, "--adapter_path", tmp_path / "a", "--adapter_ckpt")
+    main(*arguments, home / "checkpoint-4")
     assert sorted(p.name for p in home.iterdir()) == ["checkpoint-4", "thesis.txt"]
     resumed, = (tmp_path / "a").iterdir()
     one, two = load_file(trained / "adapter_model.safetensors"), load_file(resumed / "adapter_model.safetensors")
     at_4 = load_file(trained / "checkpoint-4/adapter_model.safetensors")
     assert all(torch.equal(one[n], two[n]) for n in one)
     assert any(not torch.equal(one[n], at_4[n]) for n in one)
+    metrics = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+               for run in (resumed, trained)]
+    assert metrics[0] == metrics[1]
+    with pytest.raises(UserError, match="nothing to resume: the checkpoint is of step 8"):
+        main(*arguments, trained / "checkpoint-8")
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(trained, tmp_path, gptq, base_model, demo_data):
@@ -553,8 +564,7 @@ def test_a_step_on_the_console_is_one_readable_line(gptq, base_model, demo_data,
     assert lines[1].startswith(f"step 4/8  loss {rows[1]['loss']:.4f}  ")
     assert lines[1].endswith(f"  sigma {rows[1]['sigma']:.5f}  flips A {rows[1]['flips_A']} B {rows[1]['flips_B']}")
     row, line = rows[-1], lines[-1]
-    moved = " ".join(f"{name.removesuffix('_proj')} {share:.3%}" for name, share in row["moved_by_projection"].items()
-                     if name != "all")
+    moved = " ".join(f"{name} {row[f'moved_{name}_proj']:.3%}" for name in ("q", "k", "v", "o", "gate", "up", "down"))
     assert line.startswith("step 8/8  ") and f"loss {row['loss']:.4f}  " in line and "sigma 0.99990  " in line
     assert f"flips A {row['flips_A']} B {row['flips_B']}  " in line
     assert f"-1/0/1 {row['minus']:.0%}/{row['zeros']:.0%}/{row['plus']:.0%}  " in line
