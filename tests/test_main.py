@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, run_main
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import LoTA_QAF_main
 from LoTA import UserError
@@ -553,10 +554,12 @@ def test_help_explains_every_flag(capsys):
 
 def test_a_step_on_the_console_is_one_readable_line(gptq, base_model, demo_data, tmp_path, capsys, monkeypatch):
     """The line of a step has the numbers that metrics.jsonl has, with the share moved of every projection. Where
-    looking inside at every logging step would be too often, the steps between have loss, sigma and flips."""
+    looking inside at every logging step would be too often, the steps between have loss, sigma and flips. A tracker
+    gets the same numbers."""
     monkeypatch.setattr("LoTA.monitor.LOOKS", 2)                    # of 8 steps: every 4
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     main(*TRAIN, "--quantized_model_dir", gptq, "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 8,
-         "--adapter_path", tmp_path, "--save_strategy", "no")
+         "--adapter_path", tmp_path, "--save_strategy", "no", "--report_to", "tensorboard")
     adapter, = tmp_path.iterdir()
     rows = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
@@ -571,3 +574,8 @@ def test_a_step_on_the_console_is_one_readable_line(gptq, base_model, demo_data,
     assert f"|dW|/omega {row['dW_median']:.2f} {row['dW_99']:.2f} {row['dW_max']:.2f}  mu {row['mu']:.3f}  " in line
     assert "  scales 0.000  " in line
     assert line.endswith(f"moved {row['moved']:.3%} ({moved})")
+    events, = adapter.rglob("events.out.tfevents*")
+    tracked = EventAccumulator(str(events)).Reload()
+    for name in row.keys() - {"step", "epoch"}:
+        values = [(e.step, e.value) for e in tracked.Scalars(f"train/{name}")]
+        assert values == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in rows if name in r]
