@@ -65,9 +65,13 @@ def test_the_lists_of_runs(tmp_path):
         return json.loads((tmp_path / "runs.json").read_text())
     runs = listed("--stage", "test", "--settings", "recovery", "task", "--bits", 2, 3, 4)
     assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) == 2 * (1 + 3 * (
-        1 + 3 * len(experiment_runs.CHOSEN)))
+        1 + 3 * len(experiment_runs.CHOSEN["test"])))
     assert all(run["evaluate"][run["evaluate"].index("--data_dir") + 1] == str(tmp_path / "data/tune") for run in runs)
-    assert listed("--stage", "confirm", "--settings", "recovery", "task", "--bits", 2, 3, 4) == runs
+    confirming = listed("--stage", "confirm", "--settings", "recovery", "task", "--bits", 2, 3, 4)
+    lota, baselines = ([run for run in confirming if ("LoTA" in run["name"]) == which] for which in (True, False))
+    assert lota == [run for run in runs if "LoTA" in run["name"]] and len(confirming) == len(runs)
+    assert all(run["train"][run["train"].index("--lr_scheduler_type") + 1] == "linear" for run in baselines
+               if "train" in run)
     for stage in ("choose", "ablation"):
         runs = listed("--stage", stage)
         assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 10
