@@ -2,10 +2,12 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import mean, stdev
 
 import experiment
@@ -142,6 +144,32 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
         run_main(experiment, *arguments)
     changed = json.loads(results.read_text().splitlines()[-1])
     assert end.value.code == 0 and changed["name"] == "LoRA" and changed["loss"] != lora["loss"]
+
+
+def test_table_1_of_the_paper_at_a_small_size(demo_data, tmp_path):
+    """runs/table1_8b.sh from end to end: quantizes, runs every method, and adds a line for each. The settings are those
+    of 8B, but for a tiny model, two steps, and the demo's rows for ViGGO's."""
+    import tiny_base
+    run_main(tiny_base, "--data_name", "viggo", "--data_dir", demo_data, "--output", tmp_path / "tiny", "--hidden_size",
+             64, "--intermediate_size", 128, "--layers", 1, "--heads", 2, "--vocab_size", 400, "--epochs", 1)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/viggo").symlink_to(demo_data)
+    activate = tmp_path / "env/bin/activate"        # the environment is the one that the tests run in
+    activate.parent.mkdir(parents=True)
+    activate.touch()
+    shutil.copy(ROOT / "requirements.txt", tmp_path / "env/requirements.installed")
+    subprocess.run(["bash", ROOT / "runs/table1_8b.sh"], check=True, env={
+        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LOTA_ENV": str(tmp_path / "env"),
+        "MODEL": str(tmp_path / "tiny"), "WORK": str(tmp_path / "work"), "DATA": str(tmp_path / "data"), "BITS": "2",
+        "SETS": "viggo", "TRAIN": "--max_steps 2 --dtype float32",
+        "QUANTIZE": f"--calibration viggo --data_dir {demo_data} --samples 8",
+        "EVALUATE": "--max_new_tokens 24 --dtype float32"})
+    lines = [json.loads(line) for line in (tmp_path / "work/results.jsonl").read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["16-bit base", "GPTQ", *experiment_runs.TABLE1_METHODS]
+    assert all(line["rows"] == 40 and line["loss"] > 0 for line in lines)
+    assert [line["differ_from_live"] for line in lines if "differ_from_live" in line] == [0, 0, 0, 0]
+    published = lines[4]["train"]
+    assert published[published.index("--interval_point") + 1] == 56 and published[published.index("--lora_r") + 1] == 64
 
 
 def test_ctrl_c_ends_an_experiment(quantize, demo_data, tmp_path):
