@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The README's results on a CPU, from nothing: data, two 16-bit bases, GPTQ at 4, 3 and 2 bits, and the runs of a stage.
 #   bash runs/experiment.sh DATA test          the table: 3 seeds, all test rows; about 3 hours on 2 cores
-#   bash runs/experiment.sh DATA confirm       what the table says, on bases and rows that nothing was chosen on; 2 hours
+#   bash runs/experiment.sh DATA confirm       the same on bases and rows that nothing was chosen on; about 5 hours
 #   bash runs/experiment.sh DATA choose        candidates side by side, on rows of the train split
 #   bash runs/experiment.sh DATA ablation      one setting at a time, the same rows
 # More flags go to runs/experiment_runs.py: DATA choose --settings recovery task --bits 4 --only LoRA QA-LoRA
