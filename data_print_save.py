@@ -1,22 +1,32 @@
-"""Data sets and prompts, printing of settings, names of runs, saving of results.
+"""Data sets, prompts and tokens; printing of settings, names of runs, saving of results.
 
-Touches: data files and the Hugging Face hub (reading), the console, result files (writing).
-Knows nothing of models.
+Touches data files and the Hugging Face hub (reading), the console, and result files (writing). Knows nothing of models.
+A data set is one entry of TASKS. Heavy libraries are imported where they are used, because the command line needs the
+names of the data sets for --help.
 """
 import csv
 import json
 import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-
-import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import set_seed as transformers_set_seed
+from typing import TYPE_CHECKING
 
 from LoTA import UserError
-from LoTA.folders import write_json
 
-IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]     # turns: {"role": "system", "user" or "assistant", "content": text}
+
+IGNORE_INDEX = -100                 # the label that torch's cross entropy leaves out
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
+SQL_TEST_ROWS = 1000                # the paper's number of SQL test rows
+SINGLE_FILE_TEST_SHARE = 0.2
 
 VIGGO_FUNCTIONS = ("inform", "request", "give_opinion", "confirm", "verify_attribute", "suggest",
                    "request_explanation", "recommend", "request_attribute")
@@ -32,7 +42,7 @@ VIGGO_INSTRUCTION = (
 GSM8K_INSTRUCTION = "Solve the problem step by step and end with a line '#### ' followed by the number."
 SQL_INSTRUCTION = "Write a SQL query to answer the question based on the table schema."
 
-# For a tokenizer that has no chat template of its own (base models): the plain headed form that Alpaca made usual.
+# For a tokenizer without a chat template, as base models have it: the headings that Alpaca made usual.
 FALLBACK_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -40,33 +50,125 @@ FALLBACK_CHAT_TEMPLATE = (
     "{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
 
-# Where each set lives on the hub: (repository, configuration, revision, {our split: its split}).
-# sql-create-context has a single split: our train and test are cut from it below.
-HUB = {
-    "alpaca": ("yahma/alpaca-cleaned", None, None, {"train": "train"}),
-    "gsm8k": ("openai/gsm8k", "main", None, {"train": "train", "test": "test"}),
-    "sql": ("b-mc2/sql-create-context", None, None, {"all": "train"}),
-    "viggo": ("GEM/viggo", None, "refs/convert/parquet", {"train": "train", "test": "test"}),
-}
-DATA_NAMES = tuple(HUB)
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
-SQL_TEST_ROWS = 1000    # the paper's number of SQL test rows
-SINGLE_FILE_TEST_SHARE = 0.2
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    """One data set: where it is, how a row becomes a prompt with its answer, how an answer is scored.
+
+    hub: (repository, configuration or None, revision or None) on the Hugging Face hub.
+    splits: {"train" or "test": the name of that split on the hub}, or {"all": ...} for a set with a single split, which
+        load_rows() cuts.
+    read: (row) -> (the messages before the answer, the answer). It may raise KeyError, IndexError, TypeError or
+        ValueError where the row is of another form.
+    score: (prediction, label) -> whether the prediction is right. None: the set is for training only.
+    """
+    hub: tuple[str, str | None, str | None]
+    splits: dict[str, str]
+    read: Callable[[dict], tuple[Messages, str]]
+    score: Callable[[str, str], bool] | None = None
+
+
+def _system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _read_alpaca(row: dict) -> tuple[Messages, str]:
+    user = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+    return [_user(user)], row["output"]
+
+
+def _read_gsm8k(row: dict) -> tuple[Messages, str]:
+    return [_system(GSM8K_INSTRUCTION), _user(row["question"])], row["answer"]
+
+
+def _score_gsm8k(prediction: str, label: str) -> bool:
+    """The numbers after the last "####" are equal."""
+    answer = _gsm8k_answer(prediction)
+    return answer is not None and answer == _gsm8k_answer(label)
+
+
+def _gsm8k_answer(text: str) -> float | str | None:
+    """What follows the last ####, as a number where it is one; None without ####."""
+    if "####" not in text:
+        return None
+    answer = text.rsplit("####", 1)[1].strip().split("\n")[0]
+    answer = answer.replace(",", "").replace("$", "").rstrip(".").strip()
+    try:
+        return float(answer)
+    except ValueError:
+        return answer
+
+
+def _read_sql(row: dict) -> tuple[Messages, str]:
+    if "messages" in row:
+        *messages, last = row["messages"]
+        return messages, last["content"]
+    user = f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}"
+    return [_user(user)], row["answer"]
+
+
+def _score_exactly(prediction: str, label: str) -> bool:
+    """The texts are equal. White space around them does not count."""
+    return prediction.strip() == label.strip()
+
+
+def _read_viggo(row: dict) -> tuple[Messages, str]:
+    mr, ref = ("mr", "ref") if "mr" in row else ("meaning_representation", "target")
+    return [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
+
+
+def _score_viggo(prediction: str, label: str) -> bool:
+    """The function names are equal, and so are the sorted attributes."""
+    return _viggo_parts(prediction) == _viggo_parts(label)
+
+
+def _viggo_parts(text: str) -> tuple[str, list[str]]:
+    """(function, sorted attributes). Commas inside a value's brackets do not separate attributes."""
+    function, _, rest = text.strip().partition("(")
+    attributes = re.split(r",\s*(?![^\[]*\])", rest.strip().removesuffix(")"))
+    return function.strip(), sorted(a.strip() for a in attributes)
+
+
+TASKS = {
+    "alpaca": Task(hub=("yahma/alpaca-cleaned", None, None), splits={"train": "train"}, read=_read_alpaca),
+    "gsm8k": Task(hub=("openai/gsm8k", "main", None), splits={"train": "train", "test": "test"},
+                  read=_read_gsm8k, score=_score_gsm8k),
+    "sql": Task(hub=("b-mc2/sql-create-context", None, None), splits={"all": "train"},
+                read=_read_sql, score=_score_exactly),
+    "viggo": Task(hub=("GEM/viggo", None, "refs/convert/parquet"), splits={"train": "train", "test": "test"},
+                  read=_read_viggo, score=_score_viggo)}
+
+
+def find_task(data_name: str) -> Task:
+    """The entry of TASKS. Raises UserError where there is none."""
+    if data_name not in TASKS:
+        raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(TASKS)}")
+    return TASKS[data_name]
+
+
+def scored_tasks() -> list[str]:
+    """The names of the data sets that can be scored."""
+    return [name for name, task in TASKS.items() if task.score]
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
-def read_messages(data_name, row):
-    """One row of a data set as (messages before the answer, answer). Raises UserError where a part is missing.
+def read_messages(data_name: str, row: dict) -> tuple[Messages, str]:
+    """One row of a data set as (messages before the answer, answer).
 
-    The messages are a system turn where the task has an instruction of its own, and a user turn. Understands the
-    columns of the published sets: alpaca instruction/input/output; gsm8k question/answer; sql messages or
-    question/context/answer; viggo mr/ref or meaning_representation/target.
+    The messages are a system turn, where the task has an instruction of its own, and a user turn. The columns are
+    those of the published sets: alpaca instruction, input, output; gsm8k question, answer; sql messages, or question,
+    context, answer; viggo mr, ref, or meaning_representation, target. Raises UserError where a part is missing.
     """
-    if data_name not in HUB:
-        raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
+    task = find_task(data_name)
     try:
-        messages, answer = READ_ROW[data_name](row)
+        messages, answer = task.read(row)
     except KeyError as missing:
         raise UserError(f"the rows do not look like '{data_name}': column {missing} is missing, found "
                         f"{', '.join(map(str, row))}") from None
@@ -77,50 +179,16 @@ def read_messages(data_name, row):
     return messages, answer
 
 
-def _read_alpaca(row):
-    user = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-    return [_user(user)], row["output"]
+def load_rows(data_name: str, split: str, data_dir: str | None = None) -> "Dataset":
+    """The raw rows of `split` ("train" or "test").
 
-
-def _read_gsm8k(row):
-    return [_system(GSM8K_INSTRUCTION), _user(row["question"])], row["answer"]
-
-
-def _read_sql(row):
-    if "messages" in row:
-        *messages, last = row["messages"]
-        return messages, last["content"]
-    user = f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}"
-    return [_user(user)], row["answer"]
-
-
-def _read_viggo(row):
-    mr, ref = ("mr", "ref") if "mr" in row else ("meaning_representation", "target")
-    return [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
-
-
-READ_ROW = {"alpaca": _read_alpaca, "gsm8k": _read_gsm8k, "sql": _read_sql, "viggo": _read_viggo}
-
-
-def _system(text):
-    return {"role": "system", "content": text}
-
-
-def _user(text):
-    return {"role": "user", "content": text}
-
-
-def load_rows(data_name, split, data_dir=None):
-    """The raw rows of `split` ("train" or "test") as a `datasets.Dataset`.
-
-    data_dir: None loads from the hub. Else a `save_to_disk` folder, a csv/json/jsonl file, or a folder of such files
-    named after their split (train.csv, test.jsonl, valid.jsonl ...). A folder with a single file, or a single-split
-    source, is cut into fixed, disjoint train and test rows (80:20; alpaca, which has no test, is kept whole).
+    data_dir: None loads from the hub. Else it is a save_to_disk folder, a csv, json or jsonl file, or a folder of such
+    files that are named after their split (train.csv, test.jsonl, valid.jsonl ...). A single file or a single split is
+    cut into fixed, disjoint train and test rows, 80:20. A set that is for training only is kept whole.
     Raises UserError with what to do.
     """
-    if data_name not in HUB:
-        raise UserError(f"unknown data set '{data_name}'; choose from {', '.join(DATA_NAMES)}")
-    source = data_dir or HUB[data_name][0]
+    task = find_task(data_name)
+    source = data_dir or task.hub[0]
     splits = _local_splits(data_dir) if data_dir else _hub_splits(data_name, split)
     wanted = "all" if set(splits) == {"all"} else split
     if wanted not in splits:
@@ -132,7 +200,7 @@ def load_rows(data_name, split, data_dir=None):
         read_messages(data_name, rows[0])
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    if wanted == "all" and not (data_name == "alpaca" and split == "train"):
+    if wanted == "all" and not (task.score is None and split == "train"):
         if len(rows) < 2:
             raise UserError(f"{source} has one row only: too few to be cut into train and test")
         test_size = SQL_TEST_ROWS if len(rows) > 10 * SQL_TEST_ROWS else SINGLE_FILE_TEST_SHARE
@@ -140,17 +208,22 @@ def load_rows(data_name, split, data_dir=None):
     return rows
 
 
-def _hub_splits(data_name, split):
-    repository, config, revision, names = HUB[data_name]
-    ours = split if split in names else "all"
-    if ours not in names:
+def _hub_splits(data_name: str, split: str) -> dict[str, "Dataset"]:
+    from datasets import load_dataset
+    task = TASKS[data_name]
+    repository, config, revision = task.hub
+    ours = split if split in task.splits else "all"
+    if ours not in task.splits:
         raise UserError(f"'{data_name}' has no {split} split; use it for training only")
-    return {ours: load_dataset(repository, config, revision=revision, split=names[ours])}
+    return {ours: load_dataset(repository, config, revision=revision, split=task.splits[ours])}
 
 
-def _local_splits(data_dir):
-    """{"train": ..., "test": ...} as far as they are there, or {"all": ...} for a single unsplit source; the values
-    are data sets, or files still to be read."""
+def _local_splits(data_dir: str) -> "dict[str, Dataset | Path]":
+    """{"train": ..., "test": ...} as far as they are there, or {"all": ...} for a single source.
+
+    The values are data sets, or files that are still to be read.
+    """
+    from datasets import DatasetDict, load_from_disk
     path = Path(data_dir)
     if not path.exists():
         raise UserError(f"--data_dir {data_dir} does not exist")
@@ -174,17 +247,18 @@ def _local_splits(data_dir):
     return named
 
 
-def _by_split(found):
-    """{"train": ..., "test": ...} out of {name: ...}; the first known name of a split wins."""
+def _by_split(found: dict) -> dict:
+    """{"train": ..., "test": ...} out of {name: ...}. The first known name of a split wins."""
     return {ours: found[name] for ours, names in SPLIT_NAMES.items() for name in reversed(names) if name in found}
 
 
-# Plain readers, for they leave text as it is: "None", "7" or a date in an answer is not a null, a number, a time.
+# Python's own readers, because they leave text as it is: "None" or "7" in an answer is not a null or a number.
 READERS = {".csv": lambda f: list(csv.DictReader(f)), ".json": json.load,
            ".jsonl": lambda f: [json.loads(line) for line in f if line.strip()]}
 
 
-def _read_file(file):
+def _read_file(file: Path) -> "Dataset":
+    from datasets import Dataset
     try:
         with open(file, newline="", encoding="utf-8") as f:
             rows = READERS[file.suffix](f)
@@ -201,7 +275,16 @@ def _read_file(file):
 
 # --- prompts and tokens -------------------------------------------------------------------------------------------
 
-def prepare_tokenizer(tokenizer):
+def load_tokenizer(places: list[str | None], trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the first of `places`, folders or hub names, that has one. Raises UserError where none has."""
+    from transformers import AutoTokenizer
+    for place in filter(None, places):
+        if (Path(place) / "tokenizer_config.json").exists() or not Path(place).is_dir():
+            return prepare_tokenizer(AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code))
+    raise UserError(f"no tokenizer in {places[0]}; name the 16-bit model with --pretrained")
+
+
+def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """Gives a tokenizer what it lacks: a pad token (its eos token) and a chat template (FALLBACK_CHAT_TEMPLATE)."""
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no eos token, which ends every answer")
@@ -212,10 +295,10 @@ def prepare_tokenizer(tokenizer):
     return tokenizer
 
 
-def render_prompt(tokenizer, messages):
-    """The text before the answer. Training and evaluation both come through here, so that the two never differ.
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+    """The text before the answer. Training and evaluation both call this, so their prompts never differ.
 
-    Templates that know no system turn get it as the head of the user turn.
+    A template that knows no system turn gets its text at the head of the user turn.
     """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -226,19 +309,28 @@ def render_prompt(tokenizer, messages):
         return render_prompt(tokenizer, [user, *messages[2:]])
 
 
-def encode_prompt(tokenizer, prompt, max_len=None):
-    """Token ids of a rendered prompt; the template wrote the special tokens. Over-long prompts lose their beginning,
-    never the end that asks for the answer."""
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_len: int | None = None) -> list[int]:
+    """The token ids of a rendered prompt, at most `max_len`.
+
+    No special tokens are added, because the template wrote them. A prompt that is too long loses its beginning, never
+    the end that asks for the answer.
+    """
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return ids[-max_len:] if max_len else ids
 
 
-def prepare_dataset(data_name, tokenizer, train_ratio=1.0, source_max_len=1024, target_max_len=256, debug_number=-1,
-                    data_dir=None):
+def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
+    """The token ids of an answer with its end token."""
+    return tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+
+
+def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_ratio: float = 1.0,
+                    source_max_len: int = 1024, target_max_len: int = 256, debug_number: int = -1,
+                    data_dir: str | None = None) -> "Dataset":
     """The training split, tokenized: columns input_ids, labels, length.
 
-    Prompt tokens carry label IGNORE_INDEX. The prompt has at most `source_max_len` tokens, answer and eos together at
-    most `target_max_len`. `train_ratio` keeps the first share of the rows, `debug_number` > 0 that many rows.
+    Prompt tokens have the label IGNORE_INDEX. A prompt has at most `source_max_len` tokens, an answer with its end
+    token at most `target_max_len`. `train_ratio` keeps the first share of the rows, `debug_number` > 0 that many.
     """
     prepare_tokenizer(tokenizer)
     rows = load_rows(data_name, "train", data_dir)
@@ -248,10 +340,10 @@ def prepare_dataset(data_name, tokenizer, train_ratio=1.0, source_max_len=1024, 
     if debug_number > 0:
         keep = min(keep, debug_number)
 
-    def encode(row):
+    def encode(row: dict) -> dict:
         messages, answer = read_messages(data_name, row)
         source = encode_prompt(tokenizer, render_prompt(tokenizer, messages), source_max_len)
-        target = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"][:target_max_len]
+        target = encode_answer(tokenizer, answer)[:target_max_len]
         return {"input_ids": source + target, "labels": [IGNORE_INDEX] * len(source) + target,
                 "length": len(source) + len(target)}
 
@@ -261,14 +353,16 @@ def prepare_dataset(data_name, tokenizer, train_ratio=1.0, source_max_len=1024, 
 
 # --- settings, names, results -------------------------------------------------------------------------------------
 
-def set_seed(seed):
+def set_seed(seed: int) -> None:
     """Seeds random, numpy and torch."""
+    from transformers import set_seed as transformers_set_seed
     random.seed(seed)
     transformers_set_seed(seed)
 
 
-def check_cuda():
-    """Prints what the run will compute on, and returns its torch.device."""
+def check_cuda() -> "torch.device":
+    """Prints what the run will compute on. Returns its torch.device."""
+    import torch
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
@@ -278,7 +372,7 @@ def check_cuda():
     return torch.device("cpu")
 
 
-def params_print(*settings):
+def params_print(*settings) -> None:
     """Prints dataclasses of settings, a line for each field."""
     for group in settings:
         print(f"--- {type(group).__name__}")
@@ -286,13 +380,14 @@ def params_print(*settings):
             print(f"  {name:<28} {value}")
 
 
-def get_Ada_path(size, bits, method, first, second, third, data_name, runtime=None, peak_mb=None, when=None):
+def get_Ada_path(size: str, bits: int, method: str, first: float, second: float, third: float, data_name: str,
+                 runtime: float | None = None, peak_mb: float | None = None, when: str | None = None) -> str:
     """The name of an adapter folder, as users of the published scripts know it:
 
         8B_int4_LoTA_48_0.950_0.999_alpaca_<runtime>_<peak MB>_<day_time>
 
-    For LoTA first, second, third are omega, filter_ratio and min_grad; for the baselines learning rate, rank, alpha.
-    A run that has not ended has no runtime and peak yet: its folder's name goes without.
+    first, second, third: omega, filter_ratio and min_grad for LoTA; learning rate, rank and alpha for the baselines.
+    runtime (s) and peak_mb: None while the run goes on; the name leaves them out then.
     """
     number = "{:.3f}".format if method == "LoTA" else str
     head = f"{first:g}" if method == "LoTA" else str(first)
@@ -302,8 +397,9 @@ def get_Ada_path(size, bits, method, first, second, third, data_name, runtime=No
     return "_".join([*parts, when or datetime.now().strftime("%d_%H%M%S")])
 
 
-def save_results(output_path, name, results, *settings):
-    """Saves `results` with every setting and the date in `output_path`/`name`.json; returns the path."""
+def save_results(output_path: str | Path, name: str, results: dict, *settings) -> Path:
+    """Saves `results` with every setting and the date as `output_path`/`name`.json. Returns the path."""
+    from LoTA.storage import write_json
     path = Path(output_path) / f"{name}.json"
     write_json(path, {"date": datetime.now().isoformat(timespec="seconds"),
                       "settings": {type(s).__name__: dict(vars(s)) for s in settings}, **results})

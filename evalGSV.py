@@ -1,15 +1,19 @@
-"""Evaluation on GSM8K, SQL and ViGGO: generate, score, save.
+"""Evaluation: generate and score answers to a data set's test rows, or run lm-eval's tasks; save the results.
 
-Touches a transformers model through `generate`, data through data_print_save, and writes one JSON file.
+Touches a transformers model, data through data_print_save, and writes JSON files.
 """
 import math
-import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_print_save import (
     IGNORE_INDEX,
+    TASKS,
+    encode_answer,
     encode_prompt,
     load_rows,
     prepare_tokenizer,
@@ -17,45 +21,23 @@ from data_print_save import (
     render_prompt,
     save_results,
 )
+from LoTA import UserError
+from LoTA.settings import baseConfig, evalConfig, split_names
 
 
-def is_correct(pred, label, dataset_name):
-    """Whether the generated text `pred` answers `label`.
+def is_correct(pred: str, label: str, dataset_name: str) -> bool:
+    """Whether the generated text `pred` answers `label`, by the score of the data set's entry in TASKS.
 
-    gsm8k: the numbers after the last "####" are equal. viggo: the function name and the sorted attributes are equal.
-    sql: the strings are equal. White space around an answer never counts.
+    Raises ValueError where the data set has no score.
     """
-    if dataset_name == "gsm8k":
-        answer = _gsm8k_answer(pred)
-        return answer is not None and answer == _gsm8k_answer(label)
-    if dataset_name == "viggo":
-        return _viggo_parts(pred) == _viggo_parts(label)
-    if dataset_name == "sql":
-        return pred.strip() == label.strip()
-    raise ValueError(f"no scoring for data set '{dataset_name}'")
+    task = TASKS.get(dataset_name)
+    if task is None or task.score is None:
+        raise ValueError(f"no scoring for data set '{dataset_name}'")
+    return task.score(pred, label)
 
 
-def _gsm8k_answer(text):
-    """What follows the last ####, as a number where it is one; None without ####."""
-    if "####" not in text:
-        return None
-    answer = text.rsplit("####", 1)[1].strip().split("\n")[0]
-    answer = answer.replace(",", "").replace("$", "").rstrip(".").strip()
-    try:
-        return float(answer)
-    except ValueError:
-        return answer
-
-
-def _viggo_parts(text):
-    """(function, sorted attributes). Commas inside a value's brackets do not separate attributes."""
-    function, _, rest = text.strip().partition("(")
-    attributes = re.split(r",\s*(?![^\[]*\])", rest.strip().removesuffix(")"))
-    return function.strip(), sorted(a.strip() for a in attributes)
-
-
-def confidence_interval(correct, total, z=1.96):
-    """The 95 % Wilson score interval of a share: (low, high)."""
+def confidence_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share: (low, high). z = 1.96 makes it the 95 % interval."""
     share = correct / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
@@ -63,8 +45,9 @@ def confidence_interval(correct, total, z=1.96):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompts, batch_size, max_new_tokens):
-    """Greedy answers to rendered prompts, in their order. Batches of similar length, longest first."""
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int,
+             max_new_tokens: int) -> list[str]:
+    """Greedy answers to rendered prompts, in their order. Batches hold prompts of similar length, the longest first."""
     tokenizer.padding_side = "left"
     encoded = [encode_prompt(tokenizer, p) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -86,19 +69,22 @@ def generate(model, tokenizer, prompts, batch_size, max_new_tokens):
 
 
 @torch.inference_mode()
-def answer_loss(model, tokenizer, prompts, labels, batch_size):
-    """Mean cross entropy of the labels' tokens and the end token after rendered prompts, in nats: what training
-    minimizes."""
-    items = sorted(((encode_prompt(tokenizer, prompt),
-                     tokenizer(label + tokenizer.eos_token, add_special_tokens=False)["input_ids"])
-                    for prompt, label in zip(prompts, labels, strict=True)), key=lambda item: -len(item[0] + item[1]))
+def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], labels: list[str],
+                batch_size: int) -> float:
+    """The mean cross entropy of the labels' tokens and their end token after the prompts, in nats.
+
+    It is what training minimizes.
+    """
+    pairs = [(encode_prompt(tokenizer, prompt), encode_answer(tokenizer, label))
+             for prompt, label in zip(prompts, labels, strict=True)]
+    pairs.sort(key=lambda pair: -len(pair[0] + pair[1]))
     total = tokens = 0
-    for start in range(0, len(items), batch_size):
-        batch = items[start:start + batch_size]
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start:start + batch_size]
         width = max(len(prompt + answer) for prompt, answer in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         targets = torch.full((len(batch), width), IGNORE_INDEX)
-        for i, (prompt, answer) in enumerate(batch):        # padded on the right: nothing attends to it
+        for i, (prompt, answer) in enumerate(batch):        # padded on the right, where no token attends to it
             ids[i, :len(prompt + answer)] = torch.tensor(prompt + answer)
             targets[i, len(prompt):len(prompt + answer)] = torch.tensor(answer)
         logits = model(input_ids=ids.to(model.device)).logits[:, :-1].float()
@@ -108,24 +94,28 @@ def answer_loss(model, tokenizer, prompts, labels, batch_size):
     return total / tokens
 
 
-def evalgsv(model, tokenizer, base_args, eval_args, subsample=None, name=None, extra=None):
-    """Evaluates `model` on the test split of eval_args.ft_dataset_name; returns the results and saves them as JSON.
+def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_args: baseConfig, eval_args: evalConfig,
+            subsample: int | None = None, name: str | None = None, extra: dict | None = None, rows=None) -> dict:
+    """Evaluates `model` on the test split of eval_args.ft_dataset_name. Returns the results and saves them as JSON.
 
-    subsample: only the first rows. name: of the JSON file. extra: more entries for it. The results: accuracy with its
-    95 % interval, every prediction with its prompt and label, and with eval_args.answer_loss the loss of the labels.
+    subsample: take only so many rows. name: of the JSON file. extra: more entries for it.
+    rows: the test rows, where the caller has read them already.
+    The results are the accuracy with its 95 % interval, every prediction with its prompt and label, and with
+    eval_args.answer_loss the loss of the labels.
     """
     data_name = eval_args.ft_dataset_name
     prepare_tokenizer(tokenizer)
-    rows = load_rows(data_name, "test", base_args.data_dir)
+    if rows is None:
+        rows = load_rows(data_name, "test", base_args.data_dir)
     if subsample:
         rows = rows.select(range(min(subsample, len(rows))))
     pairs = [read_messages(data_name, row) for row in rows]
-    prompts = [render_prompt(tokenizer, messages) for messages, _ in pairs]
+    prompts, labels = [render_prompt(tokenizer, messages) for messages, _ in pairs], [label for _, label in pairs]
     model.eval()
     predictions = generate(model, tokenizer, prompts, eval_args.eval_batch_size, eval_args.max_new_tokens)
     items = [{"prompt": prompt, "label": label, "prediction": prediction,
               "correct": is_correct(prediction, label, data_name)}
-             for prompt, (_, label), prediction in zip(prompts, pairs, predictions, strict=True)]
+             for prompt, label, prediction in zip(prompts, labels, predictions, strict=True)]
     correct = sum(item["correct"] for item in items)
     results = {"data_set": data_name, "rows": len(items), "correct": correct, "accuracy": correct / len(items),
                "interval_95": confidence_interval(correct, len(items)), **(extra or {}), "predictions": items}
@@ -133,8 +123,48 @@ def evalgsv(model, tokenizer, base_args, eval_args, subsample=None, name=None, e
     print(f"{data_name}: {correct} of {len(items)} correct, accuracy {correct / len(items):.2%} "
           f"(95 % interval {low:.2%} to {high:.2%})")
     if eval_args.answer_loss:
-        results["loss"] = answer_loss(model, tokenizer, prompts, [label for _, label in pairs],
-                                      eval_args.eval_batch_size)
+        results["loss"] = answer_loss(model, tokenizer, prompts, labels, eval_args.eval_batch_size)
         print(f"{data_name}: mean loss of the answers' tokens {results['loss']:.4f}")
     save_results(eval_args.output_path, name or data_name, results, base_args, eval_args)
+    return results
+
+
+@dataclass(frozen=True)
+class LmEvalTasks:
+    """lm-eval tasks that exist. manager: lm-eval's TaskManager, which takes seconds to make."""
+    names: list[str]
+    manager: object
+
+
+def find_lm_eval_tasks(eval_args: evalConfig) -> LmEvalTasks | None:
+    """The tasks in --tasks, or None. Raises UserError where lm-eval does not know a name."""
+    names = split_names(eval_args.tasks)
+    if eval_args.include_path and not Path(eval_args.include_path).is_dir():
+        raise UserError(f"--include_path {eval_args.include_path} is not a folder")
+    if not names:
+        return None
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=eval_args.include_path)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm-eval knows no task named {', '.join(unknown)}; local tasks come in with --include_path")
+    return LmEvalTasks(names, manager)
+
+
+def eval_lm_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: LmEvalTasks,
+                    base_args: baseConfig, eval_args: evalConfig, name: str, extra: dict | None = None) -> dict:
+    """Runs lm-eval on `tasks`, prints its table, and saves and returns its results. name: of the JSON file."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
+    seed = base_args.seed
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=eval_args.eval_batch_size), tasks=tasks.names,
+        num_fewshot=eval_args.num_fewshot, task_manager=tasks.manager, limit=eval_args.limit, random_seed=seed,
+        numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    kept = {k: results[k] for k in ("results", "groups", "versions", "n-shot", "n-samples") if k in results}
+    save_results(eval_args.output_path, name, {**(extra or {}), **kept}, base_args, eval_args)
     return results

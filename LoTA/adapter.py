@@ -1,11 +1,12 @@
-"""Models in memory: a GPTQ folder; a merged folder, or an adapter merged into its base (LTA); an adapter live.
+"""Models in memory: 16-bit, GPTQ, GPTQ with an adapter on it, and a merged folder with its offsets (LTA).
 
-Touches GPTQModel, through its own hook: a quantized layer calls `module.adapter.apply(x=..., out=...)` after its
-kernel, and LTA adds the offset factor there. The integers are merged on disk before the kernel ever sees them, so
-kernels that repack weights at loading work like the others. Touches PEFT for live adapters.
+Touches transformers, PEFT and GPTQModel. LTA uses GPTQModel's own hook: a quantized layer calls
+`module.adapter.apply(x=..., out=...)` after its kernel, and LTA adds the offset there. The integers are merged on disk
+before a kernel sees them, so kernels that repack the weights at loading work like the others.
 """
 import logging
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,59 +14,63 @@ from gptqmodel import GPTQModel
 from gptqmodel.adapter.adapter import Adapter
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.logger import setup_logger
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from LoTA import UserError
-from LoTA.folders import GPTQFolder, MergedFolder, is_merged, read_adapter, set_checkpoint_format
+from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.folders import GPTQFolder, MergedFolder, is_merged, set_checkpoint_format
 from LoTA.layer import register
 from LoTA.lota_merge import merge_folders
-from LoTA.ternary import Groups
+from LoTA.packed import Groups
+from LoTA.settings import baseConfig
 
 
 class LTA(Adapter):
-    """A LoTA adapter for GPTQModel.
+    """A merged folder, or an adapter folder, as an adapter of GPTQModel.
 
         model = LTA(path="MERGED or ADAPTER").load()
 
-    rank, threshold (omega), residual: what the folder itself says where it says so; they are compared with it, and
-    used where it is silent (a folder of the published scripts). path: a merged folder or an adapter folder.
+    rank, threshold (omega), residual: load() compares them with what the folder says. It uses them where the folder of
+    an adapter says nothing, as those of the published scripts do.
     """
 
-    def __init__(self, rank=None, threshold=None, residual=None, path=None):
+    def __init__(self, rank: int | None = None, threshold: float | None = None, residual: bool | None = None,
+                 path: str | None = None):
         super().__init__(rank=rank, path=path)
         self.threshold, self.residual = threshold, residual
 
     @classmethod
-    def name(cls):
+    def name(cls) -> str:
         return "lota"
 
     @classmethod
-    def parameter_keys(cls):
+    def parameter_keys(cls) -> list[str]:
         return ["offset"]
 
-    def load(self, base=None, **kwargs):
-        """The GPTQModel with this adapter on it. base: the GPTQ folder, for an adapter that does not name its own.
+    def load(self, base: str | Path | None = None, **kwargs):
+        """The GPTQModel with the offsets on it.
 
-        kwargs go to load_gptq (dtype, device, backend, ...). An adapter folder is merged into a temporary folder
-        first (TMPDIR says where).
+        base: the GPTQ folder, for an adapter that does not name its own. kwargs go to load_gptq() (dtype, device,
+        backend ...). An adapter folder is merged into a temporary folder first; TMPDIR says where.
         """
         if is_merged(self.path):
             return self._load_merged(MergedFolder(self.path), **kwargs)
-        config = read_adapter(self.path, self.threshold, self.residual)
-        base = base or config.quantized_model_dir
+        adapter = AdapterFolder(self.path, self.threshold, self.residual)
+        base = base or adapter.config.quantized_model_dir
         if base is None:
             raise UserError(f"{self.path} does not name its GPTQ model; pass it as base")
         with tempfile.TemporaryDirectory() as folder:
             merged = Path(folder) / "merged"
-            merge_folders(self.path, base, merged, self.threshold, self.residual, verify=False)
+            merge_folders(adapter, GPTQFolder(base), merged, verify=False)
             return self._load_merged(MergedFolder(merged), **kwargs)
 
-    def _load_merged(self, merged, **kwargs):
-        for mine, theirs, what in ((self.rank, merged.lota.rank, "rank"),
-                                   (self.threshold, merged.lota.omega, "threshold"),
-                                   (self.residual, merged.lota.residual, "residual")):
-            if mine is not None and mine != theirs:
-                raise UserError(f"{self.path} has {what} {theirs}, not {mine}")
+    def _load_merged(self, merged: MergedFolder, **kwargs):
+        for given, recorded, fact in ((self.rank, merged.lota.rank, "rank"),
+                                      (self.threshold, merged.lota.omega, "threshold"),
+                                      (self.residual, merged.lota.residual, "residual")):
+            if given is not None and given != recorded:
+                raise UserError(f"{self.path} has {fact} {recorded}, not {given}")
         with tempfile.TemporaryDirectory() as view:
             model = load_gptq(_as_plain_gptq(merged, Path(view)), **kwargs)
         attached = {}
@@ -79,16 +84,16 @@ class LTA(Adapter):
             _check_hook(module, model.model.dtype)
         return model
 
-    def set_offset(self, offset, scales, g_idx):
-        """Gives this instance one layer's mu and scales [groups, out] and g_idx [in]."""
+    def set_offset(self, offset: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> None:
+        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]."""
         self.groups = Groups(g_idx, scales.shape[0])
         self.offset = offset * scales.float()
-        self._ready = None              # (device, dtype, offset there)
+        self._ready = None              # (device, dtype, the offset on that device in that dtype)
 
-    def apply(self, x, out):
-        """out += (group sums of x) @ (s * mu): 1 / group_size of the layer's work. In place; x [..., in].
+    def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """out += (group sums of x) @ (s * mu), in place. x: [..., in]. Costs 1 / group_size of the layer's work.
 
-        Source: the paper's z' = z + s * mu, for integer `qzeros` kept beside them.
+        It is the paper's z' = z + s * mu for zero points that stay integers.
         """
         if self._ready is None or self._ready[:2] != (x.device, x.dtype):
             self.groups.to(x.device)
@@ -96,15 +101,18 @@ class LTA(Adapter):
         sums = self.groups.sum_columns(x.reshape(-1, x.shape[-1]))
         return out.add_((sums @ self._ready[2]).view(out.shape))
 
-def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_implementation=None,
-              trust_remote_code=False):
+
+def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | None = None, backend: str = "auto",
+              attn_implementation: str | None = None, trust_remote_code: bool = False):
     """A GPTQ folder as a GPTQModel in evaluation mode.
 
-    dtype float32, which no GPTQModel kernel is declared for, loads in float16 and widens afterwards; backend is then
-    the plain torch one. That kernel computes with the scales that are on disk, in whatever dtype. device: None or
-    "auto" takes the GPU, or all of them, or the CPU. backend: a name of gptqmodel's BACKEND; on a CPU "auto" is the
-    plain torch one, since the others compile themselves for minutes first. Without a GPU, torch.compile is switched
-    off in this process.
+    dtype: with float32 the model loads in float16 and is widened afterwards, because no GPTQModel kernel is declared
+        for float32; the backend is then the plain torch one.
+    device: None or "auto" takes the GPU, or all GPUs, or else the CPU.
+    backend: a name of GPTQModel's BACKEND. On a CPU "auto" is the plain torch one, because the others compile for
+        minutes first. The plain torch kernel computes with the scales that are on disk, in every dtype.
+
+    Without a GPU it switches torch.compile off in this process. Raises UserError where device or backend do not exist.
     """
     if device in (None, "auto"):
         place = {"device_map": "auto"} if torch.cuda.is_available() else {"device": "cpu"}
@@ -113,7 +121,7 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
     else:
         place = {"device": device}
     if not torch.cuda.is_available():
-        # TorchLinear compiles its dequantization at the first forward: 30 s on a CPU for nothing gained.
+        # TorchLinear would compile its dequantization at the first forward: 30 s on a CPU, and no gain.
         torch.compiler.set_stance("force_eager")
         backend = "gptq_torch" if backend == "auto" else backend
     setup_logger().setLevel(logging.WARNING)
@@ -127,7 +135,7 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
     if wide:
         model.model.float()
     elif kernel == BACKEND.GPTQ_TORCH:
-        # Loading in bfloat16 rounds the scales to 8 bits. What trains must be what is merged: those on disk.
+        # Loading in bfloat16 rounds the scales to 8 bits. Training must compute with the scales that are merged.
         folder = GPTQFolder(path)
         for name in folder.modules:
             module = model.model.get_submodule(name)
@@ -136,23 +144,52 @@ def load_gptq(path, dtype=torch.bfloat16, device=None, backend="auto", attn_impl
     return model
 
 
-def load_live(adapter, gptq, omega=None, residual=None, backend="gptq_torch", **kwargs):
-    """A PEFT model in evaluation mode: the adapter folder, LoTA, LoRA or QA-LoRA, unmerged on its GPTQ folder.
+def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_torch", **kwargs) -> PeftModel:
+    """A PEFT model in evaluation mode: the adapter (LoTA, LoRA or QA-LoRA) unmerged on its GPTQ folder.
 
-    omega and residual are used only for an adapter that does not say its own; kwargs go to load_gptq. A LoTA adapter
-    runs on the plain torch kernel's layers, whatever backend says.
+    kwargs go to load_gptq(). A LoTA adapter runs on the plain torch kernel's layers, whatever `backend` says.
     """
-    config = read_adapter(adapter, omega, residual)
-    lora_config = LoraConfig.from_pretrained(adapter)
+    config, lora_config = adapter.config, LoraConfig.from_pretrained(adapter.path)
     if config.method == "LoTA":
         backend = "gptq_torch"
         register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
-    return PeftModel.from_pretrained(load_gptq(gptq, backend=backend, **kwargs).model, adapter,
+    return PeftModel.from_pretrained(load_gptq(gptq, backend=backend, **kwargs).model, adapter.path,
                                      config=lora_config).eval()
 
 
-def _check_hook(module, dtype):
-    """Raises UserError where a kernel does not call its adapter, and so would drop the offset silently."""
+def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) -> PeftModel:
+    """The GPTQ model with a fresh adapter on every targeted layer, for completed settings and the run's record."""
+    dtype = getattr(torch, base.dtype)
+    model = load_gptq(folder.path, dtype, base.device_map, "gptq_torch", attention_for(base.flash_attn, dtype),
+                      base.trust_remote_code).model
+    model.config.use_cache = False
+    pooling = {"use_qalora": True, "qalora_group_size": folder.group_size} if base.method == "qalora" else {}
+    lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
+                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
+    if base.lota_qaf:
+        register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
+    return get_peft_model(model, lora_config)
+
+
+def load_16bit(name: str, device: str = "auto", **kwargs) -> PreTrainedModel:
+    """The 16-bit model, a folder or a hub name. kwargs go to transformers. device "auto" is as in load_gptq()."""
+    place = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
+    return AutoModelForCausalLM.from_pretrained(name, device_map=place, **kwargs)
+
+
+def attention_for(flash_attn: str, dtype: torch.dtype) -> str:
+    """The attention implementation that --flash_attn asks for.
+
+    "auto" is flash_attention_2 where it is installed and can run, else sdpa.
+    """
+    if flash_attn != "auto":
+        return flash_attn
+    can_flash = torch.cuda.is_available() and find_spec("flash_attn") and dtype != torch.float32
+    return "flash_attention_2" if can_flash else "sdpa"
+
+
+def _check_hook(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Raises UserError where a kernel does not call its adapter, because it would drop the offset silently."""
     called, layer = [], module.adapter
     apply = layer.apply
 
@@ -170,8 +207,8 @@ def _check_hook(module, dtype):
                         "choose another --backend")
 
 
-def _as_plain_gptq(merged, view):
-    """A folder of links to `merged` whose config files name the plain GPTQ format that the integers are in."""
+def _as_plain_gptq(merged: MergedFolder, view: Path) -> Path:
+    """Fills `view` with links to `merged`, and config files that name the GPTQ format of its integers. Returns it."""
     for item in merged.path.resolve().iterdir():
         if item.is_file():
             (view / item.name).symlink_to(item)

@@ -1,12 +1,12 @@
-"""The functions of LoTA.ternary that touch every weight, fused: one Triton kernel each. Needs torch and triton.
+"""The functions of LoTA.ternary that touch every weight, one Triton kernel each. Needs torch and triton.
 
-Same names and results as there (integers equal, floats to rounding), with the integers unpacked inside the kernel. A
-program of the launch grid handles one group x a block of outputs, so that Eq. 4's sum over the group stays in registers
-and W' is the only tensor of size [in, out] that is written. A group of more than MAX_ROWS rows is taken in pieces: once
-for the sum, once more for the weights.
+Names and results are those of LoTA.ternary: integers equal, floats equal to rounding. The integers are unpacked inside
+the kernel. One program handles one group and a block of outputs, so Eq. 4's sum over the group stays in registers and
+W' is the only [in, out] tensor that is written. A group of more than MAX_ROWS rows is taken in pieces, once for the sum
+and once more for the weights.
 
-The ternary product runs on the tensor cores in float16 with sums in float32: exact, for its entries are -1, 0, 1.
-Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before this module is imported).
+The ternary product runs on the tensor cores: float16 factors and float32 sums are exact, because the entries are -1, 0,
+1. Without a GPU the kernels run under Triton's interpreter (set TRITON_INTERPRET=1 before this module is imported).
 """
 import math
 
@@ -14,89 +14,97 @@ import torch
 import triton
 import triton.language as tl
 
+from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import pack_rows
-from LoTA.ternary import scale_gradient
+from LoTA.ternary import Threshold, scale_gradient
 
 MAX_ROWS = 128          # rows of one piece of a group
 BLOCK_COLS = 64
 BLOCK_RANK = 64
-# Every product is rounded, as torch does it: live and merged agree to the bit. No pipeline: its buffers would take the
-# shared memory that lets several programs run at once, and no loop here is long.
+# No fused multiply-add, because torch rounds every product and live must equal merged bit for bit. No software
+# pipeline, because its buffers take the shared memory that lets several programs run at once, and no loop here is long.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 
 @torch.no_grad()
-def adapted_weight(lora_A, lora_B, grid, threshold, dtype=torch.float32, out=None, learned=None):
-    """W' [in, out] = s * (W_int - z + W^ + mu) in `dtype`, computed in float32: ternary.adapted_weight."""
-    weight = out if out is not None else torch.empty(grid.shape, dtype=dtype, device=grid.qweight.device)
-    offset = weight if learned is None else learned.float().contiguous()        # not read where there is none
-    _launch_step(weight, offset, lora_A, lora_B, grid, threshold, learned=learned is not None)
+def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer, threshold: Threshold,
+                   dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None,
+                   learned_offset: torch.Tensor | None = None) -> torch.Tensor:
+    """W' [in, out] = s * (W_int - z + W^ + mu), as ternary.adapted_weight() describes it."""
+    weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.qweight.device)
+    # The kernel takes a tensor in any case. It reads it only where the offset is learned.
+    offset = weight if learned_offset is None else learned_offset.float().contiguous()
+    _launch_step(weight, offset, lora_A, lora_B, packed, threshold, learned=learned_offset is not None)
     return weight
 
 
 @torch.no_grad()
-def merge(lora_A, lora_B, grid, threshold):
-    """Eq. 5: (the merged Grid, mu float32 [groups, out] or None): ternary.merge."""
-    device = grid.qweight.device
-    merged = torch.empty(grid.shape, dtype=torch.uint8, device=device)
-    offset = torch.empty(grid.scales.shape, device=device)
-    _launch_step(merged, offset, lora_A, lora_B, grid, threshold, merging=True)
-    qweight = pack_rows(merged, grid.bits)[:grid.qweight.shape[0]]
-    return grid.with_integers(qweight), offset if threshold.kappa is not None else None
+def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
+          threshold: Threshold) -> tuple[PackedLayer, torch.Tensor | None]:
+    """Eq. 5: (the merged layer, mu float32 [groups, out] or None), as ternary.merge() describes it."""
+    device = packed.qweight.device
+    merged = torch.empty(packed.shape, dtype=torch.uint8, device=device)
+    offset = torch.empty(packed.scales.shape, device=device)
+    _launch_step(merged, offset, lora_A, lora_B, packed, threshold, merging=True)
+    qweight = pack_rows(merged, packed.bits)[:packed.qweight.shape[0]]
+    return packed.with_integers(qweight), offset if threshold.kappa is not None else None
 
 
 @torch.no_grad()
-def adapter_gradients(x, grad_output, lora_A, lora_B, grid, threshold, weight=None):
-    """Gradients of A [in, r], B [r, out], a learned mu and a learned change of the scales [groups, out], float32:
-    ternary.adapter_gradients.
+def adapter_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
+                      packed: PackedLayer, threshold: Threshold, weight: torch.Tensor | None = None) -> tuple[
+                          torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gradients of A, B, a learned mu and a learned scale_change, as ternary.adapter_gradients() describes them.
 
-    x^T @ grad_output becomes dL/d(dW) in place, in the dtype of x; the two thin products add up in float32.
+    x^T @ grad_output becomes dL/d(dW) in place, in the dtype of x. The two thin products add up in float32.
     """
     gradient = x.t() @ grad_output
-    pieces, rows_block = _pieces(grid.groups)
-    cols = grid.shape[1]
-    scaled_sum = torch.empty(grid.scales.shape, device=gradient.device)
+    pieces, rows_block = _pieces(packed.groups)
+    cols = packed.shape[1]
+    scaled_sum = torch.empty(packed.scales.shape, device=gradient.device)
     weight_sum = None if weight is None else torch.empty_like(scaled_sum)
-    unread = weight is None                         # then any tensor will do in its place
+    unread = weight is None                         # the kernel takes any tensor in its place and does not read it
     with torch.cuda.device_of(gradient):            # of several GPUs, the one where the layer is
-        _gradient_kernel[grid.groups.count, triton.cdiv(cols, BLOCK_COLS)](
-            gradient, scaled_sum, gradient if unread else weight, scaled_sum if unread else weight_sum, grid.scales,
-            _order(grid.groups), grid.groups.starts, cols, threshold.kappa or 1.0,
-            OFFSET=threshold.kappa is not None, WEIGHTED=not unread, SHUFFLED=grid.groups.order is not None,
+        _gradient_kernel[packed.groups.count, triton.cdiv(cols, BLOCK_COLS)](
+            gradient, scaled_sum, gradient if unread else weight, scaled_sum if unread else weight_sum, packed.scales,
+            _order(packed.groups), packed.groups.starts, cols, threshold.kappa or 1.0,
+            OFFSET=threshold.kappa is not None, WEIGHTED=not unread, SHUFFLED=packed.groups.order is not None,
             PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, **OPTIONS)
     lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
     return (_product(gradient, lora_B.t()), _product(lora_A.t(), gradient), scaled_sum,
-            scale_gradient(weight_sum, grid))
+            scale_gradient(weight_sum, packed))
 
 
-def _product(a, b):
-    """a @ b as float32, without rounding the sums to the dtype of a and b where torch can."""
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in float32. On a GPU the sums are float32 without a copy of a and b in float32."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
-def _pieces(groups):
-    """(pieces of the largest group, rows of a piece: a power of two, as Triton's tiles need)."""
+def _pieces(groups: Groups) -> tuple[int, int]:
+    """(pieces of the largest group, rows of a piece). The rows are a power of two, because Triton's tiles are."""
     rows = min(MAX_ROWS, max(16, triton.next_power_of_2(groups.largest)))
     return triton.cdiv(groups.largest, rows), rows
 
 
-def _order(groups):
-    return groups.starts if groups.order is None else groups.order      # not read where the rows are in order
+def _order(groups: Groups) -> torch.Tensor:
+    """The row order of the groups. Where the rows are in order the kernel does not read it, and any tensor will do."""
+    return groups.starts if groups.order is None else groups.order
 
 
-def _launch_step(out, offset, lora_A, lora_B, grid, threshold, merging=False, learned=False):
-    groups, cols = grid.groups, grid.shape[1]
+def _launch_step(out: torch.Tensor, offset: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
+                 packed: PackedLayer, threshold: Threshold, merging: bool = False, learned: bool = False) -> None:
+    groups, cols = packed.groups, packed.shape[1]
     pieces, rows_block = _pieces(groups)
     rank = lora_B.shape[0]
     rank_block = min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
     with torch.cuda.device_of(out):
         _step_kernel[groups.count, triton.cdiv(cols, BLOCK_COLS)](
-            out, offset, lora_A, lora_B, grid.qweight, grid.qzeros, grid.scales, _order(groups), groups.starts,
-            *lora_A.stride(), *lora_B.stride(), grid.qweight.stride(0), grid.qzeros.stride(0), cols, rank,
+            out, offset, lora_A, lora_B, packed.qweight, packed.qzeros, packed.scales, _order(groups), groups.starts,
+            *lora_A.stride(), *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
             float(math.floor(threshold.omega)), float(threshold.omega), float(threshold.kappa or 1.0),
-            BITS=grid.bits, ONE_LESS=grid.checkpoint_format == "gptq", OFFSET=threshold.kappa is not None,
+            BITS=packed.bits, ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=threshold.kappa is not None,
             SHUFFLED=groups.order is not None, MERGING=merging, LEARNED=learned, PIECES=pieces, ROWS=rows_block,
             COLS=BLOCK_COLS, RANK=rank_block, RANK_PIECES=triton.cdiv(rank, rank_block), **OPTIONS)
 
@@ -105,7 +113,7 @@ def _launch_step(out, offset, lora_A, lora_B, grid, threshold, merging=False, le
 
 @triton.jit
 def _bits_at(words, bit, stride, other, inside, BITS: tl.constexpr):
-    """The BITS-wide values at bit positions `bit` of streams of 32-bit words; word k lies at words + k * stride."""
+    """The values of BITS bits at bit positions `bit` of streams of 32-bit words. Word k is at words + k * stride."""
     word = bit // 32
     shift = (bit % 32).to(tl.uint32)
     value = tl.load(words + word * stride + other, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
@@ -119,10 +127,10 @@ def _bits_at(words, bit, stride, other, inside, BITS: tl.constexpr):
 
 @triton.jit
 def _zeros(qzeros, group, cols, stride, inside, BITS: tl.constexpr, ONE_LESS: tl.constexpr):
-    """The zero points of one group, float32; as packing.unpack_zeros does it."""
+    """The zero points of one group, float32, as packing.unpack_zeros() reads them."""
     row = qzeros + group * stride
     if ONE_LESS and 32 % BITS == 0:
-        # The 1s are added to whole words: a zero point of 0 borrowed from its neighbour when 1 was subtracted.
+        # The 1s are added to whole words, because a zero point of 0 borrowed from its neighbour when 1 was subtracted.
         ones: tl.constexpr = 0xFFFFFFFF // ((1 << BITS) - 1)
         bit = cols * BITS
         words = tl.load(row + bit // 32, mask=inside, other=0).to(tl.uint32, bitcast=True) + ones
@@ -136,7 +144,7 @@ def _zeros(qzeros, group, cols, stride, inside, BITS: tl.constexpr, ONE_LESS: tl
 
 @triton.jit
 def _rows(order, start, end, ROWS: tl.constexpr, SHUFFLED: tl.constexpr):
-    """The rows of one piece of a group, and which of them are there."""
+    """(the rows of one piece of a group, a mask of those that exist)."""
     place = start + tl.arange(0, ROWS)
     there = place < end
     rows = place
@@ -150,18 +158,18 @@ def _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, 
              omega_floor, BITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
              RANK_PIECES: tl.constexpr):
     """(dW, W_int, W_int + W^) of one tile, float32 (Eq. 3)."""
-    aux = tl.zeros([ROWS, COLS], tl.float32)
+    delta_w = tl.zeros([ROWS, COLS], tl.float32)
     for piece in tl.static_range(RANK_PIECES):
         k = piece * RANK + tl.arange(0, RANK)
         known = k < rank
         a = tl.load(lora_A + rows[:, None] * a_row + k[None, :] * a_rank, mask=there[:, None] & known[None, :], other=0)
         b = tl.load(lora_B + k[:, None] * b_rank + cols[None, :] * b_col, mask=known[:, None] & inside[None, :],
                     other=0)
-        aux = tl.dot(a.to(tl.float16), b.to(tl.float16), aux)
-    codes = _bits_at(qweight, rows[:, None] * BITS, q_row, cols[None, :], there[:, None] & inside[None, :], BITS).to(
+        delta_w = tl.dot(a.to(tl.float16), b.to(tl.float16), delta_w)
+    integers = _bits_at(qweight, rows[:, None] * BITS, q_row, cols[None, :], there[:, None] & inside[None, :], BITS).to(
         tl.float32)
-    step = tl.where(aux > omega_floor, 1.0, tl.where(aux < -omega_floor, -1.0, 0.0))
-    return aux, codes, tl.minimum(tl.maximum(codes + step, 0.0), (1 << BITS) - 1.0)
+    step = tl.where(delta_w > omega_floor, 1.0, tl.where(delta_w < -omega_floor, -1.0, 0.0))
+    return delta_w, integers, tl.minimum(tl.maximum(integers + step, 0.0), (1 << BITS) - 1.0)
 
 
 @triton.jit
@@ -170,30 +178,34 @@ def _step_kernel(out, offset, lora_A, lora_B, qweight, qzeros, scales, order, st
                  OFFSET: tl.constexpr, SHUFFLED: tl.constexpr, MERGING: tl.constexpr, LEARNED: tl.constexpr,
                  PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
                  RANK_PIECES: tl.constexpr):
-    """W', or W_int' and mu (MERGING), of one group x COLS outputs (Eq. 3 to 5). offset: where mu goes when merging,
-    and where it comes from when it is LEARNED."""
+    """Eq. 3 to 5 for one group and COLS outputs: writes W', or W_int' and mu when MERGING.
+
+    offset: when MERGING mu is written there; when LEARNED mu is read from there.
+    """
     group = tl.program_id(0)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = cols < width
-    aux_sum = tl.zeros([COLS], tl.float32)
-    step_sum = tl.zeros([COLS], tl.float32)
+    delta_w_sum = tl.zeros([COLS], tl.float32)
+    ternary_sum = tl.zeros([COLS], tl.float32)
     mu = tl.zeros([COLS], tl.float32)
     if PIECES == 1:                     # stays in registers
         rows, there = _rows(order, start, end, ROWS, SHUFFLED)
-        aux, codes, stepped = _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank, b_col,
-                                       q_row, rank, omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
-        aux_sum += tl.sum(aux, 0)
-        step_sum += tl.sum(stepped - codes, 0)
+        delta_w, integers, stepped = _stepped(
+            lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank, b_col, q_row, rank,
+            omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
+        delta_w_sum += tl.sum(delta_w, 0)
+        ternary_sum += tl.sum(stepped - integers, 0)
     elif OFFSET:
         for piece in range(PIECES):
             rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
-            aux, codes, stepped = _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank,
-                                           b_col, q_row, rank, omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
-            aux_sum += tl.sum(aux, 0)
-            step_sum += tl.sum(stepped - codes, 0)
+            delta_w, integers, stepped = _stepped(
+                lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank, b_col, q_row, rank,
+                omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
+            delta_w_sum += tl.sum(delta_w, 0)
+            ternary_sum += tl.sum(stepped - integers, 0)
     if OFFSET:
-        mu = tl.div_rn(aux_sum - omega * step_sum, kappa * (end - start).to(tl.float32))
+        mu = tl.div_rn(delta_w_sum - omega * ternary_sum, kappa * (end - start).to(tl.float32))
     if LEARNED:
         mu += tl.load(offset + group * width + cols, mask=inside, other=0)
     if MERGING:
@@ -205,8 +217,9 @@ def _step_kernel(out, offset, lora_A, lora_B, qweight, qzeros, scales, order, st
     else:
         for piece in range(PIECES):
             rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
-            aux, codes, stepped = _stepped(lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank,
-                                           b_col, q_row, rank, omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
+            delta_w, integers, stepped = _stepped(
+                lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank, b_col, q_row, rank,
+                omega_floor, BITS, ROWS, COLS, RANK, RANK_PIECES)
             _store_step(out, stepped, shift, scale, rows, there, cols, inside, width, MERGING)
 
 
@@ -223,8 +236,10 @@ def _store_step(out, stepped, shift, scale, rows, there, cols, inside, width, ME
 def _gradient_kernel(gradient, scaled_sum, weight, weight_sum, scales, order, starts, width, kappa,
                      OFFSET: tl.constexpr, WEIGHTED: tl.constexpr, SHUFFLED: tl.constexpr, PIECES: tl.constexpr,
                      ROWS: tl.constexpr, COLS: tl.constexpr):
-    """x^T @ grad_output -> dL/d(dW) = s * (G + (sum of G over the group) / (kappa * n)), in place; the sums of s * G
-    over the group; and those of G * W' (WEIGHTED)."""
+    """G = x^T @ grad_output becomes dL/d(dW) = s * (G + (sum of G over the group) / (kappa * n)) in place.
+
+    Also writes the sums of s * G over the group and, when WEIGHTED, those of G * W'.
+    """
     group = tl.program_id(0)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -244,7 +259,7 @@ def _gradient_kernel(gradient, scaled_sum, weight, weight_sum, scales, order, st
     mean = tl.zeros([COLS], tl.float32)
     if OFFSET:
         mean = total / (kappa * (end - start).to(tl.float32))
-    for piece in range(PIECES):                 # the second read of one piece comes out of the cache
+    for piece in range(PIECES):                 # the second read of a piece comes out of the cache
         rows, there = _rows(order, start + piece * ROWS, end, ROWS, SHUFFLED)
         result = (_load(gradient, rows, there, cols, inside, width) + mean[None, :]) * scale[None, :]
         tl.store(gradient + rows[:, None] * width + cols[None, :], result.to(gradient.dtype.element_ty),

@@ -1,10 +1,11 @@
-"""CustomLoraLinear: the PEFT layer that trains ternary adapters on a GPTQModel layer.
+"""CustomLoraLinear: the PEFT layer that trains a ternary adapter on a GPTQModel layer.
 
-Touches PEFT (as the layer it derives from) and GPTQModel (as the layer it wraps); registered through
+Touches PEFT, whose LoraLayer it derives from, and GPTQModel, whose layer it wraps. PEFT learns of it through
 LoraConfig._register_custom_module, so both libraries stay as they were released.
 """
 from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -13,17 +14,18 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from LoTA import UserError, ternary
-from LoTA.ternary import Grid, TernaryLinear, check_settings, ternarize_
+from LoTA.packed import Groups, PackedLayer
+from LoTA.ternary import TernaryLinear, Threshold, check_settings, ternarize_
 
 
 class IntLinear(nn.Linear):
     """A ternary adapter matrix: a linear map without bias whose weight holds -1, 0, 1 in a float dtype."""
 
-    def __init__(self, in_features, out_features):
+    def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
 
-def method_for(device):
+def backend_for(device: torch.device) -> ModuleType:
     """The module that computes on `device`: LoTA.kernels on a GPU where triton is installed, else LoTA.ternary."""
     if device.type == "cuda" and find_spec("triton"):
         from LoTA import kernels
@@ -32,18 +34,19 @@ def method_for(device):
 
 
 class CustomLoraLinear(nn.Module, LoraLayer):
-    """y = x @ s * (W_int - z + W^ + mu) + bias over a GPTQModel TorchLinear.
+    """y = x @ s * (W_int - z + W^ + mu) + bias over a GPTQModel TorchLinear. LoTA.ternary defines W^ and mu.
 
-    lora_A.weight [r, in], lora_B.weight [out, r]; see LoTA.ternary for W^ and mu. threshold: ternary.Threshold.
-    PEFT hands over `config` and keyword arguments; lora_alpha is recorded, but no scaling enters the method.
-    learned_offset: mu is a parameter of its own, lora_offset [groups, out], instead of Eq. 4's. learned_scales: so is
-    the change of the scales, lora_scale [groups, out]: s * (1 + lora_scale).
+    Parameters of an adapter: lora_A.weight [r, in] and lora_B.weight [out, r]. With learned_offset also lora_offset
+    [groups, out], which is mu in the place of Eq. 4's. With learned_scales also lora_scale [groups, out]: the scales
+    are s * (1 + lora_scale).
+
+    PEFT passes `config` and keyword arguments. It records lora_alpha, but the method has no scaling.
     """
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_offset", "lora_scale")
 
-    def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, *, threshold, learned_offset=False,
-                 learned_scales=False, **kwargs):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, *,
+                 threshold: Threshold, learned_offset: bool = False, learned_scales: bool = False, **kwargs):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.lora_offset, self.learned_offset = nn.ParameterDict(), learned_offset
@@ -52,11 +55,12 @@ class CustomLoraLinear(nn.Module, LoraLayer):
             raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: they could not be merged")
         self.threshold = threshold
         self._groups = None
-        self._evaluated = None          # (what it was made from, W'): see adapted_weight
+        self._evaluated = None          # (what it was made from, W'), see adapted_weight()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
-    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
+        """Adds an adapter of rank r. Raises UserError where omega or the rank are out of range."""
         check_settings(r, self.threshold.omega, self.groups().largest)
         self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, 1.0
         self.lora_dropout[adapter_name] = nn.Identity()
@@ -69,81 +73,89 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def reset_lora_parameters(self, adapter_name, init_lora_weights=True):
-        """A: Kaiming normal, then ternarised; B: zeros. So the first forward is the quantized model, exactly."""
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool = True) -> None:
+        """A is Kaiming normal, then ternarised. B is zero, so the first forward is the quantized model exactly."""
         nn.init.kaiming_normal_(self.lora_A[adapter_name].weight)
         ternarize_(self.lora_A[adapter_name].weight.data)
         nn.init.zeros_(self.lora_B[adapter_name].weight)
 
-    def groups(self):
+    # --- the integers -------------------------------------------------------------------------------------------------
+
+    def groups(self) -> Groups:
+        """The layer's groups of input rows. They are made once."""
         if self._groups is None:
-            self._groups = self.base_grid().groups
+            self._groups = self.base_packed().groups
         return self._groups
 
-    def grid(self):
-        """The base layer's integers as a ternary.Grid, with learned scales where there are any."""
-        change = self.scale_change()
-        return self.base_grid() if change is None else self.base_grid().rescaled(change)
-
-    def base_grid(self):
-        """The base layer's integers and scales as a ternary.Grid."""
+    def base_packed(self) -> PackedLayer:
+        """The base layer's integers with the scales of the checkpoint."""
         base = self.get_base_layer()
         if self._groups is not None:
             self._groups.to(base.qweight.device)
-        return Grid(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
-                    "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
+        return PackedLayer(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
+                           "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
 
-    def forward(self, x, *args, **kwargs):
+    def packed(self) -> PackedLayer:
+        """The base layer's integers with learned scales, where the adapter has them."""
+        scale_change = self.scale_change()
+        return self.base_packed() if scale_change is None else self.base_packed().rescaled(scale_change)
+
+    # --- the active adapter -------------------------------------------------------------------------------------------
+
+    def adapter_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [in, r], B [r, out])."""
+        name, = self.active_adapters
+        return self.lora_A[name].weight.t(), self.lora_B[name].weight.t()
+
+    def offset(self) -> torch.Tensor | None:
+        """The learned mu [groups, out], or None."""
+        name, = self.active_adapters
+        return self.lora_offset[name] if self.learned_offset else None
+
+    def scale_change(self) -> torch.Tensor | None:
+        """The learned relative change of the scales [groups, out], or None."""
+        name, = self.active_adapters
+        return self.lora_scale[name] if self.learned_scales else None
+
+    # --- computing ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.disable_adapters:
             return self.base_layer(x)
         if torch.is_grad_enabled():
             self._evaluated = None
-            out = TernaryLinear.apply(x, *self.adapter_pair(), self.grid, self.threshold, method_for(x.device),
+            out = TernaryLinear.apply(x, *self.adapter_pair(), self.packed, self.threshold, backend_for(x.device),
                                       self.offset(), self.scale_change())
         else:
             out = x @ self.adapted_weight(x.dtype)
         bias = self.get_base_layer().bias
         return out if bias is None else out + bias.to(out.dtype)
 
-    def adapter_pair(self):
-        """(A [in, r], B [r, out]) of the active adapter."""
-        name, = self.active_adapters
-        return self.lora_A[name].weight.t(), self.lora_B[name].weight.t()
+    def adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """W' [in, out] for evaluation. It is kept until the adapter changes, because generating is many calls.
 
-    def offset(self):
-        """The learned mu [groups, out] of the active adapter, or None."""
-        name, = self.active_adapters
-        return self.lora_offset[name] if self.learned_offset else None
-
-    def scale_change(self):
-        """The learned change of the scales [groups, out] of the active adapter, or None."""
-        name, = self.active_adapters
-        return self.lora_scale[name] if self.learned_scales else None
-
-    def adapted_weight(self, dtype):
-        """W' for evaluation, kept from call to call until the adapter changes: generating a text is many calls.
-
-        It is as large as the 16-bit layer; to evaluate in the memory of the quantized model, merge.
+        It is as large as the layer in 16 bits. Merge to evaluate in the memory of the quantized model.
         """
         (lora_A, lora_B), offset = self.adapter_pair(), self.offset()
         made_from = (*(None if p is None else p._version for p in (lora_A, lora_B, offset, self.scale_change())),
                      lora_A.data_ptr(), lora_A.device, dtype)
         if self._evaluated is None or self._evaluated[0] != made_from:
-            method = method_for(lora_A.device)
-            self._evaluated = made_from, method.adapted_weight(lora_A, lora_B, self.grid(), self.threshold, dtype,
-                                                               learned=offset)
+            weight = backend_for(lora_A.device).adapted_weight(lora_A, lora_B, self.packed(), self.threshold, dtype,
+                                                               learned_offset=offset)
+            self._evaluated = made_from, weight
         return self._evaluated[1]
 
     @torch.no_grad()
-    def merged_grids(self):
-        """(before, after, mu): the layer's ternary.Grid, what the adapter makes of it, and the offset or None."""
-        grid = self.grid()
-        after, offset = method_for(grid.qweight.device).merge(*self.adapter_pair(), grid, self.threshold)
-        return grid, after, self.offset() if self.learned_offset else offset
+    def merged_in_memory(self) -> tuple[PackedLayer, PackedLayer, torch.Tensor | None]:
+        """(the layer before, the layer after the adapter's steps, mu [groups, out] or None)."""
+        packed = self.packed()
+        after, offset = backend_for(packed.qweight.device).merge(*self.adapter_pair(), packed, self.threshold)
+        return packed, after, self.offset() if self.learned_offset else offset
 
 
-def register(lora_config: LoraConfig, threshold, learned_offset=False, learned_scales=False):
-    """Makes PEFT put a CustomLoraLinear on every targeted GPTQModel layer; returns the config."""
+def register(lora_config: LoraConfig, threshold: Threshold, learned_offset: bool = False,
+             learned_scales: bool = False) -> LoraConfig:
+    """Makes PEFT put a CustomLoraLinear on every targeted GPTQModel layer. Returns the config."""
     lora_config._register_custom_module({TorchLinear: partial(
         CustomLoraLinear, threshold=threshold, learned_offset=learned_offset, learned_scales=learned_scales)})
     return lora_config

@@ -1,56 +1,54 @@
-"""Merges a trained adapter, LoTA or QA-LoRA, into the grid of its GPTQ model: folder in, folder out.
+"""Merges a trained adapter, LoTA or QA-LoRA, into the integer grid of its GPTQ model: folder in, folder out.
 
     python -m LoTA.lota_merge --adapter ADAPTER --gptq GPTQ_MODEL --output MERGED
 
-Works layer by layer on the files: no GPU, no model is loaded, the originals are never touched. Without offsets
-(adapters trained with --residual False) the result is a plain GPTQ model; with offsets it has a checkpoint_format of
-its own, so that a stock tool refuses it rather than compute something else, and LoTA.adapter opens it. A QA-LoRA
-adapter is nothing but an offset per group: its integers stay.
+It works layer by layer on the files. It needs no GPU, loads no model and never touches the originals. Without offsets
+(adapters trained with --residual False) the result is a plain GPTQ model. With offsets it has a checkpoint_format of
+its own, so a stock tool refuses it rather than compute something else, and LoTA.adapter opens it. A QA-LoRA adapter is
+nothing but an offset per group, so its integers stay.
 """
 import argparse
 import math
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from LoTA import UserError, run_script
+from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder
 from LoTA.folders import (
-    LOTA_CONFIG,
     LOTA_FORMAT,
     LOTA_SUBFOLDER,
     OFFSETS_FILE,
-    AdapterTensors,
     GPTQFolder,
     MergedFolder,
-    check_output_folder,
-    create_safetensors,
-    lora_scaling,
-    overwrite_tensor,
-    read_adapter,
     set_checkpoint_format,
-    whole_folder,
 )
+from LoTA.packed import PackedLayer
 from LoTA.packing import count_different
+from LoTA.storage import check_output_folder, create_safetensors, overwrite_tensor, whole_folder
 from LoTA.ternary import check_settings, is_merge, merge
 
 MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"
+# (name of the layer, its PackedLayer) -> (the merged layer, mu [groups, out] or None)
+LayerMerger = Callable[[str, PackedLayer], tuple[PackedLayer, torch.Tensor | None]]
 
 
-def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, verify=True):
-    """Merges `adapter_dir` into `gptq_dir`, writes `output`, and returns {projection: share of integers moved}.
+def merge_folders(adapter: AdapterFolder, source: GPTQFolder, output: str | Path, verify: bool = True) -> dict:
+    """Merges `adapter` into `source`, writes the folder `output`, and returns {projection: share of integers moved}.
 
-    omega and residual are used only for an adapter that does not say its own. Raises UserError where adapter and
-    model do not belong together.
+    Raises UserError where adapter and model do not belong together, RuntimeError where the verification fails.
     """
     check_output_folder(output, MARKER)
-    config = read_adapter(adapter_dir, omega, residual)
+    config = adapter.config
     if config.method == "LoRA":
-        raise UserError(f"{adapter_dir} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
+        raise UserError(f"{adapter.path} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
                         "which the GPTQ grid cannot hold; python -m LoTA.export ADAPTER --format dense writes the sum")
-    source, adapter = GPTQFolder(gptq_dir), AdapterTensors(adapter_dir)
-    check_match(adapter_dir, config, adapter, source)
-    merge_layer = layer_merger(adapter_dir, config, adapter)
+    adapter.check_match(source)
+    merge_layer = layer_merger(adapter)
 
     with whole_folder(output, MARKER) as folder:
         for item in tqdm([f for f in sorted(source.path.iterdir()) if f.is_file()], desc="copying", unit="file"):
@@ -58,99 +56,75 @@ def merge_folders(adapter_dir, gptq_dir, output, omega=None, residual=None, veri
         (folder / LOTA_SUBFOLDER).mkdir()
         if config.residual:
             create_safetensors(folder / LOTA_SUBFOLDER / OFFSETS_FILE, {
-                f"{m}.offset": (torch.float32, source.shape(f"{m}.scales")) for m in adapter.modules})
+                f"{module}.offset": (torch.float32, source.shape(f"{module}.scales")) for module in adapter.modules})
             set_checkpoint_format(folder, LOTA_FORMAT)
-        moved = {}
+        moved = Moved()
         for module in tqdm(adapter.modules, desc="merging", unit="layer"):
-            grid = source.grid(module)
-            merged, offset = merge_layer(module, grid)
-            name = f"{module}.qweight"
-            overwrite_tensor(folder / source.file_of[name].name, name, merged.qweight)
-            if config.learned_scales:
-                name = f"{module}.scales"
-                overwrite_tensor(folder / source.file_of[name].name, name, merged.scales)
+            packed = source.packed(module)
+            merged, offset = merge_layer(module, packed)
+            replaced = {"qweight": merged.qweight} | ({"scales": merged.scales} if config.learned_scales else {})
+            for tensor, values in replaced.items():
+                name = f"{module}.{tensor}"
+                overwrite_tensor(folder / source.file_of[name].name, name, values)
             if offset is not None:
                 overwrite_tensor(folder / LOTA_SUBFOLDER / OFFSETS_FILE, f"{module}.offset", offset)
-            count_moved(moved, module, grid, merged)
-        config.quantized_model_dir, config.base_format = str(source.path.resolve()), source.checkpoint_format
-        config.training["moved"] = shares(moved)
-        config.save(folder / LOTA_SUBFOLDER)
+            moved.add(module, packed, merged)
+        replace(config, quantized_model_dir=str(source.path.resolve()), base_format=source.checkpoint_format,
+                training={**config.training, "moved": moved.shares()}).save(folder / LOTA_SUBFOLDER)
         if verify:
             verify_folders(adapter, source, MergedFolder(folder), merge_layer)
-    return shares(moved)
+    return moved.shares()
 
 
-def layer_merger(adapter_dir, config, adapter):
-    """The function (module, Grid) -> (merged Grid, mu or None) that merges this kind of adapter into a base's Grid."""
+def layer_merger(adapter: AdapterFolder) -> LayerMerger:
+    """The function that merges one layer of this adapter."""
+    config = adapter.config
     if config.method == "QA-LoRA":
-        scaling = lora_scaling(adapter_dir)
-        return lambda module, grid: (grid, qalora_offset(*adapter.matrices(module), scaling, grid, module))
-    threshold = config.threshold
+        return lambda module, packed: (packed, qalora_offset(*adapter.matrices(module), adapter.scaling, packed,
+                                                             module))
 
-    def merge_ternary(module, grid):
-        lora_A, lora_B = adapter.pair(module)
-        check_settings(lora_A.shape[1], threshold.omega, grid.groups.largest)
+    def merge_ternary(module: str, packed: PackedLayer) -> tuple[PackedLayer, torch.Tensor | None]:
+        lora_A, lora_B = adapter.ternary_pair(module)
+        check_settings(lora_A.shape[1], config.threshold.omega, packed.groups.largest)
         if config.learned_scales:
-            grid = grid.rescaled(adapter.scale_change(module))
-        merged, offset = merge(lora_A, lora_B, grid, threshold)
+            packed = packed.rescaled(adapter.scale_change(module))
+        merged, offset = merge(lora_A, lora_B, packed, config.threshold)
         return merged, adapter.offset(module) if config.learned_offset else offset
     return merge_ternary
 
 
-def qalora_offset(lora_A, lora_B, scaling, grid, module):
-    """mu [groups, out] float32 of a QA-LoRA layer: lora_A [groups, r], lora_B [r, out].
+def qalora_offset(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, packed: PackedLayer,
+                  module: str) -> torch.Tensor:
+    """mu of a QA-LoRA layer, float32 [groups, out]. lora_A: [groups, r]. lora_B: [r, out].
 
-    PEFT adds scaling * (groups * mean of x over the group) @ A @ B, so each row of group g moves by
-    scaling * groups / rows * (A @ B)[g], whatever its integer; over the scale this is an offset.
+    PEFT adds scaling * (groups * mean of x over the group) @ A @ B. So every row of group g moves by scaling * groups /
+    rows * (A @ B)[g], whatever its integer, and that over the scale is an offset.
     """
-    groups = grid.groups
+    groups = packed.groups
     if lora_A.shape[0] != groups.count or groups.order is not None or groups.sizes.min() != groups.largest:
-        raise UserError(f"{module}: the QA-LoRA adapter pools {grid.shape[0] // lora_A.shape[0]} inputs in their order "
-                        "and the GPTQ groups are others; only with equal groups it merges")
-    return scaling * groups.count / groups.largest * (lora_A.float() @ lora_B.float()) / grid.scales.float()
+        raise UserError(f"{module}: the QA-LoRA adapter pools {packed.shape[0] // lora_A.shape[0]} inputs in their "
+                        "order, and the GPTQ groups are others; only with equal groups it merges")
+    return scaling * groups.count / groups.largest * (lora_A.float() @ lora_B.float()) / packed.scales.float()
 
 
-def check_match(adapter_dir, config, adapter, source):
-    """Raises UserError unless the adapter fits this GPTQ model, and was trained on it as far as the adapter says."""
-    missing = [m for m in adapter.modules if m not in source.modules]
-    if missing or not adapter.modules:
-        raise UserError(f"{adapter_dir} does not fit {source.path}: it adapts "
-                        f"{missing[0] + ', which is no quantized layer there' if missing else 'no layer'}")
-    for module in adapter.modules:
-        (rows, rank), (_, cols) = adapter.shapes(module)
-        groups, width = source.shape(f"{module}.scales")
-        shape = (source.shape(f"{module}.g_idx")[0], width)
-        if config.method == "QA-LoRA":          # its A has a row for each group
-            rows = rows * shape[0] // groups if rows == groups else rows
-        if (rows, cols) != shape or rank != config.rank:
-            raise UserError(f"{adapter_dir} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "
-                            f"adapter {rows} x {cols} of rank {rank}")
-    for what, trained, given in (("bits", config.bits, source.bits),
-                                 ("rows in a group", config.group_size, source.group_size)):
-        if trained is not None and trained != given:
-            raise UserError(f"{adapter_dir} was trained on {trained} {what}, {source.path} has {given}")
-    if config.fingerprint is not None and source.fingerprint() != config.fingerprint:
-        raise UserError(f"{adapter_dir} was trained on other GPTQ weights than those of {source.path} (fingerprints "
-                        f"differ); it was trained on {config.quantized_model_dir}")
+def verify_folders(adapter: AdapterFolder, source: GPTQFolder, merged: MergedFolder, merge_layer: LayerMerger) -> None:
+    """Reads the merged folder back and checks that each integer, offset and scale is what the equations say.
 
-
-def verify_folders(adapter, source, merged, merge_layer):
-    """Reads the merged folder back and checks every layer: each integer, offset and scale is what the equations say.
-
-    For a ternary adapter it takes the road that looks at every weight, whichever one the merge took. Equal integers and
-    offsets, with the tensors that a merge does not touch, are an equal W'. Raises RuntimeError: a failure here is a
-    defect of this program or of the disk.
+    For a ternary adapter it looks at every weight, also where the merge computed only the weights that can step. Equal
+    integers, offsets and scales, with the tensors that a merge does not touch, are an equal W'. Raises RuntimeError: a
+    failure here is a defect of this program or of the disk.
     """
+    config = merged.lota
     for module in tqdm(adapter.modules, desc="verifying", unit="layer"):
-        before, after, offset = source.grid(module), merged.grid(module), merged.offset(module)
-        if merged.lota.method == "QA-LoRA":
+        before, after, offset = source.packed(module), merged.packed(module), merged.offset(module)
+        untouched = ["qzeros", "g_idx", "scales"]
+        if config.method == "QA-LoRA":
             same = torch.equal(before.qweight, after.qweight) and torch.equal(offset, merge_layer(module, before)[1])
         else:
-            learned = merged.lota.learned_offset
-            same = is_merge(*adapter.pair(module), before, after, None if learned else offset, merged.lota.threshold)
-            same &= not learned or torch.equal(offset, adapter.offset(module))
-        untouched = ["qzeros", "g_idx", "scales"]
-        if merged.lota.learned_scales:
+            same = is_merge(*adapter.ternary_pair(module), before, after, None if config.learned_offset else offset,
+                            config.threshold)
+            same &= not config.learned_offset or torch.equal(offset, adapter.offset(module))
+        if config.learned_scales:
             untouched.remove("scales")
             same &= torch.equal(before.rescaled(adapter.scale_change(module)).scales, after.scales)
         if not same:
@@ -159,27 +133,35 @@ def verify_folders(adapter, source, merged, merge_layer):
             raise RuntimeError(f"{module}: a tensor that the merge must not touch was changed")
 
 
-def count_moved(moved, module, before, after):
-    """Adds one layer, its Grid before and after, to {projection: [integers moved, integers]}; returns its share."""
-    count = moved.setdefault(module.rsplit(".", 1)[-1], [0, 0])
-    different, size = count_different(before.qweight, after.qweight, before.bits), math.prod(before.shape)
-    count[0], count[1] = count[0] + different, count[1] + size
-    return different / size
+class Moved:
+    """Counts the integers that a merge moves, by projection (the last part of a layer's name)."""
+
+    def __init__(self):
+        self.counts: dict[str, tuple[int, int]] = {}        # {projection: (integers moved, integers)}
+        self.in_layer: dict[str, float] = {}                # {layer: share moved}
+
+    def add(self, module: str, before: PackedLayer, after: PackedLayer) -> None:
+        """Counts one layer."""
+        projection = module.rsplit(".", 1)[-1]
+        moved, total = self.counts.get(projection, (0, 0))
+        different, size = count_different(before.qweight, after.qweight, before.bits), math.prod(before.shape)
+        self.counts[projection] = moved + different, total + size
+        self.in_layer[module] = different / size
+
+    def shares(self) -> dict[str, float]:
+        """{projection: share moved}, and as "all" the share of all integers."""
+        moved, total = (sum(count[i] for count in self.counts.values()) for i in (0, 1))
+        return {**{projection: count[0] / count[1] for projection, count in self.counts.items()}, "all": moved / total}
 
 
-def shares(moved):
-    """{projection: share moved}, and the share of all as "all"."""
-    total = [sum(c[i] for c in moved.values()) for i in (0, 1)]
-    return {**{name: c[0] / c[1] for name, c in moved.items()}, "all": total[0] / total[1]}
-
-
-def print_moved(moved):
+def print_moved(shares: dict[str, float]) -> None:
+    """Prints what Moved.shares() returns."""
     print("share of integer weights moved by the merge")
-    for name, share in moved.items():
-        print(f"  {name:<12} {share:.4%}")
+    for projection, share in shares.items():
+        print(f"  {projection:<12} {share:.4%}")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m LoTA.lota_merge", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="the trained adapter's folder")
@@ -188,12 +170,18 @@ def main():
     parser.add_argument("--interval_point", type=float, default=None,
                         help="omega, for an adapter that says it neither in lota_config.json nor in its name")
     args = parser.parse_args()
-    gptq = args.gptq or read_adapter(args.adapter, args.interval_point).quantized_model_dir
+    adapter = AdapterFolder(args.adapter, args.interval_point)
+    gptq = args.gptq or adapter.config.quantized_model_dir
     if gptq is None:
         raise UserError(f"{args.adapter} does not name its GPTQ model; name it with --gptq")
-    print_moved(merge_folders(args.adapter, gptq, args.output, args.interval_point))
+    print_moved(merge_folders(adapter, GPTQFolder(gptq), args.output))
     print(f"merged and verified: {args.output}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console command lota-merge."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -7,7 +7,6 @@ Layout: https://github.com/IST-DASLab/gptq and the checkpoint formats "gptq" and
 import torch
 import torch.nn.functional as F
 
-SUPPORTED_BITS = (2, 3, 4, 8)
 WORD = 32
 UNPACK_ENTRIES = 1 << 19
 

@@ -1,82 +1,188 @@
-"""transformers' Trainer for ternary adapters, and callbacks of every training run.
+"""A training run around transformers' Trainer: its folder, its record, its arguments, its callbacks.
 
-Touches transformers, through the hooks that Trainer offers; writes lota_config.json into checkpoints.
+Touches transformers, through the hooks that Trainer offers, and the run's folder.
 """
+import os
+import resource
 import signal
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
-from transformers import ProgressCallback, Trainer, TrainerCallback
+import torch
+from accelerate import PartialState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from LoTA import UserError
-from LoTA.monitor import Monitor, line_of
+from LoTA.adapter_folder import LotaConfig
+from LoTA.folders import GPTQFolder
+from LoTA.monitor import Monitor, console_line
+from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
+
+
+class Run:
+    """A training run's folder: claimed for this run alone, renamed when the run has ended.
+
+        with Run(parent, name) as run:
+            ... train into run.folder ...
+            final = run.finish(runtime, peak_mb)
+
+    name: a function (when=, runtime=None, peak_mb=None) -> the folder's name. It is called without runtime and peak
+    while the run goes on. when: the run's day and time, and a number behind it where another run has this name already.
+    folder: where the run writes.
+    writes: whether this process writes; of several processes only one does.
+
+    A run that fails before it has written anything leaves no folder.
+    """
+
+    def __init__(self, parent: str | Path, name: Callable[..., str]):
+        self.parent, self.name = Path(parent), name
+        self.writes = PartialState().is_main_process
+        self._made_parent = False
+
+    def __enter__(self) -> "Run":
+        self._made_parent = not self.parent.exists()
+        self.parent.mkdir(parents=True, exist_ok=True)
+        started, number = datetime.now().strftime("%d_%H%M%S"), 1
+        while True:
+            self.when = started if number == 1 else f"{started}-{number}"
+            self.folder = self.parent / self.name(when=self.when)
+            try:
+                self.folder.mkdir()             # fails where another run has claimed the name
+                return self
+            except FileExistsError:
+                number += 1
+
+    def __exit__(self, *exception) -> None:
+        with suppress(OSError):                 # raised where a folder is not empty or not there any more
+            self.folder.rmdir()
+            if self._made_parent:
+                self.parent.rmdir()
+
+    def finish(self, runtime: float, peak_mb: float) -> Path:
+        """Renames the folder to its final name, which has the runtime in s and the peak memory in MB. Returns it."""
+        final = self.parent / self.name(when=self.when, runtime=runtime, peak_mb=peak_mb)
+        os.rename(self.folder, final)
+        return final
+
+
+def training_arguments(base: baseConfig, training: trainingConfig, folder: Path) -> TrainingArguments:
+    """transformers' TrainingArguments for completed settings. Raises UserError where transformers refuses one."""
+    report_to = [tracker for tracker in split_names(base.report_to) if tracker != "none"]
+    missing = [tracker for tracker in report_to if tracker not in get_available_reporting_integrations()]
+    if missing:
+        raise UserError(f"--report_to {missing[0]} is not installed: pip install {missing[0]}")
+    on_cpu = not torch.cuda.is_available() or base.device_map == "cpu"
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder), num_train_epochs=training.num_train_epochs or 1, max_steps=training.max_steps,
+            per_device_train_batch_size=training.train_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            optim="adamw_torch" if base.lota_qaf else training.optimizer_type, learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
+            warmup_steps=training.warmup_ratio, lr_scheduler_type=training.lr_scheduler_type,
+            activation_checkpointing=training.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+            train_sampling_strategy="group_by_length", logging_steps=training.logging_steps,
+            save_strategy=training.save_strategy,
+            # A share of the run's steps. Trainer writes one more checkpoint at the end by itself.
+            save_steps=1 / training.save_number if training.save_number > 1 else 10**9,
+            use_cpu=on_cpu, report_to=report_to or "none", dataloader_pin_memory=not on_cpu, seed=base.seed,
+            data_seed=base.seed)
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    # The model stays where GPTQModel put it, on one GPU or spread over several. Trainer must not copy it to all GPUs.
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1
+    return arguments
+
+
+def record_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder) -> LotaConfig:
+    """The LotaConfig of a run, from completed settings. It goes into the adapter folder."""
+    return LotaConfig(
+        method=METHODS[base.method], omega=training.interval_point if base.lota_qaf else None,
+        residual=base.residual or base.method == "qalora",      # QA-LoRA is nothing but offsets
+        offset_scale=base.offset_scale, learned_scales=base.lota_qaf and base.learned_scales, bits=base.w_bits,
+        group_size=base.group_size, rank=base.lora_r, pretrained=_absolute(base.pretrained),
+        quantized_model_dir=_absolute(folder.path), fingerprint=folder.fingerprint(),
+        data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
+        versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")})
+
+
+def _absolute(name: str | Path | None) -> str | None:
+    """A local folder as an absolute path. A hub name, or None, stays as it is."""
+    return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
 
 
 class LotaTrainer(Trainer):
-    """Trainer whose optimizer is a tSignSGD, over the run's real number of steps, with a Monitor that looks inside.
+    """Trainer with a tSignSGD over the run's real number of steps, and a Monitor of the ternary layers.
 
-    optimizer: the tSignSGD; omega: the threshold that the Monitor measures |dW| by; the rest is Trainer's.
+    optimizer: the tSignSGD. omega: the threshold that the Monitor measures |dW| by. The rest is Trainer's.
     """
 
-    def __init__(self, optimizer, omega, **kwargs):
+    def __init__(self, optimizer: torch.optim.Optimizer, omega: float, **kwargs):
         super().__init__(optimizers=(optimizer, None), **kwargs)
-        self.ternary_optimizer, self.omega = optimizer, omega       # accelerate will wrap self.optimizer
-        self.add_callback(LastStep)
+        self.ternary_optimizer, self.omega = optimizer, omega       # kept here, because accelerate wraps self.optimizer
+        self.add_callback(LogLastStep)
         if self.pop_callback(ProgressCallback):
-            self.add_callback(ConsoleLine)
+            self.add_callback(ConsoleLines)
 
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
-        self.ternary_optimizer.raise_unless_finite()                # on a GPU, of the last step
+        self.ternary_optimizer.raise_unless_finite()                # on a GPU the last step is judged only now
         return result
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
         self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
         self.monitor = Monitor(self.model, self.ternary_optimizer, self.omega, num_training_steps)
         return self.lr_scheduler
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict, *args, **kwargs) -> None:
         if "learning_rate" in logs:
             logs.pop("learning_rate")                               # t-SignSGD has none
-            logs |= self.monitor.look(self.state.global_step)
+            logs |= self.monitor.metrics(self.state.global_step)
         super().log(logs, *args, **kwargs)
 
 
-class LastStep(TrainerCallback):
-    """The last step is logged too, whatever --logging_steps says."""
+class LogLastStep(TrainerCallback):
+    """Logs the last step too, whatever --logging_steps says."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_log = True
 
 
-class ConsoleLine(ProgressCallback):
-    """Progress with one readable line for each log of a LoTA run."""
+class ConsoleLines(ProgressCallback):
+    """Trainer's progress bar, with one readable line for each log of a LoTA run."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "sigma" in logs:
-            self.training_bar.write(line_of(logs, f"{state.global_step}/{state.max_steps}"))
+            self.training_bar.write(console_line(logs, f"{state.global_step}/{state.max_steps}"))
         else:
             super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class Checkpoints(TrainerCallback):
-    """Writes `config`, a LotaConfig, last of all into every checkpoint, so that it marks a whole one; turns Ctrl-C into
-    a checkpoint and an orderly end; and refuses to resume a run at its end.
+    """Marks whole checkpoints, turns Ctrl-C into a checkpoint, and refuses to resume a run at its end.
 
-    A context manager around train(): the handler of Ctrl-C before it is there again behind it.
+    It is a context manager around train(): while the block runs, it handles Ctrl-C. config: the LotaConfig that it
+    writes into every checkpoint, last of all files, so that its presence says that the checkpoint is whole.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: LotaConfig):
         self.config, self.interrupted = config, False
 
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.interrupt)
+    def __enter__(self) -> "Checkpoints":
+        self.handler_before = signal.signal(signal.SIGINT, self.interrupt)
         return self
 
-    def __exit__(self, *exception):
-        signal.signal(signal.SIGINT, self.before)
+    def __exit__(self, *exception) -> None:
+        signal.signal(signal.SIGINT, self.handler_before)
 
-    def interrupt(self, signum, frame):
+    def interrupt(self, signum, frame) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
@@ -92,4 +198,11 @@ class Checkpoints(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        self.config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero:
+            self.config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def peak_memory_mb() -> float:
+    """Peak memory in MB: of the run on the GPUs where it took any, else of this process since it began."""
+    on_gpus = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return on_gpus / 2**20 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

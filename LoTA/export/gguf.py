@@ -1,11 +1,12 @@
-"""A merged model as a GGUF file for llama.cpp: every quantized weight in Q4_1 blocks, its integer unchanged.
+"""A GGUF file for llama.cpp: every quantized weight in Q4_1 blocks, its integer unchanged.
 
-A Q4_1 block is 32 weights of one output: d and m in float16, then 32 codes of 4 bits, w = d * code + m. With d = s and
-m = s * (mu - z) it holds what GPTQ's integer zero points cannot: the offset. Everything else stays in its own dtype.
+A Q4_1 block is 32 weights of one output: d and m in float16, then 32 integers of 4 bits, w = d * integer + m. With
+d = s and m = s * (mu - z) it holds the offset, which GPTQ's integer zero points cannot. Other tensors keep their dtype.
 Block layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and block_q4_1 in ggml-common.h.
-Written with the `gguf` package, which names the tensors and writes the header.
+The `gguf` package names the tensors and writes the header.
 """
 import math
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,21 +15,25 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from LoTA import UserError
-from LoTA.folders import LAYER_TENSORS, read_json
+from LoTA.folders import LAYER_TENSORS, MergedFolder
+from LoTA.packed import PackedLayer
+from LoTA.storage import read_json
+
+GGUF_FILE = "model-q4_1.gguf"
 
 BLOCK = 32                          # weights of a block
 BLOCK_BYTES = 2 + 2 + BLOCK // 2
-# What llama.cpp's loaders call these transformers models, and whether they want the rows of q and k reordered.
+# {transformers' model_type: (llama.cpp's architecture, whether its loader wants the rows of q and k reordered)}
 ARCHITECTURES = {"llama": (gguf.MODEL_ARCH.LLAMA, True), "mistral": (gguf.MODEL_ARCH.LLAMA, True),
                  "qwen2": (gguf.MODEL_ARCH.QWEN2, False), "qwen3": (gguf.MODEL_ARCH.QWEN3, False)}
-# The pattern by which a byte-level BPE cuts its text, and llama.cpp's name for it.
+# {the pattern by which a byte-level BPE cuts its text: llama.cpp's name for it}
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
 PRE_TOKENIZERS = {None: "gpt-2", LLAMA3_PATTERN: "llama-bpe", LLAMA3_PATTERN.replace("{1,3}", ""): "qwen2"}
 
 
-def write(model, file):
-    """Writes the MergedFolder `model` to `file`. Raises UserError where GGUF or llama.cpp cannot hold it."""
+def write(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the file GGUF_FILE into `folder`. Raises UserError where GGUF or llama.cpp cannot hold the model."""
     config = AutoConfig.from_pretrained(model.path)
     if config.model_type not in ARCHITECTURES:
         raise UserError(f"GGUF export knows {', '.join(ARCHITECTURES)}, not {config.model_type}; --format dense keeps "
@@ -36,16 +41,16 @@ def write(model, file):
     if model.bits > 4:
         raise UserError(f"Q4_1 holds integers of up to 4 bits, {model.path} has {model.bits}: --format dense or peft")
     architecture, permuted = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = gguf.GGUFWriter(folder / GGUF_FILE, gguf.MODEL_ARCH_NAMES[architecture])
     add_shape(writer, model, config)
     add_tokenizer(writer, model, config)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors = []
     for name in sorted(model.file_of):
-        module, _, kind = name.rpartition(".")
+        module, _, role = name.rpartition(".")
         heads = heads_of(module, config) if permuted else None
-        if module in model.modules and kind in LAYER_TENSORS:
-            if kind != "qweight":
+        if module in model.modules and role in LAYER_TENSORS:
+            if role != "qweight":
                 continue
             check_blocks(model, module)
             cols, rows = model.shape(f"{module}.scales")[1], model.shape(f"{module}.g_idx")[0]
@@ -69,9 +74,13 @@ def write(model, file):
     writer.close()
 
 
-def check(model, file):
-    """Reads `file` back. Raises RuntimeError unless the codes are the merged integers, bit for bit, d and m the
-    float16 of s and s * (mu - z), and all other tensors the model's own."""
+def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Reads the file back.
+
+    Raises RuntimeError unless the integers are the merged ones, d and m are s and s * (mu - z) in float16, and all
+    other tensors are the model's own.
+    """
+    file = folder / GGUF_FILE
     config = AutoConfig.from_pretrained(model.path)
     architecture, permuted = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -80,17 +89,17 @@ def check(model, file):
     for module in tqdm(model.modules, desc="verifying GGUF", unit="layer"):
         tensor = written[named(names, f"{module}.weight")]
         rows, heads = model.shape(f"{module}.g_idx")[0], heads_of(module, config) if permuted else None
-        packed = permute(torch.from_numpy(np.array(tensor.data)), heads, inverse=True).view(-1, rows // BLOCK,
-                                                                                           BLOCK_BYTES)
-        codes = torch.cat([packed[..., 4:] & 15, packed[..., 4:] >> 4], -1).reshape(-1, rows)
-        d, m = packed[..., :4].contiguous().view(torch.float16).unbind(-1)
-        grid = model.grid(module)
-        scale, minimum = block_values(grid, model.offset(module))
-        if not (torch.equal(codes, grid.weight_int.t()) and torch.equal(d, scale) and torch.equal(m, minimum)):
+        stored = permute(torch.from_numpy(np.array(tensor.data)), heads, inverse=True).view(-1, rows // BLOCK,
+                                                                                            BLOCK_BYTES)
+        integers = torch.cat([stored[..., 4:] & 15, stored[..., 4:] >> 4], -1).reshape(-1, rows)
+        d, m = stored[..., :4].contiguous().view(torch.float16).unbind(-1)
+        packed = model.packed(module)
+        scale, minimum = block_values(packed, model.offset(module))
+        if not (torch.equal(integers, packed.weight_int.t()) and torch.equal(d, scale) and torch.equal(m, minimum)):
             raise RuntimeError(f"{module}: what was written differs from the merged model")
     for name in model.file_of:
-        module, _, kind = name.rpartition(".")
-        if module in model.modules and kind in LAYER_TENSORS:
+        module, _, role = name.rpartition(".")
+        if module in model.modules and role in LAYER_TENSORS:
             continue
         heads = heads_of(module, config) if permuted else None
         values, stored = other_tensor(model, name)
@@ -106,7 +115,7 @@ def check(model, file):
 
 # --- tensors ------------------------------------------------------------------------------------------------------
 
-def check_blocks(model, module):
+def check_blocks(model: MergedFolder, module: str) -> None:
     """Raises UserError unless every block of 32 inputs lies in one group."""
     g_idx = model.tensor(f"{module}.g_idx")
     if len(g_idx) % BLOCK or not bool((g_idx.view(-1, BLOCK) == g_idx.view(-1, BLOCK)[:, :1]).all()):
@@ -114,28 +123,28 @@ def check_blocks(model, module):
                         "different groups (desc_act, or a group size that 32 does not divide): --format peft or dense")
 
 
-def block_values(grid, offset):
+def block_values(packed: PackedLayer, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(d, m) float16 [out, in / 32]: s and s * (mu - z) of every block."""
-    scales, shift = grid.scales.float(), -grid.zeros.float()
+    scales, shift = packed.scales.float(), -packed.zeros.float()
     shift = scales * (shift if offset is None else shift + offset)
     if float(torch.stack([scales.abs().max(), shift.abs().max()]).max()) > torch.finfo(torch.float16).max:
         raise UserError("a scale or an offset is too large for GGUF's float16")
-    of_block = grid.groups.g_idx[::BLOCK]
+    of_block = packed.groups.g_idx[::BLOCK]
     return scales[of_block].t().half(), shift[of_block].t().half()
 
 
-def blocks(model, module):
+def blocks(model: MergedFolder, module: str) -> torch.Tensor:
     """The Q4_1 blocks of one layer, uint8 [out, in / 32 * 20]."""
-    grid = model.grid(module)
-    d, m = block_values(grid, model.offset(module))
-    codes = grid.weight_int.t().reshape(*d.shape, 2, BLOCK // 2)
-    packed = codes[:, :, 0] | codes[:, :, 1] << 4               # weights 0 ... 15 in the low halves, 16 ... 31 above
+    packed = model.packed(module)
+    d, m = block_values(packed, model.offset(module))
+    integers = packed.weight_int.t().reshape(*d.shape, 2, BLOCK // 2)
+    halves = integers[:, :, 0] | integers[:, :, 1] << 4         # weights 0 ... 15 in the low halves, 16 ... 31 above
     head = torch.stack([d, m], -1).view(torch.uint8)
-    return torch.cat([head, packed], -1).view(d.shape[0], -1)
+    return torch.cat([head, halves], -1).view(d.shape[0], -1)
 
 
-def other_tensor(model, name):
-    """(a tensor that is not quantized, its GGML type): vectors in float32, as llama.cpp wants them."""
+def other_tensor(model: MergedFolder, name: str) -> tuple[torch.Tensor, gguf.GGMLQuantizationType]:
+    """(a tensor that is not quantized, its GGML type). Vectors become float32, because llama.cpp wants them so."""
     tensor = model.tensor(name)
     if tensor.dim() == 1 or tensor.dtype == torch.float32:
         return tensor.float(), gguf.GGMLQuantizationType.F32
@@ -143,24 +152,30 @@ def other_tensor(model, name):
                     torch.bfloat16: gguf.GGMLQuantizationType.BF16}[tensor.dtype]
 
 
-def as_numpy(tensor):
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor as numpy holds it. bfloat16, which numpy does not have, becomes int16 with the same bits."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
 
 
-def named(names, name):
+def named(names: gguf.TensorNameMap, name: str) -> str:
+    """llama.cpp's name of a tensor. Raises UserError where it has none."""
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise UserError(f"llama.cpp has no place for the tensor {name}")
     return found
 
 
-def heads_of(module, config):
-    """How many heads the rows of a layer belong to, where llama.cpp wants them reordered, else None."""
+def heads_of(module: str, config) -> int | None:
+    """The number of heads in the rows of q_proj or k_proj, which llama.cpp wants reordered; None for other layers."""
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rsplit(".", 1)[-1])
 
 
-def permute(rows, heads, inverse=False):
-    """Reorders dim 0 of each head from transformers' rotary halves, 0 2 4 ... 1 3 5 ..., to llama.cpp's neighbours."""
+def permute(rows: torch.Tensor, heads: int | None, inverse: bool = False) -> torch.Tensor:
+    """Reorders dim 0 within each head, from transformers' order of the rotary rows to llama.cpp's.
+
+    Of the two rows that rotate together, transformers puts one into the first half of the head and the other into the
+    second. llama.cpp wants them side by side. heads None leaves the rows as they are.
+    """
     if heads is None:
         return rows
     half = rows.shape[0] // heads // 2
@@ -168,17 +183,17 @@ def permute(rows, heads, inverse=False):
     return rows.view(*shape, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def rope_factors(config):
-    """Llama 3.1's divisors of the rotary frequencies, float32 [head_dim / 2], or None for plain rotary embeddings.
+def rope_factors(config) -> np.ndarray | None:
+    """Llama 3.1's divisors of the rotary frequencies, float32 [head_dim / 2]; None for plain rotary embeddings.
 
     Source: the "llama3" rope type of transformers and Llama 3.1's model card.
     """
     rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
+    role = rope.get("rope_type", "default")
+    if role == "default":
         return None
-    if kind != "llama3":
-        raise UserError(f"GGUF export knows plain and llama3 rotary embeddings, not {kind}")
+    if role != "llama3":
+        raise UserError(f"GGUF export knows plain and llama3 rotary embeddings, not {role}")
     dim = head_dim(config)
     wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
@@ -186,13 +201,15 @@ def rope_factors(config):
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
-def head_dim(config):
+def head_dim(config) -> int:
+    """Rows of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 # --- metadata -----------------------------------------------------------------------------------------------------
 
-def add_shape(writer, model, config):
+def add_shape(writer: gguf.GGUFWriter, model: MergedFolder, config) -> None:
+    """The model's dimensions, as metadata."""
     writer.add_name(model.path.resolve().name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -210,8 +227,8 @@ def add_shape(writer, model, config):
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def add_tokenizer(writer, model, config):
-    """The byte-level BPE of the model folder, its special tokens and its chat template."""
+def add_tokenizer(writer: gguf.GGUFWriter, model: MergedFolder, config) -> None:
+    """The model's byte-level BPE, its special tokens and its chat template, as metadata."""
     tokenizer = AutoTokenizer.from_pretrained(model.path)
     content = read_json(model.path / "tokenizer.json")
     writer.add_tokenizer_model("gpt2")
@@ -237,8 +254,8 @@ def add_tokenizer(writer, model, config):
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def pre_tokenizer_name(content):
-    """llama.cpp's name of the way a tokenizer.json cuts its text. Raises UserError where llama.cpp has none for it."""
+def pre_tokenizer_name(content: dict) -> str:
+    """llama.cpp's name for the way in which a tokenizer.json cuts its text. Raises UserError where it has none."""
     steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     byte_level = [s for s in steps if s.get("type") == "ByteLevel"]

@@ -1,0 +1,240 @@
+"""Adapter folders: what lota_config.json records, the matrices, and the check that an adapter fits a GPTQ model.
+
+Touches files. Knows nothing of GPTQModel or PEFT, loads no model and unpickles nothing.
+"""
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+
+from LoTA import UserError
+from LoTA.storage import read_json, write_json
+from LoTA.ternary import Threshold
+
+LOTA_CONFIG = "lota_config.json"
+PREFIX = "base_model.model."        # PEFT puts it before the name of every adapted layer
+# The name of an adapter folder: 8B_int4_LoTA_48_0.950_0.999_alpaca_...
+ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA|LoRA|QA-LoRA)_(?P<first>[^_]+)_[^_]+"
+                          r"_[^_]+_(?P<data_set>[^_]+)")
+
+
+@dataclass
+class LotaConfig:
+    """lota_config.json: how an adapter was trained, and so how it must be read."""
+    method: str = "LoTA"                        # LoTA, LoRA or QA-LoRA
+    omega: float | None = None
+    residual: bool = True                       # whether there is an offset mu
+    offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1; "learned": a parameter
+    learned_scales: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    rank: int | None = None
+    pretrained: str | None = None
+    quantized_model_dir: str | None = None
+    fingerprint: str | None = None              # of the GPTQ weights it was trained on; None: not known
+    base_format: str | None = None              # merged folders only: the checkpoint_format of the integers
+    data_set: str | None = None
+    seed: int | None = None
+    settings: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    format_version: int = 1
+
+    @property
+    def threshold(self) -> Threshold:
+        """How this adapter's dW becomes a step and an offset."""
+        return make_threshold(self.omega, self.residual, self.offset_scale)
+
+    @property
+    def learned_offset(self) -> bool:
+        """Whether mu is a parameter of the adapter."""
+        return self.method == "LoTA" and self.residual and self.offset_scale == "learned"
+
+    def record(self) -> "AdapterRecord":
+        """What mode 2 prints and saves about an adapter."""
+        return AdapterRecord(**{f.name: getattr(self, f.name) for f in fields(AdapterRecord)})
+
+    def save(self, folder: str | Path) -> None:
+        """Writes lota_config.json into `folder`."""
+        write_json(Path(folder) / LOTA_CONFIG, asdict(self))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LotaConfig":
+        """Reads lota_config.json from `folder`. Raises UserError where another version of LoTA wrote it."""
+        content = read_json(Path(folder) / LOTA_CONFIG)
+        if content.get("format_version") != cls.format_version:
+            raise UserError(f"{folder}/{LOTA_CONFIG} has format version {content.get('format_version')}; this "
+                            f"version of LoTA reads {cls.format_version}")
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in content.items() if k in known})
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The facts of a LotaConfig that a reader of results needs. They are saved beside the settings."""
+    method: str
+    rank: int | None
+    omega: float | None
+    residual: bool
+    offset_scale: str
+    learned_scales: bool
+    data_set: str | None
+    seed: int | None
+
+
+def make_threshold(omega: float, residual: bool, offset_scale: str) -> Threshold:
+    """The Threshold that the flags --interval_point, --residual and --offset_scale ask for."""
+    kappas = {"omega": omega, "paper": 1.0, "learned": None}        # learned: mu does not come from Eq. 4
+    if offset_scale not in kappas:
+        raise UserError(f"--offset_scale must be omega, paper or learned, not '{offset_scale}'")
+    return Threshold(omega=float(omega), kappa=kappas[offset_scale] if residual else None)
+
+
+def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
+    """Raises UserError unless `checkpoint` is a whole checkpoint of a run with the settings `config`."""
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / LOTA_CONFIG).exists():
+        raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {LOTA_CONFIG}, which is written last); "
+                        "take an earlier checkpoint")
+    saved = LotaConfig.load(checkpoint)
+    for name in ("method", "rank", "omega", "residual", "offset_scale", "learned_scales", "bits", "fingerprint"):
+        if getattr(saved, name) != getattr(config, name):
+            raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: its {name} is "
+                            f"{getattr(saved, name)}, not {getattr(config, name)}")
+
+
+class QuantizedModel(Protocol):
+    """What check_match() asks of a GPTQ model on disk. LoTA.folders.GPTQFolder is one."""
+    path: Path
+    bits: int
+    group_size: int
+    modules: list[str]
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class AdapterFolder:
+    """An adapter folder, opened once: its LotaConfig as `config`, and its matrices, read one layer at a time.
+
+    modules: the names of the adapted layers. peft_config: the content of adapter_config.json.
+
+    A folder without lota_config.json comes from the published scripts. It is read by its name, or for a checkpoint by
+    its parent's name. Where no name says it, ternary matrices mean LoTA, with `omega` (0.75 r where it is None) and
+    `residual` (True where it is None). Raises UserError where the folder is no adapter.
+    """
+
+    def __init__(self, path: str | Path, omega: float | None = None, residual: bool | None = None):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{path} is not an adapter folder: there is no such folder")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (self.path / name).exists():
+                raise UserError(f"{path} is not an adapter folder: it has no {name}")
+        self.peft_config = read_json(self.path / "adapter_config.json")
+        if not isinstance(self.peft_config.get("r"), int):
+            raise UserError(f"{path} is not a LoRA or LoTA adapter: its adapter_config.json has no rank")
+        self.file = self.path / "adapter_model.safetensors"
+        with safe_open(self.file, "pt") as tensors:
+            names = list(tensors.keys())
+        self.modules = sorted(name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+                              for name in names if name.endswith(".lora_A.weight"))
+        self.config = self._recorded() if (self.path / LOTA_CONFIG).exists() else self._inferred(omega, residual)
+
+    def _recorded(self) -> LotaConfig:
+        config, rank = LotaConfig.load(self.path), self.peft_config["r"]
+        if config.rank != rank:
+            raise UserError(f"{self.path}: {LOTA_CONFIG} says rank {config.rank}, adapter_config.json says {rank}")
+        return config
+
+    def _inferred(self, omega: float | None, residual: bool | None) -> LotaConfig:
+        rank, folder = self.peft_config["r"], self.path.resolve()
+        named = ADAPTER_NAME.match(folder.name) or ADAPTER_NAME.match(folder.parent.name)
+        config = LotaConfig(rank=rank, quantized_model_dir=self.peft_config.get("base_model_name_or_path"),
+                            residual=residual is None or residual)
+        if named:
+            config.bits, config.data_set, config.method = int(named["bits"]), named["data_set"], named["method"]
+        elif not self._is_ternary():
+            config.method = "LoRA"
+        if self.peft_config.get("use_qalora"):
+            config.method = "QA-LoRA"
+        if config.method == "LoTA":
+            try:
+                config.omega = float(named["first"]) if named else omega or 0.75 * rank
+            except ValueError:
+                raise UserError(f"{self.path}: no omega in the folder's name at '{named['first']}'") from None
+        return config
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r of a LoRA or QA-LoRA adapter, as PEFT applies it."""
+        alpha, rank = self.peft_config["lora_alpha"], self.peft_config["r"]
+        return alpha / (rank ** 0.5 if self.peft_config.get("use_rslora") else rank)
+
+    # --- tensors ------------------------------------------------------------------------------------------------------
+
+    def matrices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [in, r], B [r, out]) of one layer. A QA-LoRA adapter's A is [groups, r]."""
+        return tuple(self._tensor(f"{module}.{matrix}.weight").t() for matrix in ("lora_A", "lora_B"))
+
+    def ternary_pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """matrices() of a LoTA adapter. Raises UserError where an entry is not -1, 0 or 1."""
+        pair = self.matrices(module)
+        for matrix, letter in zip(pair, "AB", strict=True):
+            if not bool(((matrix == 0) | (matrix.abs() == 1)).all()):
+                raise UserError(f"{self.file}: {letter} of {module} is not ternary; this is not a LoTA adapter")
+        return pair
+
+    def offset(self, module: str) -> torch.Tensor:
+        """The learned mu of one layer, float32 [groups, out]."""
+        return self._tensor(f"{module}.lora_offset").float()
+
+    def scale_change(self, module: str) -> torch.Tensor:
+        """The learned relative change of one layer's scales, float32 [groups, out]."""
+        return self._tensor(f"{module}.lora_scale").float()
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        with safe_open(self.file, "pt") as tensors:
+            return tensors.get_tensor(PREFIX + name)
+
+    def _is_ternary(self) -> bool:
+        """Whether the first layer's matrices hold -1, 0, 1 only."""
+        try:
+            return bool(self.modules) and self.ternary_pair(self.modules[0]) is not None
+        except UserError:
+            return False
+
+    # --- the model it belongs to --------------------------------------------------------------------------------------
+
+    def check_match(self, source: QuantizedModel) -> None:
+        """Raises UserError unless the adapter fits this GPTQ model and, as far as it says so, was trained on it."""
+        config = self.config
+        missing = [module for module in self.modules if module not in source.modules]
+        if missing or not self.modules:
+            raise UserError(f"{self.path} does not fit {source.path}: it adapts "
+                            f"{missing[0] + ', which is no quantized layer there' if missing else 'no layer'}")
+        for module in self.modules:
+            (rows, rank), (_, cols) = (self._shape(module, matrix) for matrix in ("lora_A", "lora_B"))
+            groups, width = source.shape(f"{module}.scales")
+            shape = (source.shape(f"{module}.g_idx")[0], width)
+            if config.method == "QA-LoRA" and rows == groups:          # its A has a row for each group
+                rows = shape[0]
+            if (rows, cols) != shape or rank != config.rank:
+                raise UserError(f"{self.path} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "
+                                f"adapter {rows} x {cols} of rank {rank}")
+        for fact, trained, given in (("bits", config.bits, source.bits),
+                                     ("rows in a group", config.group_size, source.group_size)):
+            if trained is not None and trained != given:
+                raise UserError(f"{self.path} was trained on {trained} {fact}, {source.path} has {given}")
+        if config.fingerprint is not None and source.fingerprint() != config.fingerprint:
+            raise UserError(f"{self.path} was trained on other GPTQ weights than those of {source.path} (fingerprints "
+                            f"differ); it was trained on {config.quantized_model_dir}")
+
+    def _shape(self, module: str, matrix: str) -> tuple[int, int]:
+        """The shape of A, (in, r), or of B, (r, out)."""
+        with safe_open(self.file, "pt") as tensors:
+            return tuple(reversed(tensors.get_slice(f"{PREFIX}{module}.{matrix}.weight").get_shape()))

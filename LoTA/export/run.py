@@ -1,0 +1,65 @@
+"""Exports a merged model: folder in, folder out, one tensor in memory at a time."""
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from LoTA import UserError
+from LoTA.adapter_folder import AdapterFolder
+from LoTA.export import FORMATS
+from LoTA.export.card import write_model_card
+from LoTA.export.shared import MARKER
+from LoTA.folders import GPTQFolder, LoraFolder, MergedFolder, is_merged
+from LoTA.lota_merge import merge_folders
+from LoTA.storage import check_output_folder, sha256, whole_folder, write_json
+
+
+def export(source: str | Path, format: str, output: str | Path, dtype: torch.dtype | None = None,
+           evaluation: dict | None = None, verify: bool = False) -> None:
+    """Writes `source`, a merged folder or an adapter folder, in `format` to the folder `output`.
+
+    dtype: of dense weights; None takes the model's own. evaluation: results of mode 2, quoted in the model card.
+    verify: reads everything back and compares it with the source.
+    Raises UserError where the format cannot hold the model, RuntimeError where the verification fails.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{format}'")
+    check_output_folder(output, MARKER)
+    module = FORMATS[format].load()
+    with opened(source, format) as model, whole_folder(output, MARKER) as folder:
+        module.write(model, folder, dtype)
+        if verify:
+            module.check(model, folder, dtype)
+        write_model_card(folder, model, FORMATS[format], evaluation)
+        checksums = {str(file.relative_to(folder)): sha256(file)
+                     for file in sorted(folder.rglob("*")) if file.is_file()}
+        write_json(folder / MARKER, {"format": format, "source": str(Path(source).resolve()), "verified": verify,
+                                     "sha256": checksums})
+
+
+@contextmanager
+def opened(source: str | Path, format: str) -> Iterator[MergedFolder | LoraFolder]:
+    """The model to export: a merged folder, an adapter folder merged for the occasion, or a LoraFolder."""
+    if is_merged(source):
+        yield MergedFolder(source)
+        return
+    if not (Path(source) / "adapter_config.json").exists():
+        raise UserError(f"{source} is neither a merged folder nor an adapter folder")
+    adapter = AdapterFolder(source)
+    gptq = adapter.config.quantized_model_dir
+    if gptq is None:
+        raise UserError(f"{source} does not name its GPTQ model; merge it first: python -m LoTA.lota_merge")
+    if adapter.config.method == "LoRA":
+        if not FORMATS[format].holds_lora:
+            able = " or ".join(name for name, entry in FORMATS.items() if entry.holds_lora)
+            raise UserError(f"{source} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
+                            f"which no low-bit grid holds; --format {able} writes the sum in 16 bits")
+        model = LoraFolder(gptq, adapter)
+        adapter.check_match(model)
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        merge_folders(adapter, GPTQFolder(gptq), Path(temporary) / "merged")
+        yield MergedFolder(Path(temporary) / "merged")

@@ -1,0 +1,390 @@
+"""Settings: what a user may say, how the rest is filled in, and what is refused.
+
+A run has three frozen groups of settings, named as in the published scripts. parse_args() reads them from the command
+line. complete_...() return new groups in which nothing is left open. check_...() only check, and raise UserError.
+Imports the standard library only, because --help must not wait for torch.
+"""
+import argparse
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import NoneType
+
+from LoTA import UserError
+from LoTA.export import FORMATS
+
+if typing.TYPE_CHECKING:
+    from LoTA.folders import GPTQFolder
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
+LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
+
+# --recipe: settings that go together, for the flags that are not given.
+RECIPES = {
+    "published": {},
+    "ternary": {"momentum": 0.9, "residual": False},
+    "scales": {"momentum": 0.9, "residual": False, "learned_scales": True},
+    "full": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True}}
+OLD_RECIPE_NAMES = {"steps": "ternary", "grid": "scales", "learned": "full"}
+# A recipe's omega as a share of the rank, and its sigma at the first step, by the bits that they were chosen at
+# (experiments/LOG.md). The finer the grid, the more steps are worth taking. More bits than 4 take the row of 4.
+OMEGA_AND_SIGMA = {
+    2: {"published": (0.75, 0.95), "ternary": (0.3, 0.99), "scales": (0.3, 0.995), "full": (0.3, 0.995)},
+    3: {"published": (0.75, 0.95), "ternary": (0.15, 0.98), "scales": (0.2, 0.98), "full": (0.2, 0.98)},
+    4: {"published": (0.75, 0.95), "ternary": (0.1, 0.98), "scales": (0.15, 0.98), "full": (0.15, 0.98)}}
+
+# --help shows the flags in these groups, in this order.
+GROUPS = {
+    "both": ("both modes", None),
+    "method": ("mode 1: what is trained", None),
+    "data": ("mode 1: the data and the length of the run", None),
+    "lota": ("mode 1: LoTA's steps", "Symbols are the paper's: omega is Eq. 3's threshold, sigma t-SignSGD's."),
+    "baseline": ("mode 1: LoRA and QA-LoRA", None),
+    "run": ("mode 1: the run itself", None),
+    "model": ("mode 2: which model", None),
+    "measure": ("mode 2: what is measured", None),
+    "export": ("mode 2: the merged model for other engines", None)}
+
+
+def setting(group: str, default, help: str, *, shown=None, choices: Sequence | None = None, off: str | None = None,
+            aliases: Sequence[str] = ()):
+    """A field of a settings group.
+
+    group: one of GROUPS. shown: what --help shows as the default, where that is not `default` itself.
+    off: what --no_NAME does, for a flag that is True by default. aliases: other names of the flag.
+    """
+    help = f"{help} [{default if shown is None else shown}]".replace("%", "%%")
+    metadata = {"group": group, "help": help, "choices": choices, "off": off, "aliases": aliases}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class baseConfig:
+    """Settings of both modes, and of what is trained."""
+    mode: int = setting("both", 1, "1 trains an adapter; 2 merges it and evaluates", choices=[1, 2])
+    quantized_model_dir: str | None = setting(
+        "both", None, "the GPTQ model's folder", shown="mode 2: the one that the adapter names")
+    pretrained: str | None = setting(
+        "both", None, "the 16-bit model, a folder or a hub name: its tokenizer serves where the GPTQ folder has none, "
+        "and --auto_gptq none evaluates it", shown="none")
+    data_dir: str | None = setting(
+        "both", None, "the data on disk: a save_to_disk folder, or csv, json, jsonl files named after their split",
+        shown="the hub")
+    dtype: str = setting("both", "bfloat16", "of the computation", choices=["bfloat16", "float16", "float32"])
+    device_map: str = setting(
+        "both", "auto", "where the model goes: a device, or auto (the GPU if there is one, else the CPU)")
+    flash_attn: str = setting(
+        "both", "auto", "attention implementation", shown="auto: flash_attention_2 where installed, else sdpa",
+        choices=["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
+    trust_remote_code: bool = setting("both", False, "run code that comes with a model")
+    seed: int = setting("both", 42, "of everything random")
+    w_bits: int | None = setting(
+        "both", None, "bits of the GPTQ folder; a folder with others is refused", shown="the folder's")
+    group_size: int | None = setting(
+        "both", None, "rows of a group in the GPTQ folder; a folder with others is refused", shown="the folder's")
+    sym: bool = setting("both", False, "whether the GPTQ grid is symmetric; it is only recorded, as the folder says it")
+    lota_qaf: bool = setting("method", False, "True is --method lota, as in the published scripts")
+    method: str | None = setting(
+        "method", None, "lota trains ternary adapters with t-SignSGD; lora and qalora are baselines with a 16-bit "
+        "adapter, of which qalora merges into the zero points", choices=list(METHODS),
+        shown="lota with --lota_qaf True, else lora")
+    lora_target_modules: list[str] = setting(
+        "method", TARGET_MODULES, "the projections that get an adapter", shown=" ".join(TARGET_MODULES))
+    lora_r: int | None = setting("method", None, "the rank r", shown="64 below 30B parameters, else 32")
+    lora_alpha: int | None = setting("method", None, "LoRA's alpha; LoTA only records it", shown="2 r")
+    lora_dropout: float = setting("method", 0.0, "dropout of LoRA and QA-LoRA; LoTA has none")
+    residual: bool = setting(
+        "method", True, "LoTA: use the offset factor (mu, Eq. 4)",
+        off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
+    offset_scale: str = setting(
+        "method", "omega", "LoTA: what mu is divided by (kappa): omega, as in the published scripts, or paper (1, "
+        "Eq. 4 as printed); learned makes mu a parameter", choices=["omega", "paper", "learned"])
+    learned_scales: bool = setting(
+        "method", False, "LoTA: train the scales of the groups too; the merged model holds them as its own scales")
+    report_to: str = setting("run", "none", "trackers that get the metrics: tensorboard, wandb ...")
+
+
+@dataclass(frozen=True)
+class trainingConfig:
+    """Settings of mode 1."""
+    training_data_name: str = setting("data", "alpaca", "the data set")
+    train_ratio: float = setting("data", 1.0, "the share of the training rows to use, in (0, 1]")
+    debug_number: int = setting("data", -1, "use only so many training rows; -1 uses all")
+    num_train_epochs: float = setting("data", 0, "epochs; or give --max_steps")
+    max_steps: int = setting("data", -1, "optimizer steps; they override the epochs")
+    train_batch_size: int = setting("data", 64, "rows of a batch on one device")
+    gradient_accumulation_steps: int = setting("data", 1, "batches of an optimizer step")
+    source_max_len: int = setting("data", 1024, "tokens of a prompt at most")
+    target_max_len: int = setting("data", 256, "tokens of an answer at most, with its end token")
+    recipe: str = setting(
+        "method", "published", "LoTA: settings that go together, for flags not given. ternary: many ternary steps and "
+        "nothing else. scales: the scales are trained too. Both leave a plain GPTQ model. full: mu is trained too",
+        choices=list(RECIPES))
+    interval_point: float | None = setting(
+        "lota", None, "the threshold omega, in (0, r)", shown="0.75 r, 48 at r = 64; other recipes go by the bits")
+    filter_ratio: float | None = setting(
+        "lota", None, "sigma at the first step; 0.95 lets the top 5 % of the gradients move their entry",
+        shown="0.95; other recipes go by the bits", aliases=["sigma_start"])
+    min_grad: float = setting("lota", 0.999, "sigma after 80 % of the steps", aliases=["sigma_turn"])
+    filter_upper: float = setting("lota", 0.9999, "sigma at the last step", aliases=["sigma_end"])
+    momentum: float = setting(
+        "lota", 0.0, "the weight of the past in the average of gradients that moves the entries; 0, the published way, "
+        "takes each step's own gradient")
+    offset_lr: float = setting(
+        "lota", 0.007, "AdamW's learning rate for mu with --offset_scale learned, in widths of the grid (2**bits - 1 "
+        "steps); it falls to 0")
+    scale_lr: float = setting(
+        "lota", 0.03, "AdamW's learning rate for the relative change of the scales with --learned_scales; it falls to "
+        "0")
+    optimizer_type: str = setting("baseline", "adamw_torch", "the optimizer; LoTA always takes int_sign_sgd",
+                                  choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
+    learning_rate: float = setting("baseline", 1e-5, "learning rate")
+    lr_scheduler_type: str = setting("baseline", "constant", "learning rate schedule")
+    warmup_ratio: float = setting(
+        "baseline", 0.03, "share of the steps in which the learning rate rises; the constant schedule has none")
+    weight_decay: float = setting("baseline", 0.0, "weight decay")
+    max_grad_norm: float = setting("baseline", 0.3, "gradients are clipped to this norm; LoTA never clips")
+    gradient_checkpointing: bool = setting(
+        "run", True, "recompute activations in the backward pass: less memory, more time",
+        off="keep all activations for the backward pass: more memory, less time")
+    logging_steps: int = setting(
+        "run", 1, "steps between two lines of metrics; about 100 lines of a run also say which integers a merge would "
+        "move")
+    save_strategy: str = setting("run", "steps", "when to save checkpoints: steps (see --save_number), epoch or no",
+                                 choices=["steps", "epoch", "no"])
+    save_number: int = setting("run", 10, "with --save_strategy steps: how many checkpoints a run writes")
+    adapter_path: str = setting("run", "./adapter", "where adapter folders are written")
+    adapter_ckpt: str | None = setting("run", None, "a checkpoint folder to resume from", shown="start anew")
+
+
+@dataclass(frozen=True)
+class evalConfig:
+    """Settings of mode 2."""
+    load_adapter: str = setting("model", "none", "an adapter folder or a merged folder; none: a model without adapter")
+    auto_gptq: str = setting("model", "gptq", "with --load_adapter none: gptq evaluates --quantized_model_dir, none "
+                                              "evaluates the 16-bit --pretrained", choices=["gptq", "none"])
+    merge: bool = setting("model", True, "merge the adapter (LoTA, QA-LoRA) into the grid first",
+                          off="evaluate the adapter live, as it was trained")
+    merged_path: str | None = setting("model", None, "where the merged model is kept", shown="a temporary folder")
+    load_ada_interval: float | None = setting(
+        "model", None, "omega of an adapter that says it neither in lota_config.json nor in a folder's name",
+        shown="0.75 r, 48 at r = 64")
+    backend: str = setting("model", "auto", "GPTQModel's kernel, by the name of its BACKEND")
+    device: str | None = setting("model", None, "device of the evaluation", shown="--device_map's")
+    ft_dataset_name: str = setting("measure", "none", "generate and score on this data set")
+    max_new_tokens: int = setting("measure", 512, "tokens of a generated answer at most")
+    answer_loss: bool = setting("measure", False, "with --ft_dataset_name: also the mean loss of the right answers")
+    tasks: str | None = setting("measure", None, "lm-eval tasks, comma-separated, such as mmlu", shown="none")
+    num_fewshot: int = setting("measure", 5, "lm-eval: examples before a question")
+    include_path: str | None = setting("measure", None, "lm-eval: a folder of local task files", shown="none")
+    limit: int | None = setting("measure", None, "evaluate only the first so many rows", shown="all")
+    eval_batch_size: int = setting("measure", 16, "rows at a time")
+    output_path: str = setting("measure", "./eval_results", "where results are written as JSON")
+    export: str | None = setting(
+        "export", None, "also write the merged model in this format (python -m LoTA.export --help explains them)",
+        choices=list(FORMATS), shown="none")
+    export_path: str | None = setting("export", None, "the folder that --export writes", shown="none")
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequence[str],
+               argv: Sequence[str] | None = None) -> tuple[baseConfig, trainingConfig, evalConfig]:
+    """The settings that a command line asks for.
+
+    training_sets, scored_sets: the names of the data sets there are. argv: the arguments; None takes sys.argv's.
+    Raises UserError for a flag that does not exist.
+    """
+    parser = _build_parser(description, training_sets, scored_sets)
+
+    def parse() -> argparse.Namespace:
+        known, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise UserError(f"there is no flag {unknown[0]}; --help lists all")
+        return known
+
+    parser.set_defaults(**RECIPES[parse().recipe])      # a recipe's settings are defaults: a flag that is given wins
+    values = vars(parse())
+    values["lora_target_modules"] = [name for names in values["lora_target_modules"] for name in split_names(names)]
+    return tuple(config(**{f.name: values[f.name] for f in fields(config)})
+                 for config in (baseConfig, trainingConfig, evalConfig))
+
+
+def split_names(text: str | None) -> list[str]:
+    """The names in "a,b" or "a b"."""
+    return [name for name in re.split(r"[,\s]+", text or "") if name]
+
+
+def _build_parser(description: str, training_sets: Sequence[str],
+                  scored_sets: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, prog="LoTA_QAF_main.py", formatter_class=_HelpFormatter,
+                                     usage="LoTA_QAF_main.py --mode {1,2} [flags]")
+    groups = {name: parser.add_argument_group(*titles) for name, titles in GROUPS.items()}
+    choices = {"ft_dataset_name": ["none", *scored_sets]}
+    more_help = {"training_data_name": f": {', '.join(training_sets)}"}
+    for config in (baseConfig, trainingConfig, evalConfig):
+        types = typing.get_type_hints(config)
+        for f in fields(config):
+            text, _, default = f.metadata["help"].rpartition(" [")
+            options = {"default": f.default if f.default is not MISSING else f.default_factory(), "dest": f.name,
+                       "help": f"{text}{more_help.get(f.name, '')} [{default}",
+                       "choices": choices.get(f.name, f.metadata["choices"])}
+            kind = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not NoneType)
+            if kind is bool:
+                options |= {"type": _true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
+            elif typing.get_origin(types[f.name]) is list:
+                options |= {"nargs": "+", "metavar": "NAME"}
+            else:
+                options |= {"type": _recipe_name if f.name == "recipe" else kind,
+                            "metavar": None if options["choices"] else kind.__name__.upper()}
+            groups[f.metadata["group"]].add_argument(*_spellings(f.name, *f.metadata["aliases"]), **options)
+            if f.metadata["off"]:
+                groups[f.metadata["group"]].add_argument(
+                    *_spellings(f"no_{f.name}"), dest=f.name, action="store_const", const=False,
+                    default=argparse.SUPPRESS, help=f.metadata["off"])
+    return parser
+
+
+def _spellings(*names: str) -> list[str]:
+    """--a_b and --a-b of every name."""
+    return list(dict.fromkeys(f"--{spelled}" for name in names for spelled in (name, name.replace("_", "-"))))
+
+
+def _true_or_false(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "t": True, "y": True,
+              "false": False, "no": False, "0": False, "f": False, "n": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"True or False is wanted, not '{text}'")
+    return values[text.lower()]
+
+
+def _recipe_name(text: str) -> str:
+    return OLD_RECIPE_NAMES.get(text, text)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, the flags in a narrow column, and of --a_b, --a-b the first only."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=118)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if name == "-h" or "-" not in name[2:]]
+        value = self._format_args(action, self._get_default_metavar_for_optional(action)) if action.nargs != 0 else ""
+        return f"{', '.join(names)} {value}".strip()
+
+
+# --- mode 1 -------------------------------------------------------------------------------------------------------
+
+def check_method(base: baseConfig, training: trainingConfig) -> None:
+    """Raises UserError where --lota_qaf, --method and --recipe contradict each other."""
+    if base.lota_qaf and base.method not in (None, "lota"):
+        raise UserError(f"--lota_qaf True contradicts --method {base.method}")
+    if training.recipe != "published" and not base.lota_qaf and base.method != "lota":
+        raise UserError(f"--recipe {training.recipe} is for ternary adapters: give --method lota too")
+
+
+def complete_base(base: baseConfig, folder: "GPTQFolder") -> baseConfig:
+    """`base` with the bits, the group size and the symmetry of the GPTQ folder.
+
+    Raises UserError where a flag contradicts the folder.
+    """
+    for flag, given, there in (("--w_bits", base.w_bits, folder.bits),
+                               ("--group_size", base.group_size, folder.group_size)):
+        if given is not None and given != there:
+            raise UserError(f"{flag} {given} contradicts {folder.path}, which has {there}")
+    return replace(base, quantized_model_dir=str(folder.path), w_bits=folder.bits, group_size=folder.group_size,
+                   sym=bool(folder.config.get("sym")))
+
+
+def complete_training(base: baseConfig, training: trainingConfig,
+                      folder: "GPTQFolder") -> tuple[baseConfig, trainingConfig]:
+    """The settings of a training run with nothing left open: method, rank, alpha; for LoTA omega and sigma."""
+    base = complete_base(base, folder)
+    method = base.method or ("lota" if base.lota_qaf else "lora")
+    _, parameters = folder.model_size(base.pretrained)
+    rank = base.lora_r if base.lora_r is not None else 64 if parameters < LARGE_MODEL else 32
+    alpha = base.lora_alpha if base.lora_alpha is not None else 2 * rank
+    base = replace(base, method=method, lota_qaf=method == "lota", lora_r=rank, lora_alpha=alpha)
+    if method == "lota":
+        omega_share, sigma = omega_and_sigma(training.recipe, folder.bits)
+        training = replace(
+            training, optimizer_type="int_sign_sgd", max_grad_norm=0.0,
+            interval_point=omega_share * rank if training.interval_point is None else training.interval_point,
+            filter_ratio=sigma if training.filter_ratio is None else training.filter_ratio)
+    return base, training
+
+
+def omega_and_sigma(recipe: str, bits: int) -> tuple[float, float]:
+    """(omega as a share of the rank, sigma at the first step) of a recipe at so many bits."""
+    row = max((tried for tried in OMEGA_AND_SIGMA if tried <= bits), default=min(OMEGA_AND_SIGMA))
+    return OMEGA_AND_SIGMA[row][recipe]
+
+
+def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:
+    """Raises UserError where completed settings cannot be trained with."""
+    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+        raise UserError("nothing to train: give --num_train_epochs or --max_steps")
+    for flag in ("train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len", "save_number"):
+        if getattr(training, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {getattr(training, flag)}")
+    if training.adapter_ckpt and not Path(training.adapter_ckpt).is_dir():
+        raise UserError(f"--adapter_ckpt {training.adapter_ckpt} is not a folder")
+    if not any(name.rsplit(".", 1)[-1] in base.lora_target_modules for name in folder.modules):
+        raise UserError(f"--lora_target_modules {' '.join(base.lora_target_modules)}: the model has no such layer")
+    if base.lora_r < 1:
+        raise UserError(f"--lora_r must be at least 1, not {base.lora_r}")
+    if base.dtype == "float16":
+        raise UserError("training in float16 is not supported, its gradients overflow: use bfloat16 or float32")
+    if training.optimizer_type == "paged_adamw_32bit" and not find_spec("bitsandbytes"):
+        raise UserError("--optimizer_type paged_adamw_32bit needs bitsandbytes: pip install bitsandbytes")
+    if base.method == "qalora" and folder.group_size < 1:
+        raise UserError(f"--method qalora pools the inputs of a group, and {folder.path} has no groups")
+    if base.method == "lota":
+        _check_lota(base, training, folder)
+    elif base.learned_scales:
+        raise UserError("--learned_scales trains beside ternary adapters: give --method lota")
+    elif training.optimizer_type == "int_sign_sgd":
+        raise UserError("--optimizer_type int_sign_sgd trains ternary adapters only: give --lota_qaf True")
+
+
+def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:
+    from LoTA.ternary import check_settings
+    if base.lora_dropout:
+        raise UserError("--lora_dropout must be 0 with LoTA: what is dropped could not be merged")
+    for flag in ("filter_ratio", "min_grad", "filter_upper"):
+        if not 0 < getattr(training, flag) < 1:
+            raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")
+    if not 0 <= training.momentum < 1:
+        raise UserError(f"--momentum must lie in [0, 1), not {training.momentum}")
+    scales = folder.tensor(f"{folder.modules[0]}.scales")
+    if base.learned_scales and str(scales.dtype) != "torch.float16":
+        raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are none")
+    if base.offset_scale == "learned" and not base.residual:
+        raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
+    check_settings(base.lora_r, training.interval_point, max(1, folder.group_size))
+
+
+# --- mode 2 -------------------------------------------------------------------------------------------------------
+
+def check_evaluation(evaluation: evalConfig) -> None:
+    """Raises UserError where the settings of mode 2 ask for nothing, or contradict each other."""
+    if only_merges(evaluation) and evaluation.merged_path is None and evaluation.export is None:
+        raise UserError("nothing to evaluate: give --tasks, --ft_dataset_name, or --merged_path to only merge")
+    if (evaluation.export is None) != (evaluation.export_path is None):
+        raise UserError("--export FORMAT and --export_path FOLDER go together")
+    if evaluation.export and evaluation.load_adapter == "none":
+        raise UserError("--export writes a merged model: name it, or its adapter, with --load_adapter")
+    if evaluation.eval_batch_size < 1 or evaluation.max_new_tokens < 1:
+        raise UserError("--eval_batch_size and --max_new_tokens must be at least 1")
+
+
+def only_merges(evaluation: evalConfig) -> bool:
+    """Whether mode 2 measures nothing."""
+    return evaluation.tasks is None and evaluation.ft_dataset_name == "none"

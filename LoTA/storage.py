@@ -1,0 +1,121 @@
+"""Files, written whole: JSON, safetensors, folders. Touches files and knows nothing of models.
+
+A reader never finds half a file or half a folder, because each is written under a temporary name and renamed at the
+end.
+"""
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from LoTA import UserError
+
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+
+
+def read_json(path: str | Path) -> dict | list:
+    """The content of a JSON file. Raises UserError where the file is cut off or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not whole: {error}") from None
+
+
+def write_json(path: str | Path, content: dict | list) -> None:
+    """Writes JSON under a temporary name, then renames it. Makes the parent folders."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --- safetensors --------------------------------------------------------------------------------------------------
+# A safetensors file is the header's length (8 bytes, little endian), a JSON header, and the tensors' bytes:
+# https://github.com/huggingface/safetensors#format. The library writes all tensors of a file at once. A large model
+# would fill the memory that way, so these two functions write one tensor at a time.
+
+def create_safetensors(file: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Creates a safetensors file with room for `tensors`, {name: (dtype, shape)}, and zeros in it."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+
+
+def overwrite_tensor(file: Path, name: str, tensor: torch.Tensor) -> None:
+    """Replaces the bytes of one tensor in a safetensors file.
+
+    Raises UserError where dtype or shape differ from those in the file's header.
+    """
+    with open(file, "r+b") as f:
+        header_size, = struct.unpack("<Q", f.read(8))
+        entry = json.loads(f.read(header_size))[name]
+        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
+        if entry["dtype"] != dtype or entry["shape"] != shape:
+            raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected {dtype} {shape}")
+        f.seek(8 + header_size + entry["data_offsets"][0])
+        f.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`. It becomes `path` when the block ends, and vanishes when it fails.
+
+    An existing folder is replaced only if it is empty or holds the file `marker`, because the marker says that this
+    project made it.
+    """
+    path = Path(path)
+    check_output_folder(path, marker)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def final_name(folder: Path) -> str:
+    """The name that a temporary folder of whole_folder() will have at the end."""
+    name = folder.name
+    return name.removeprefix(".").rsplit(".", 2)[0] if name.endswith(".tmp") else name
+
+
+def check_output_folder(path: str | Path, marker: str) -> None:
+    """Raises UserError where `path` exists and this project may not replace it."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists())):
+        raise UserError(f"{path} exists and was not made by this project; choose another output folder or remove it")
