@@ -138,13 +138,13 @@ def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
     """Merges where there is something to merge, evaluates, exports. Returns {data set or "lm_eval": results}."""
     settings.check_evaluation(evaluation)
     scorers = find_scorers(evaluation, base.data_dir)
-    kind, source = find_model(base, evaluation)
+    which, source = find_model(base, evaluation)
     with tempfile.TemporaryDirectory() as temporary:
-        subject = SUBJECTS[kind](base, evaluation, source, temporary)
+        subject = SUBJECTS[which](base, evaluation, source, temporary)
         results = measure(subject, evaluation, scorers) if scorers else {}
     if evaluation.export:
         from LoTA.export.run import export
-        merged_now = evaluation.merged_path if kind == "merged" else None
+        merged_now = evaluation.merged_path if which == "merged" else None
         export(merged_now or evaluation.load_adapter, evaluation.export, evaluation.export_path,
                evaluation=results.get(evaluation.ft_dataset_name), verify=True)
         print(f"exported and verified: {evaluation.export_path}")

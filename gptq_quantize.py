@@ -1,10 +1,10 @@
-"""A 16-bit model becomes a GPTQ model, with GPTQModel, on the GPU or the CPU.
+"""Quantizes a 16-bit model with GPTQ, through GPTQModel, on the GPU or the CPU.
 
     python gptq_quantize.py --model meta-llama/Llama-3.1-8B --bits 4 --group_size 64 --output_dir ./gptq
     python gptq_quantize.py --model MODEL --bits 2 --group_size 32 --calibration texts.jsonl --output_dir ./gptq
 
-The folder is named so that bits and group size can be read off it: OUTPUT_DIR/int4_64_Llama-3.1-8B. The paper's
-setting is asymmetric, 1,024 samples of C4, group 64 up to 14B and 128 above.
+The folder's name says the bits and the group size: OUTPUT_DIR/int4_64_Llama-3.1-8B. The paper takes an asymmetric grid,
+1,024 calibration samples of C4, and groups of 64 rows up to 14B and of 128 above.
 """
 import argparse
 import json
@@ -12,29 +12,28 @@ import logging
 import time
 from pathlib import Path
 
-from LoTA import UserError, run_script
-from LoTA.folders import check_model_name, check_output_folder, whole_folder, write_json
-from LoTA.packing import SUPPORTED_BITS
+from data_print_save import TASKS, check_cuda, load_rows, prepare_tokenizer, read_messages, render_prompt, set_seed
+from LoTA import SUPPORTED_BITS, UserError, run_script
 
-PROVENANCE = "lota_quantize.json"       # what made the folder; also marks it as ours to replace
+PROVENANCE = "lota_quantize.json"       # says what made the folder, and that it is ours to replace
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)        # those that GPTQModel takes
 SMALL_MODEL = 400e6                     # bytes up to which packing in plain Python beats compiling the packer
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the 16-bit model: a folder or a hub name")
     parser.add_argument("--output_dir", required=True, help="where the folder int{bits}_{group}_{name} is written")
     parser.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS, help="bits of an integer weight [4]")
     parser.add_argument("--group_size", type=int, default=64, choices=GROUP_SIZES,
                         help="input rows that share a scale and zero; -1: all of them [64]")
-    parser.add_argument("--sym", action="store_true", help="symmetric grid: a fixed zero point [asymmetric]")
-    parser.add_argument("--desc_act", action="store_true", help="quantize columns by falling activation [in order]")
+    parser.add_argument("--sym", action="store_true", help="a symmetric grid, with a fixed zero point [asymmetric]")
+    parser.add_argument("--desc_act", action="store_true", help="quantize inputs by falling activation [in order]")
     parser.add_argument("--calibration", default="c4",
-                        help="c4 (from the hub), a .txt (a sample a line) or .jsonl file (field 'text'), or a data set "
-                             "name such as viggo, whose train split is used with its prompts [c4]")
-    parser.add_argument("--data_dir", default=None, help="for --calibration with a data set name: where it is [hub]")
+                        help="c4 (from the hub); a .txt file with a sample in each line; a .jsonl file with the field "
+                             f"'text'; or the train split of a data set with its prompts: {', '.join(TASKS)} [c4]")
+    parser.add_argument("--data_dir", default=None, help="where the data set of --calibration is [the hub]")
     parser.add_argument("--samples", type=int, default=1024, help="calibration samples [1024]")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a sample at most [2048]")
     parser.add_argument("--batch_size", type=int, default=1, help="samples at a time [1]")
@@ -43,11 +42,10 @@ def parse_args():
     return parser.parse_args()
 
 
-def calibration_texts(args, tokenizer):
-    """The calibration samples as a list of strings. Raises UserError where there are none."""
-    from data_print_save import DATA_NAMES, load_rows, prepare_tokenizer, read_messages, render_prompt
+def calibration_texts(args: argparse.Namespace, tokenizer) -> list[str]:
+    """The calibration samples. Raises UserError where there are none."""
     source = args.calibration
-    if source in DATA_NAMES:
+    if source in TASKS:
         prepare_tokenizer(tokenizer)
         rows = load_rows(source, "train", args.data_dir).shuffle(seed=args.seed)
         pairs = (read_messages(source, row) for row in rows.select(range(min(args.samples, len(rows)))))
@@ -63,14 +61,17 @@ def calibration_texts(args, tokenizer):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--calibration {source}: a line is no JSON object with a 'text': {error}") from None
     else:
-        raise UserError(f"--calibration {source} is neither c4, a file, nor one of {', '.join(DATA_NAMES)}")
+        raise UserError(f"--calibration {source} is neither c4, a file, nor one of {', '.join(TASKS)}")
     if not texts:
         raise UserError(f"--calibration {source} holds no text")
     return texts[:args.samples]
 
 
-def main():
+def main() -> None:
     args = parse_args()
+    # Torch and GPTQModel are imported late, so that --help and mistakes answer at once.
+    from LoTA.folders import check_model_name
+    from LoTA.storage import check_output_folder, whole_folder, write_json
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model.rsplit("/", 1)[-1]
     output = Path(args.output_dir) / f"int{args.bits}_{args.group_size}_{name}"
     check_output_folder(output, PROVENANCE)
@@ -78,22 +79,20 @@ def main():
     small = Path(args.model).is_dir() and sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors")) \
         < SMALL_MODEL
 
-    # Late, so that --help and mistakes answer at once.
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.utils.backend import BACKEND
     from gptqmodel.utils.logger import setup_logger
     from transformers import AutoTokenizer
-
-    from data_print_save import check_cuda, set_seed
     setup_logger().setLevel(logging.WARNING)
     set_seed(args.seed)
     device = check_cuda()
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     texts = calibration_texts(args, tokenizer)
+    has_special_tokens = args.calibration in TASKS          # the chat template wrote them
     samples = [{k: torch.tensor(v) for k, v in tokenizer(
-        text, truncation=True, max_length=args.max_length, add_special_tokens=args.calibration in ("c4",)
-        or Path(args.calibration).is_file(), return_token_type_ids=False).items()} for text in texts]
+        text, truncation=True, max_length=args.max_length, add_special_tokens=not has_special_tokens,
+        return_token_type_ids=False).items()} for text in texts]
     print(f"{len(samples)} calibration samples, {sum(len(s['input_ids']) for s in samples)} tokens")
 
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=args.sym, desc_act=args.desc_act,
@@ -109,5 +108,10 @@ def main():
     print(f"saved to {output}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console command lota-quantize."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -4,11 +4,12 @@ Each step moves the few entries with the largest gradients by one against their 
 
     p <- clip(p - sign(g) * [|g| > max(tau, sigma_t-quantile of |g|)], -1, 1)
 
-There is no learning rate, no weight decay and no gradient clipping; sigma_t alone says how many entries move. Beyond
-the paper: with `momentum`, g is an average of the gradients since the entry last moved; and a `real_optimizer` may go
-along, for parameters that are real numbers.
+There is no learning rate, no weight decay and no gradient clipping, because sigma_t alone says how many entries move.
+Two things go beyond the paper. With `momentum`, g is an average of the gradients since the entry last moved. A
+`real_optimizer` steps along for parameters that are real numbers.
 """
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.optim import Optimizer
@@ -16,14 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 TAU = 1e-9                  # gradients up to here never move an entry
 FIRST_PHASE = 0.8           # the share of the steps in which sigma goes from threshold_ratio to min_grad
-SPIKE_NORM = 10.0           # in the last phase, gradients of a larger global norm ...
-SPIKE_QUANTILE = 0.99995    # ... leave the entries at or above this quantile alone
-SAMPLE = 8192               # entries of the sample that narrows a selection down
-BATCH_ENTRIES = 1 << 25     # entries that a GPU treats in one go
+SPIKE_NORM = 10.0           # where the global norm of the gradients is larger in the last phase ...
+SPIKE_QUANTILE = 0.99995    # ... the entries at or above this quantile stay
+SAMPLE = 8192               # entries of the sample with which largest() finds where to look
+BATCH_ENTRIES = 1 << 25     # entries that a GPU steps together
 
 
-def sigma(t, num_steps, threshold_ratio, min_grad, filter_upper):
-    """sigma_t for step t = 1 ... num_steps: linear in both phases, `filter_upper` from the last step on."""
+def sigma(t: int, num_steps: int, threshold_ratio: float, min_grad: float, filter_upper: float) -> float:
+    """sigma_t for step t = 1 ... num_steps: linear in both phases, and `filter_upper` from the last step on."""
     first_phase = FIRST_PHASE * num_steps
     if t >= num_steps:
         return filter_upper
@@ -35,25 +36,28 @@ def sigma(t, num_steps, threshold_ratio, min_grad, filter_upper):
 class tSignSGD(Optimizer):
     """t-SignSGD over ternary parameters.
 
-    params: ternary tensors, or (name, tensor) pairs, whose names are used in errors. threshold_ratio, min_grad,
-    filter_upper: sigma at the start, after 80 % of the steps, and at the end, each in (0, 1). int_params: where
-    given, the ternary ones among `params`; any other raises ValueError, for this optimizer can train no others.
-    momentum in [0, 1): the weight of the past in the average of gradients that moves the entries; 0, the paper's,
-    takes each step's own. An entry that moves starts its average anew: what moved it is spent. real_optimizer: another
-    torch optimizer, over parameters that are not ternary; it steps along, and its learning rates fall to 0.
-    num_training_steps comes with create_scheduler(); until then sigma stays at threshold_ratio.
-    The step count and the schedule are part of state_dict, so a resumed run goes on where it was.
+    params: ternary tensors, or (name, tensor) pairs; errors use the names.
+    threshold_ratio, min_grad, filter_upper: sigma at the start, after 80 % of the steps, and at the end, in (0, 1).
+    int_params: the ternary ones among `params`. Where it is given, any other parameter raises ValueError, because this
+        optimizer cannot train it.
+    momentum: in [0, 1), the weight of the past in the average of gradients that moves an entry. 0 is the paper's way:
+        each step's own gradient. An entry that moves starts its average anew, because what moved it is spent.
+    real_optimizer: another torch optimizer, over parameters that are not ternary. It steps along, and its learning
+        rates fall to 0 over the run.
+
+    create_scheduler() sets the number of steps. Until it is called, sigma stays at threshold_ratio.
+    The step count and the schedule are part of state_dict(), so a resumed run goes on where it was.
     """
 
-    def __init__(self, params, threshold_ratio=0.95, min_grad=0.999, filter_upper=0.9999, int_params=None,
-                 momentum=0.0, real_optimizer=None):
+    def __init__(self, params, threshold_ratio: float = 0.95, min_grad: float = 0.999, filter_upper: float = 0.9999,
+                 int_params=None, momentum: float = 0.0, real_optimizer: Optimizer | None = None):
         for name, value in (("threshold_ratio", threshold_ratio), ("min_grad", min_grad),
                             ("filter_upper", filter_upper)):
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie in (0, 1), not {value}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
-        # torch's schedulers and Trainer want an "lr"; this method has none, and 1 is the size of its steps.
+        # torch's schedulers and Trainer want an "lr". This method has none; 1 is the size of its steps.
         super().__init__(params, {"lr": 1.0, "threshold_ratio": threshold_ratio, "min_grad": min_grad,
                                   "filter_upper": filter_upper, "num_training_steps": None, "step": 0})
         if int_params is not None:
@@ -62,24 +66,29 @@ class tSignSGD(Optimizer):
                 raise ValueError("tSignSGD trains ternary parameters only; params holds others")
         self.momentum, self.real_optimizer = momentum, real_optimizer
         self.real_rates = [group["lr"] for group in self.real_groups()]
-        self.flipped = {}       # parameter -> entries that moved in the last step, 0-dim tensors on its device
-        self._judged = None     # (names, step, their gradients' norms on the way to the CPU)
+        self.flipped = {}       # {parameter: how many entries the last step moved, a 0-dim tensor on its device}
+        self._judged = None     # (names, step, (the norms of their gradients, the event after which the CPU has them))
 
-    def real_groups(self):
+    def real_groups(self) -> list[dict]:
+        """The parameter groups of the real optimizer, or none."""
         return self.real_optimizer.param_groups if self.real_optimizer else []
 
-    def create_scheduler(self, num_training_steps):
-        """Fixes the run's real number of optimizer steps; returns the constant learning-rate scheduler that
-        Trainer asks for. Raises ValueError unless num_training_steps > 0."""
+    def create_scheduler(self, num_training_steps: int) -> LambdaLR:
+        """Sets the run's real number of optimizer steps. Returns the constant scheduler that Trainer asks for.
+
+        Raises ValueError unless num_training_steps > 0.
+        """
         if num_training_steps <= 0:
             raise ValueError(f"num_training_steps must be positive, not {num_training_steps}")
         for group in self.param_groups:
             group["num_training_steps"] = num_training_steps
         return LambdaLR(self, lambda _: 1.0)
 
-    def load_state_dict(self, state_dict):
-        """Takes the step count from the state. The number of steps too, unless create_scheduler() was called before:
-        a run resumed with another length follows the schedule of its own length."""
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes the step count from the state, and the number of steps unless create_scheduler() was called before.
+
+        So a run that is resumed with another length follows the schedule of its own length.
+        """
         own = [group["num_training_steps"] for group in self.param_groups]
         if self.real_optimizer:
             self.real_optimizer.load_state_dict(state_dict["real"])
@@ -87,33 +96,33 @@ class tSignSGD(Optimizer):
         for group, num_training_steps in zip(self.param_groups, own, strict=True):
             group["num_training_steps"] = num_training_steps or group["num_training_steps"]
 
-    def current_sigma(self):
-        """sigma_t of the last step taken."""
+    def current_sigma(self) -> float:
+        """sigma_t of the last step."""
         return self._sigma(self.param_groups[0])
 
     @staticmethod
-    def _sigma(group):
+    def _sigma(group: dict) -> float:
         if group["num_training_steps"] is None:
             return group["threshold_ratio"]
         return sigma(group["step"], group["num_training_steps"], group["threshold_ratio"], group["min_grad"],
                      group["filter_upper"])
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         self.raise_unless_finite()
         state = super().state_dict()
         return {**state, "real": self.real_optimizer.state_dict()} if self.real_optimizer else state
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         if self.real_optimizer:
             self.real_optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step. Raises FloatingPointError where a gradient is not finite; then nothing has moved.
+    def step(self, closure: Callable | None = None):
+        """One step. Raises FloatingPointError where a gradient is not finite; no ternary entry has moved then.
 
-        On a GPU nothing here waits for it: no ternary entry moves, and the error comes with the next step,
-        state_dict() or raise_unless_finite().
+        On a GPU the check must not wait for the device, so the error comes with the next step, with state_dict() or
+        with raise_unless_finite().
         """
         loss = None
         if closure is not None:
@@ -123,16 +132,16 @@ class tSignSGD(Optimizer):
         finite, spike = self._judge_gradients()
         for group in self.param_groups:
             group["step"] += 1
-            level = self._sigma(group)
+            sigma_t = self._sigma(group)
             last_phase = (group["num_training_steps"] is not None
                           and group["step"] > FIRST_PHASE * group["num_training_steps"])
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
                 if p.device.type == "cpu":
-                    self.flipped[p] = move_one(p, self._direction(p), level, last_phase and bool(spike),
+                    self.flipped[p] = move_one(p, self._direction(p), sigma_t, last_phase and bool(spike),
                                                forget=self.momentum > 0)
             for batch in batches([p for p in parameters if p.device.type != "cpu"]):
-                flipped = move_together(batch, [self._direction(p) for p in batch], level,
+                flipped = move_together(batch, [self._direction(p) for p in batch], sigma_t,
                                         spike if last_phase else None, finite, forget=self.momentum > 0)
                 self.flipped.update(zip(batch, flipped, strict=True))
         if self.real_optimizer:
@@ -146,8 +155,8 @@ class tSignSGD(Optimizer):
             self.real_optimizer.step()
         return loss
 
-    def _direction(self, p):
-        """What moves the entries of p: its gradient, or the average of its gradients."""
+    def _direction(self, p: torch.Tensor) -> torch.Tensor:
+        """What moves the entries of p: its gradient, or with momentum the average of its gradients."""
         if not self.momentum:
             return p.grad
         state = self.state[p]
@@ -155,8 +164,11 @@ class tSignSGD(Optimizer):
             state["average"] = torch.zeros(p.shape, dtype=p.grad.dtype, device=p.device)        # contiguous
         return state["average"].lerp_(p.grad, 1 - self.momentum)
 
-    def _judge_gradients(self):
-        """(all gradients are finite, their global norm is beyond SPIKE_NORM): 0-dim tensors on the first's device."""
+    def _judge_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(whether all gradients are finite, whether the ternary ones' global norm is beyond SPIKE_NORM).
+
+        Both are 0-dim tensors on the device of the first gradient.
+        """
         named = [pair for group in self.param_groups for pair in with_gradients(group)]
         ternary = len(named)
         named += [pair for group in self.real_groups() for pair in with_gradients(group)]
@@ -164,34 +176,34 @@ class tSignSGD(Optimizer):
             return torch.tensor(True), torch.tensor(False)
         norms = torch._foreach_norm([p.grad for _, p in named], 2, torch.float32)
         norms = torch.stack([n.to(norms[0].device) for n in norms])
-        # A norm beyond float32's range counts as not finite too.
+        # A norm beyond float32's range is not finite either.
         self._judged = [name for name, _ in named], self.param_groups[0]["step"] + 1, _to_host(norms)
         if norms.device.type == "cpu":
             self.raise_unless_finite()
         return torch.isfinite(norms).all(), torch.linalg.vector_norm(norms[:ternary]) > SPIKE_NORM
 
-    def raise_unless_finite(self):
-        """Raises FloatingPointError where a gradient of the step that was judged last was not finite."""
+    def raise_unless_finite(self) -> None:
+        """Raises FloatingPointError where a gradient of the last step that was judged is not finite."""
         if self._judged is None:
             return
         names, step, (norms, ready) = self._judged
         self._judged = None
         if ready is not None:
-            ready.synchronize()         # of the step before: long reached
+            ready.synchronize()         # does not wait: the event is of the step before
         wrong = [name for name, finite in zip(names, torch.isfinite(norms).tolist(), strict=True) if not finite]
-        if wrong:       # Trainer's gradient norm spreads one NaN to all gradients: then no name is to blame
+        if wrong:       # Trainer's clipping spreads one NaN to all gradients; no single name is right then
             which = "no gradient is" if len(wrong) == len(names) > 1 else f"the gradient of {wrong[0]} is not"
             raise FloatingPointError(f"{which} finite at step {step}")
 
 
-def with_gradients(group):
-    """(name, parameter) of those in an optimizer's group that have a gradient."""
+def with_gradients(group: dict) -> list[tuple[str, torch.Tensor]]:
+    """(name, parameter) of the parameters in an optimizer's group that have a gradient."""
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
     return [(name, p) for name, p in zip(names, group["params"], strict=True) if p.grad is not None]
 
 
-def _to_host(values):
-    """(a copy on the CPU, the event after which it is there or None), without waiting for it."""
+def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:
+    """(a copy on the CPU, the event after which the copy is complete or None), without waiting for the device."""
     if values.device.type != "cuda":
         return values.cpu(), None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -202,29 +214,31 @@ def _to_host(values):
 
 
 @torch.no_grad()
-def move_one(p, gradient, level, spike, forget=False):
-    """Eq. 6 on one tensor, touching only the entries that move: fast where a look at the data costs nothing (a CPU).
+def move_one(p: torch.Tensor, gradient: torch.Tensor, sigma_t: float, spike: bool,
+             forget: bool = False) -> torch.Tensor:
+    """Eq. 6 on one tensor, in place. Returns how many entries changed, a 0-dim tensor.
 
-    forget: set `gradient`, which is contiguous then, to 0 where an entry changed. Returns how many changed, a 0-dim
-    tensor.
+    It touches only the entries that move. That is fast on a CPU, where reading the data stops no queue.
+    spike: whether the largest entries stay. forget: set `gradient`, which must be contiguous, to 0 where an entry
+    changed.
     """
-    size, gradient, flat = gradient.abs().flatten(), gradient.flatten(), p.view(-1)
-    where, chosen, low = largest(size, math.floor(level * (len(size) - 1)))
+    magnitude, gradient, flat = gradient.abs().flatten(), gradient.flatten(), p.view(-1)
+    indices, chosen, low = largest(magnitude, math.floor(sigma_t * (len(magnitude) - 1)))
     moves = chosen > low.clamp(min=TAU)
     if spike:
-        moves &= chosen < order_statistic(size, SPIKE_QUANTILE, math.ceil)
-    where = where[moves]
-    old = flat.index_select(0, where)
-    new = (old - gradient.index_select(0, where).sign_()).clamp_(-1, 1)
-    flat.index_copy_(0, where, new)
+        moves &= chosen < order_statistic(magnitude, SPIKE_QUANTILE, math.ceil)
+    indices = indices[moves]
+    old = flat.index_select(0, indices)
+    new = (old - gradient.index_select(0, indices).sign_()).clamp_(-1, 1)
+    flat.index_copy_(0, indices, new)
     changed = new != old
     if forget:
-        gradient.index_fill_(0, where[changed], 0)
+        gradient.index_fill_(0, indices[changed], 0)
     return torch.count_nonzero(changed)
 
 
-def batches(parameters):
-    """Lists of parameters of equal shape, dtype and device, of up to BATCH_ENTRIES entries together."""
+def batches(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Lists of parameters of equal shape, dtype and device, with up to BATCH_ENTRIES entries together."""
     alike = {}
     for p in parameters:
         alike.setdefault((p.shape, p.dtype, p.grad.dtype, p.device), []).append(p)
@@ -234,19 +248,21 @@ def batches(parameters):
 
 
 @torch.no_grad()
-def move_together(parameters, gradients, level, spike, finite, forget=False):
-    """Eq. 6 on tensors of one shape in a few launches, none of which the CPU waits for. Moves nothing unless `finite`.
+def move_together(parameters: list[torch.Tensor], gradients: list[torch.Tensor], sigma_t: float,
+                  spike: torch.Tensor | None, finite: torch.Tensor, forget: bool = False) -> torch.Tensor:
+    """Eq. 6 on tensors of one shape, in place. Returns how many entries of each changed, [len(parameters)].
 
-    spike: whether the largest entries stay, or None before the last phase; both are 0-dim tensors. forget: set the
-    gradients to 0 where an entry changed. Returns how many entries of each changed, [len(parameters)].
+    It takes a few launches, and the CPU waits for none of them.
+    spike: a 0-dim tensor, whether the largest entries stay, or None before the last phase.
+    finite: a 0-dim tensor; where it is False nothing moves. forget: set the gradients to 0 where an entry changed.
     """
     device = parameters[0].device
     gradient = torch.stack([g.flatten() for g in gradients])
-    size, last = gradient.abs(), gradient.shape[1] - 1
-    moves = size > size.kthvalue(math.floor(level * last) + 1, 1, keepdim=True).values.clamp(min=TAU)
+    magnitude, last = gradient.abs(), gradient.shape[1] - 1
+    moves = magnitude > magnitude.kthvalue(math.floor(sigma_t * last) + 1, 1, keepdim=True).values.clamp(min=TAU)
     if spike is not None:
-        high = size.kthvalue(math.ceil(SPIKE_QUANTILE * last) + 1, 1, keepdim=True).values
-        moves &= (size < high) | ~spike.to(device)
+        high = magnitude.kthvalue(math.ceil(SPIKE_QUANTILE * last) + 1, 1, keepdim=True).values
+        moves &= (magnitude < high) | ~spike.to(device)
     moves &= finite.to(device)
     old = torch.stack([p.flatten() for p in parameters])
     new = torch.where(moves, old - gradient.sign(), old).clamp_(-1, 1)
@@ -257,35 +273,34 @@ def move_together(parameters, gradients, level, spike, finite, forget=False):
     return torch.count_nonzero(changed, 1)
 
 
-def largest(values, rank):
-    """(places, values) of some largest entries of a flat tensor, and its entry of `rank`, counted from 0 upwards.
+def largest(values: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(indices, entries, pivot): the pivot is the entry of a flat tensor with this rank, counted from 0 upwards.
 
-    All entries above the one of this rank are among them. A sample tells where to look; where it misleads, all entries
-    are taken: the answer is exact either way.
+    The entries are the tensor's largest ones; all that exceed the pivot are among them. A sample tells where to look.
+    Where the sample misleads, all entries are taken, so the answer is exact either way.
     """
     count = len(values)
     if count <= 4 * SAMPLE:
         return torch.arange(count, device=values.device), values, values.kthvalue(rank + 1).values
     sample = values[::count // SAMPLE]
-    level = rank / (count - 1)
-    expected, margin = level * len(sample), 4 * math.sqrt(level * (1 - level) * len(sample)) + 2
+    share = rank / (count - 1)
+    expected, margin = share * len(sample), 4 * math.sqrt(share * (1 - share) * len(sample)) + 2
     below = sample.kthvalue(max(1, math.floor(expected - margin))).values
     above = sample.kthvalue(min(len(sample), math.ceil(expected + margin))).values
-    where = (values >= below).nonzero().flatten()
-    chosen = values.index_select(0, where)
-    rank -= count - len(where)                      # among the chosen
-    near = chosen[chosen <= above]                  # the chosen from the smallest up to `above`: ranks stay
-    if 0 <= rank < len(near):
-        return where, chosen, near.kthvalue(rank + 1).values
-    return torch.arange(count, device=values.device), values, values.kthvalue(rank + count - len(where) + 1).values
+    indices = (values >= below).nonzero().flatten()
+    chosen = values.index_select(0, indices)
+    rank_among_chosen = rank - (count - len(indices))
+    near = chosen[chosen <= above]                  # the smallest of the chosen, so their ranks stay
+    if 0 <= rank_among_chosen < len(near):
+        return indices, chosen, near.kthvalue(rank_among_chosen + 1).values
+    return torch.arange(count, device=values.device), values, values.kthvalue(rank + 1).values
 
 
-def order_statistic(values, level, side):
+def order_statistic(values: torch.Tensor, level: float, side: Callable[[float], int]) -> torch.Tensor:
     """The entry of `values` that bounds its `level`-quantile from below (side=math.floor) or above (math.ceil).
 
-    The linearly interpolated quantile of torch.quantile lies between two neighbouring entries, so no entry lies
-    between it and its bounds: "above the quantile" is "above the lower bound", "at or above" is "at or above the
-    upper one". Selecting the bound gives the same answer without a sort, for any dtype and beyond the 2**24 entries
-    where torch.quantile refuses.
+    torch.quantile interpolates between two neighbouring entries, so no entry lies between the quantile and its bounds.
+    "Above the quantile" is therefore "above the lower bound", and "at or above it" is "at or above the upper bound".
+    Selecting a bound needs no sort. It works for any dtype and beyond the 2**24 entries where torch.quantile refuses.
     """
     return largest(values.flatten(), side(level * (values.numel() - 1)))[2]

@@ -1,18 +1,22 @@
-"""The GPTQ grid: unpack and pack `qweight` and `qzeros`; 2, 3, 4 and 8 bits. Imports torch only.
+"""GPTQ's packed integers: unpacks and packs `qweight` and `qzeros`, for any number of bits up to 8. Imports torch only.
 
-GPTQ packs along one axis as a bit stream in 32-bit words, least significant bit first: value k occupies the bits
-k*bits ... k*bits + bits - 1. So 32 values take `bits` words; at 3 bits two values of each 32 straddle two words.
-Layout: https://github.com/IST-DASLab/gptq and the checkpoint formats "gptq" and "gptq_v2" of GPTQModel.
+GPTQ packs along one axis, as a bit stream in 32-bit words with the least significant bit first. Value k takes the bits
+k * bits ... k * bits + bits - 1. So 32 values take `bits` words, and at 3 bits two of the 32 values lie in two words.
+Layout: https://github.com/IST-DASLab/gptq, and the checkpoint formats "gptq" and "gptq_v2" of GPTQModel.
 """
 import torch
 import torch.nn.functional as F
 
-WORD = 32
-UNPACK_ENTRIES = 1 << 19
+WORD = 32                       # bits of a word
+UNPACK_ENTRIES = 1 << 19        # entries unpacked at a time, so that their int32 values stay in the cache
 
 
-def _fields(bits):
-    """For each value of one repeating unit: (word, shift, bits that spill into the next word)."""
+def _fields(bits: int) -> tuple[list[tuple[int, int, int]], int]:
+    """(fields, words): after `words` words the packing repeats, and `fields` are the values in between.
+
+    A field is (word, shift, spill): the value begins in `word` at the bit `shift`, and its last `spill` bits are in the
+    next word.
+    """
     values, words = (WORD, bits) if WORD % bits else (WORD // bits, 1)
     fields = []
     for k in range(values):
@@ -21,25 +25,25 @@ def _fields(bits):
     return fields, words
 
 
-def unpack_rows(packed, bits, rows, dtype=torch.uint8):
-    """Unpacks along dim 0: int32 [>= ceil(rows * bits / 32), cols] -> [rows, cols], values 0 ... 2**bits - 1."""
+def unpack_rows(packed: torch.Tensor, bits: int, rows: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    """Unpacks along dim 0: int32 [>= ceil(rows * bits / 32), cols] -> `dtype` [rows, cols], in 0 ... 2**bits - 1."""
     fields, words = _fields(bits)
     if packed.shape[0] % words:
         packed = F.pad(packed, (0, 0, 0, -packed.shape[0] % words))
     units, cols = packed.shape[0] // words, packed.shape[1]
     packed = packed.view(units, words, cols)
     out = torch.empty(units, len(fields), cols, dtype=dtype, device=packed.device)
-    step = max(1, UNPACK_ENTRIES // (len(fields) * max(1, cols)))       # the int32 values of a piece stay in the cache
+    step = max(1, UNPACK_ENTRIES // (len(fields) * max(1, cols)))
     for first in range(0, units, step):
         piece = slice(first, first + step)
         out[piece] = _unpack_units(packed[piece], fields, bits).bitwise_and_(2**bits - 1)
     return out.view(units * len(fields), cols)[:rows]
 
 
-def _unpack_units(packed, fields, bits):
-    """int32 [units, words, cols] -> int32 [units, values, cols], with other values' bits above the lowest `bits`."""
+def _unpack_units(packed: torch.Tensor, fields: list[tuple[int, int, int]], bits: int) -> torch.Tensor:
+    """int32 [units, words, cols] -> int32 [units, values, cols]. Only the lowest `bits` bits are the value's."""
     if packed.shape[1] == 1:
-        # >> on int32 copies the sign bit: into those other bits.
+        # >> on int32 fills in the sign bit from above. The caller masks it away.
         return packed >> torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)[:, None]
     values = torch.empty(packed.shape[0], len(fields), packed.shape[2], dtype=torch.int32, device=packed.device)
     for k, (word, shift, spill) in enumerate(fields):
@@ -49,19 +53,19 @@ def _unpack_units(packed, fields, bits):
     return values
 
 
-def words_of(rows, bits):
-    """The slice of packed words that hold the rows of the slice `rows` and begin with them, or None where a word
-    begins with other rows."""
+def words_of(rows: slice, bits: int) -> slice | None:
+    """The packed words that hold `rows`. None where the first row does not begin a word."""
     values = WORD if WORD % bits else WORD // bits
     if rows.start % values:
         return None
     return slice(rows.start * bits // WORD, -(-rows.stop // values) * values * bits // WORD)
 
 
-def pack_rows(values, bits):
-    """Inverse of unpack_rows: integers [rows, cols] in 0 ... 2**bits - 1 -> int32 [words, cols].
+def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of unpack_rows(): integers [rows, cols] in 0 ... 2**bits - 1 -> int32 [words, cols].
 
-    words = ceil(rows * bits / 32), at 3 bits rounded up to a multiple of 3; the rest is filled with zeros.
+    words is ceil(rows * bits / 32); where 32 is no multiple of `bits` it is rounded up to a multiple of `bits`. What is
+    left of the last words is zero.
     """
     fields, words = _fields(bits)
     rows, cols = values.shape
@@ -78,10 +82,12 @@ def pack_rows(values, bits):
     return packed.view(units * words, cols)
 
 
-def step_at(packed, bits, rows, cols, step):
-    """Adds `step` (integers [n]) to the values at (rows, cols), in place, but never beyond 0 ... 2**bits - 1.
+def step_at(packed: torch.Tensor, bits: int, rows: torch.Tensor, cols: torch.Tensor,
+            step: torch.Tensor) -> torch.Tensor:
+    """Adds `step` to the values at (rows, cols), in place, but never beyond 0 ... 2**bits - 1.
 
-    No place may come twice. Returns the steps that were taken, int64 [n]. Touches only the words concerned.
+    rows, cols, step: [n]; no pair (row, col) may come twice. Returns the steps that were taken, int64 [n]. It touches
+    only the words that hold these values.
     """
     mask, word, shift = 2**WORD - 1, rows * bits // WORD, rows * bits % WORD
     value = (packed[word, cols].long() & mask) >> shift
@@ -91,15 +97,15 @@ def step_at(packed, bits, rows, cols, step):
     old = value & (2**bits - 1)
     new = (old + step.long()).clamp_(0, 2**bits - 1)
     before, after = old << shift, new << shift
-    # Differences of whole fields add up in a word without touching each other, in any order, modulo 2**32.
+    # Several values may share a word. Their differences add up in it in any order, because each stays in its own bits.
     packed.index_put_((word, cols), ((after & mask) - (before & mask)).int(), accumulate=True)
     if WORD % bits:
         packed.index_put_((upper, cols), ((after >> WORD) - (before >> WORD)).int(), accumulate=True)
     return new - old
 
 
-def count_different(packed, other, bits):
-    """How many values differ between two packed tensors of one shape. Unpacks only what differs."""
+def count_different(packed: torch.Tensor, other: torch.Tensor, bits: int) -> int:
+    """How many values differ between two packed tensors of one shape. Unpacks only the words that differ."""
     fields, words = _fields(bits)
     units = -(-packed.shape[0] // words)
     if packed.shape[0] != units * words:
@@ -110,12 +116,12 @@ def count_different(packed, other, bits):
     return int(torch.count_nonzero(torch.ne(*values)))
 
 
-def unpack_zeros(qzeros, bits, cols, checkpoint_format):
+def unpack_zeros(qzeros: torch.Tensor, bits: int, cols: int, checkpoint_format: str) -> torch.Tensor:
     """Zero points: int32 [groups, ceil(cols * bits / 32)] -> uint8 [groups, cols].
 
-    checkpoint_format "gptq" stores z - 1, "gptq_v2" stores z. The 1 is added to the packed words, so that a zero
-    point of 0, whose subtraction borrowed from its neighbour, comes back as it was; at 3 bits, where values straddle
-    words, GPTQModel wraps each field by itself, and so does this.
+    checkpoint_format "gptq" stores z - 1, "gptq_v2" stores z. For z = 0 the subtraction borrowed from the neighbouring
+    value, so the 1 is added to whole words, which gives the borrow back. At 3 bits, where values lie in two words,
+    GPTQModel wraps each value by itself, and so does this function.
     """
     if checkpoint_format == "gptq" and WORD % bits == 0:
         qzeros = qzeros + sum(1 << shift for shift in range(0, WORD, bits))

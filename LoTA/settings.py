@@ -235,14 +235,14 @@ def _build_parser(description: str, training_sets: Sequence[str],
             options = {"default": f.default if f.default is not MISSING else f.default_factory(), "dest": f.name,
                        "help": f"{text}{more_help.get(f.name, '')} [{default}",
                        "choices": choices.get(f.name, f.metadata["choices"])}
-            kind = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not NoneType)
-            if kind is bool:
+            value_type = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not NoneType)
+            if value_type is bool:
                 options |= {"type": _true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
             elif typing.get_origin(types[f.name]) is list:
                 options |= {"nargs": "+", "metavar": "NAME"}
             else:
-                options |= {"type": _recipe_name if f.name == "recipe" else kind,
-                            "metavar": None if options["choices"] else kind.__name__.upper()}
+                options |= {"type": _recipe_name if f.name == "recipe" else value_type,
+                            "metavar": None if options["choices"] else value_type.__name__.upper()}
             groups[f.metadata["group"]].add_argument(*_spellings(f.name, *f.metadata["aliases"]), **options)
             if f.metadata["off"]:
                 groups[f.metadata["group"]].add_argument(

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -40,7 +39,7 @@ class Run:
 
     def __init__(self, parent: str | Path, name: Callable[..., str]):
         self.parent, self.name = Path(parent), name
-        self.writes = PartialState().is_main_process
+        self.writes = os.environ.get("RANK", "0") == "0"        # torchrun and accelerate set RANK
         self._made_parent = False
 
     def __enter__(self) -> "Run":

@@ -1,23 +1,28 @@
-"""What the benchmarks share: timing side by side, peak memory, the machine's description, tables and JSON."""
+"""What the benchmarks share: timing side by side, peak memory, the machine's description, tables and JSON.
+
+The scripts import LoTA, so Python must find the repository. `pip install -e .` arranges that, and `source
+runs/environment.sh` sets PYTHONPATH. On a bare machine name it yourself: `PYTHONPATH=. python benchmarks/layer.py`.
+"""
 import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 
+from LoTA.storage import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def device_name():
+def device_name() -> str:
+    """The GPU's name, or else the CPU's with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
@@ -25,20 +30,21 @@ def device_name():
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def environment():
+def environment() -> dict[str, str]:
     """Device, versions and commit, for the JSON."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {"device": device_name(), "python": platform.python_version(), "torch": torch.__version__,
             "commit": commit.stdout.strip()}
 
 
-def synchronize():
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def time_interleaved(functions, rounds):
-    """{name: median seconds} of functions run in turn, A B C A B C ..., after one warm-up round each."""
+def time_interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """{name: median seconds} of functions that run in turn, A B C A B C ..., after one round that does not count."""
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -51,8 +57,8 @@ def time_interleaved(functions, rounds):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_extra_memory(function):
-    """Bytes allocated by torch at the peak of a call, beyond what was allocated before it."""
+def peak_extra_memory(function: Callable[[], object]) -> int:
+    """The bytes that torch has allocated at the peak of a call, beyond those allocated before it."""
     if torch.cuda.is_available():
         synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -74,8 +80,8 @@ def peak_extra_memory(function):
     return peak
 
 
-def print_table(title, rows):
-    """Rows of dicts with equal keys, as Markdown."""
+def print_table(title: str, rows: list[dict]) -> None:
+    """Prints dicts with equal keys as a Markdown table."""
     print(f"\n{title}\n")
     cells = [[str(k) for k in rows[0]]] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()]
                                            for r in rows]
@@ -86,12 +92,11 @@ def print_table(title, rows):
             print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
 
 
-def save(name, rows, quick):
-    """Writes benchmarks/results/{name}_{cpu|GPU's name}.json; a quick run is printed only."""
+def save(name: str, rows: list[dict], quick: bool) -> None:
+    """Writes benchmarks/results/{name}_{cpu or the GPU's name}.json. A quick run writes nothing."""
     if quick:
         return
     device = torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu"
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{device}.json"
-    path.write_text(json.dumps({"benchmark": name, **environment(), "rows": rows}, indent=2) + "\n")
+    write_json(path, {"benchmark": name, **environment(), "rows": rows})
     print(f"\nsaved to {path.relative_to(ROOT)}")

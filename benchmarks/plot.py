@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from common import RESULTS
 
-from LoTA.folders import read_json
+from LoTA.storage import read_json
 
 COLORS = {"bare": "#9aa0a6", "plain": "#d98880", "lota": "#1f6fb2", "gptq": "#c9c9c9", "lora": "#7fb069",
           "qalora": "#e6b450", "GPTQ": "#c9c9c9", "GPTQ + LoRA": "#7fb069", "merged LoTA": "#1f6fb2",

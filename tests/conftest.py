@@ -1,4 +1,4 @@
-"""Shared by the tests: small GPTQ and adapter folders made at random, and a tiny model quantized by GPTQModel."""
+"""Shared by the tests: scripts run in this process, and a tiny model with its data, quantized and trained once."""
 import os
 
 # Before torch is imported: a second thread only adds contention on tensors this small.
@@ -12,75 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from LoTA.folders import GPTQFolder, LotaConfig
-from LoTA.packing import pack_rows
+import LoTA_QAF_main
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when the kernels are defined, at import
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "runs"))
-PREFIX = "base_model.model."
+# The layers of a random GPTQ model: names, inputs, outputs. The last group of down_proj is short.
 LAYERS = {"model.layers.0.self_attn.q_proj": (64, 48), "model.layers.0.mlp.down_proj": (80, 64),
           "model.layers.1.self_attn.q_proj": (64, 48)}
-
-
-def write_gptq(folder, bits=4, group_size=32, desc_act=False, checkpoint_format="gptq", shards=1, seed=0):
-    """A GPTQ folder with random integers in LAYERS, and one tensor that is not quantized."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {"model.embed_tokens.weight": torch.randn(16, 64, generator=generator).half()}
-    for name, (rows, cols) in LAYERS.items():
-        groups = -(-rows // group_size)
-        g_idx = torch.arange(rows, dtype=torch.int32) // group_size
-        if desc_act:
-            g_idx = g_idx[torch.randperm(rows, generator=generator)]
-        zeros = torch.randint(0, 2**bits, (groups, cols), generator=generator)
-        if checkpoint_format == "gptq":                 # stores z - 1
-            zeros = (zeros - 1).clamp(min=0)
-        # int32 words, as all of the rows of a file of GPTQModel; odd columns are filled up by the packing
-        tensors[f"{name}.qweight"] = pack_rows(torch.randint(0, 2**bits, (rows, cols), generator=generator), bits)
-        tensors[f"{name}.qzeros"] = pack_rows(zeros.t().contiguous(), bits).t().contiguous()
-        tensors[f"{name}.scales"] = (torch.rand(groups, cols, generator=generator) + 0.5).half()
-        tensors[f"{name}.g_idx"] = g_idx
-    folder.mkdir(parents=True)
-    config = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": False, "quant_method": "gptq",
-              "checkpoint_format": checkpoint_format}
-    (folder / "quantize_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
-    names = sorted(tensors)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-    else:
-        weight_map = {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)}
-        for file in set(weight_map.values()):
-            save_file({n: tensors[n] for n in names if weight_map[n] == file}, folder / file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def write_adapter(folder, gptq, rank=8, omega=3.0, residual=True, offset_scale="omega", seed=1, with_config=True,
-                  learned_scales=False):
-    """An adapter folder with random ternary matrices, and changes of the scales, for every layer of `gptq`."""
-    generator, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, (rows, cols) in LAYERS.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randint(-1, 2, (rank, rows), generator=generator).float()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randint(-1, 2, (cols, rank), generator=generator).float()
-        if learned_scales:
-            groups = GPTQFolder(gptq).shape(f"{name}.scales")
-            tensors[f"{PREFIX}{name}.lora_scale"] = 0.2 * torch.randn(groups, generator=other)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": 2 * rank, "peft_type": "LORA"}))
-    if with_config:
-        source = GPTQFolder(gptq)
-        LotaConfig(omega=omega, residual=residual, offset_scale=offset_scale, learned_scales=learned_scales,
-                   bits=source.bits,
-                   group_size=source.group_size, rank=rank, quantized_model_dir=str(gptq),
-                   fingerprint=source.fingerprint()).save(folder)
-    return folder
+TRAIN = ("--mode", 1, "--lota_qaf", True, "--training_data_name", "viggo", "--lora_r", 8, "--interval_point", 4,
+         "--train_batch_size", 16, "--dtype", "float32", "--save_number", 2, "--logging_steps", 2, "--max_steps", 8)
+EVALUATE = ("--mode", 2, "--ft_dataset_name", "viggo", "--dtype", "float32", "--max_new_tokens", 40,
+            "--eval_batch_size", 16)
 
 
 def run_main(module, *arguments):
@@ -91,6 +36,16 @@ def run_main(module, *arguments):
         return module.main()
     finally:
         sys.argv = before
+
+
+def settings_of(*arguments):
+    """The settings that a command line asks for: (base, training, evaluation)."""
+    return LoTA_QAF_main.parse_args(list(map(str, arguments)))
+
+
+def predictions(results):
+    """The generated texts in a results file."""
+    return [item["prediction"] for item in results["predictions"]]
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +82,41 @@ def quantize(tmp_path_factory, base_model, demo_data):
             made[bits, *flags] = next(output.iterdir())
         return made[bits, *flags]
     return quantize
+
+
+@pytest.fixture(scope="session")
+def gptq_2bit(quantize):
+    """The tiny model at 2 bits."""
+    return quantize(2)
+
+
+@pytest.fixture(scope="session")
+def train(gptq_2bit, base_model, demo_data):
+    """A function (folder, *flags) -> the adapter folder that mode 1 made in `folder`.
+
+    The flags of TRAIN with the tiny model and its data; of two equal flags the last one counts.
+    """
+    def train(folder, *flags):
+        base, training, _ = settings_of(
+            *TRAIN, "--quantized_model_dir", gptq_2bit, "--pretrained", base_model, "--data_dir", demo_data,
+            "--adapter_path", folder, *flags)
+        return LoTA_QAF_main.train(base, training)
+    return train
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, train):
+    """An adapter folder: eight steps, with checkpoints at 4 and 8."""
+    return train(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="session")
+def evaluate(demo_data):
+    """A function (output, *flags) -> the content of the JSON file that mode 2 wrote into `output`."""
+    def evaluate(output, *flags):
+        before = set(output.glob("*.json"))
+        base, _, evaluation = settings_of(*EVALUATE, "--data_dir", demo_data, "--output_path", output, *flags)
+        LoTA_QAF_main.evaluate(base, evaluation)
+        file, = set(output.glob("*.json")) - before
+        return json.loads(file.read_text())
+    return evaluate
