@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[baseConfig, trainingConfig, evalConfig]:
-    """The settings that a command line asks for; None takes the command line of this process."""
+    """The settings that the arguments `argv` ask for. Where it is None, sys.argv is read."""
     return settings.parse_args(__doc__, list(TASKS), scored_tasks(), argv)
 
 
@@ -48,7 +48,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     from LoTA.adapter_folder import check_resumable
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
-    from LoTA.trainer import Checkpoints, LotaTrainer, Run, peak_memory_mb, record_of_run, training_arguments
+    from LoTA.trainer import Checkpoints, LotaTrainer, Run, config_of_run, peak_memory_mb, training_arguments
     numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
                else (training.learning_rate, base.lora_r, base.lora_alpha))
     size, _ = folder.model_size(base.pretrained)
@@ -63,7 +63,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
                                training.target_max_len, training.debug_number, base.data_dir)
         params_print(base, training)
-        config = record_of_run(base, training, folder)
+        config = config_of_run(base, training, folder)
         if training.adapter_ckpt:
             check_resumable(training.adapter_ckpt, config)
 
@@ -93,9 +93,9 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         write_json(run.folder / "log_history.json", trainer.state.log_history)
         replace(config, training=outcome).save(run.folder)
         if base.lota_qaf:               # the adapter is on disk already, whatever becomes of its report
-            outcome["moved"] = trainer.monitor.moved.shares()
-            print_moved(outcome["moved"])
-            replace(config, training=outcome).save(run.folder)
+            moved = trainer.monitor.moved.shares()
+            print_moved(moved)
+            replace(config, training={**outcome, "moved": moved}).save(run.folder)
             trainer.monitor.write(run.folder, trainer.state.log_history)
         final = run.finish(runtime, peak)
     print(f"adapter saved to {final}")
@@ -103,7 +103,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
 
 
 def ternary_optimizer(model, base: baseConfig, training: trainingConfig):
-    """The tSignSGD of a model's ternary matrices. It takes AdamW along for what is learned as real numbers."""
+    """A tSignSGD over A and B. It also steps an AdamW over mu and the scales, where these are learned."""
     import torch
 
     from t_signSGD import tSignSGD
@@ -124,13 +124,14 @@ class Subject:
     """A model to evaluate, found and checked, but not loaded yet.
 
     base: the settings, completed by what the model's folder says. name: the beginning of its results' names.
-    load: a function that loads it. tokenizer: where its tokenizer may be.
+    load: a function that loads it. tokenizer: where its tokenizer may be. exportable: what --export may write.
     extra: what its results say beside the settings: the adapter's record, and the share of integers that a merge moved.
     """
     base: baseConfig
     name: str
     load: Callable
     tokenizer: list[str | None]
+    exportable: "AdapterFolder | MergedFolder | None" = None
     extra: dict = field(default_factory=dict)
 
 
@@ -142,17 +143,16 @@ def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         subject = SUBJECTS[which](base, evaluation, source, temporary)
         results = measure(subject, evaluation, scorers) if scorers else {}
-    if evaluation.export:
-        from LoTA.export.run import export
-        merged_now = evaluation.merged_path if which == "merged" else None
-        export(merged_now or evaluation.load_adapter, evaluation.export, evaluation.export_path,
-               evaluation=results.get(evaluation.ft_dataset_name), verify=True)
-        print(f"exported and verified: {evaluation.export_path}")
+        if evaluation.export:
+            from LoTA.export.run import export
+            export(subject.exportable, evaluation.export, evaluation.export_path, gptq=subject.base.quantized_model_dir,
+                   evaluation=results.get(evaluation.ft_dataset_name), verify=True)
+            print(f"exported and verified: {evaluation.export_path}")
     return results
 
 
 def find_scorers(evaluation: evalConfig, data_dir: str | None) -> dict[str, tuple[str, Callable]]:
-    """All that is measured: {key of its results: (label in their file's name, the function that measures)}.
+    """What is measured: {key in evaluate()'s result: (part of the file's name, the function that measures)}.
 
     It reads the test rows and looks up lm-eval's tasks, so that a mistake is found before a model is loaded.
     """
@@ -199,7 +199,7 @@ def find_model(base: baseConfig, evaluation: evalConfig) -> tuple[str, "AdapterF
 
 
 def loading(base: baseConfig, evaluation: evalConfig) -> dict:
-    """What every way of loading a model takes."""
+    """The keyword arguments that load_16bit(), load_gptq(), load_live() and load_merged() share."""
     import torch
 
     from LoTA.adapter import attention_for
@@ -235,7 +235,7 @@ def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, tempora
 
 
 def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFolder", temporary: str) -> Subject:
-    """An adapter as it was trained, beside the integers."""
+    """A GPTQ model with its adapter unmerged, as it was trained."""
     base, folder = base_of(adapter, base)
     adapter.check_match(folder)
 
@@ -243,37 +243,37 @@ def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFold
         from LoTA.adapter import load_live
         return load_live(adapter, folder.path, backend=evaluation.backend, **loading(base, evaluation))
     return Subject(base, f"{adapter.path.resolve().name}_live", load, [str(folder.path), base.pretrained],
-                   {"adapter": adapter.config.record()})
+                   adapter, {"adapter": adapter.config.record()})
 
 
 def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFolder | MergedFolder",
                    temporary: str) -> Subject:
     """A merged folder. An adapter is merged first, into --merged_path or a temporary folder."""
+    from LoTA.adapter_folder import AdapterFolder
     from LoTA.folders import MergedFolder
     from LoTA.lota_merge import merge_folders, print_moved
-    if isinstance(source, MergedFolder):
-        config, merged, moved = source.lota, source.path, source.lota.training.get("moved")
-        base = replace(base, quantized_model_dir=str(merged))
-    else:
+    merged = source
+    if isinstance(source, AdapterFolder):
         base, folder = base_of(source, base)
-        config, merged = source.config, Path(evaluation.merged_path or Path(temporary) / "merged")
-        moved = merge_folders(source, folder, merged)
-        print_moved(moved)
+        output = Path(evaluation.merged_path or Path(temporary) / "merged")
+        print_moved(merge_folders(source, folder, output))
         if evaluation.merged_path:
-            print(f"merged and verified: {merged}")
+            print(f"merged and verified: {output}")
+        merged = MergedFolder(output)
 
     def load():
-        from LoTA.adapter import LTA
-        return LTA(path=str(merged)).load(backend=evaluation.backend, **loading(base, evaluation)).model
-    return Subject(base, f"{source.path.resolve().name}_merged", load, [str(merged), base.pretrained],
-                   {"moved": moved, "adapter": config.record()})
+        from LoTA.adapter import load_merged
+        return load_merged(merged, backend=evaluation.backend, **loading(base, evaluation)).model
+    return Subject(settings.complete_base(base, merged), f"{source.path.resolve().name}_merged", load,
+                   [str(merged.path), base.pretrained], merged,
+                   {"moved": merged.lota.training.get("moved"), "adapter": merged.lota.record()})
 
 
 SUBJECTS = {"16bit": subject_16bit, "gptq": subject_gptq, "live": subject_live, "merged": subject_merged}
 
 
 def base_of(adapter: "AdapterFolder", base: baseConfig) -> tuple[baseConfig, "GPTQFolder"]:
-    """(the settings with the models that the adapter names where no flag does, the GPTQ folder)."""
+    """(settings, GPTQ folder). The adapter names both models, where no flag does."""
     from LoTA.folders import GPTQFolder
     base = replace(base, pretrained=base.pretrained or adapter.config.pretrained,
                    quantized_model_dir=base.quantized_model_dir or adapter.config.quantized_model_dir)

@@ -25,8 +25,9 @@ Messages = list[dict[str, str]]     # turns: {"role": "system", "user" or "assis
 
 IGNORE_INDEX = -100                 # the label that torch's cross entropy leaves out
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
-SQL_TEST_ROWS = 1000                # the paper's number of SQL test rows
-SINGLE_FILE_TEST_SHARE = 0.2
+# A set without a test split is cut. A large one gets the paper's number of SQL test rows, another one a share.
+LARGE_SET_TEST_ROWS = 1000
+TEST_SHARE = 0.2
 
 VIGGO_FUNCTIONS = ("inform", "request", "give_opinion", "confirm", "verify_attribute", "suggest",
                    "request_explanation", "recommend", "request_attribute")
@@ -42,7 +43,7 @@ VIGGO_INSTRUCTION = (
 GSM8K_INSTRUCTION = "Solve the problem step by step and end with a line '#### ' followed by the number."
 SQL_INSTRUCTION = "Write a SQL query to answer the question based on the table schema."
 
-# For a tokenizer without a chat template, as base models have it: the headings that Alpaca made usual.
+# For a tokenizer without a chat template, such as a base model's. The headings are Alpaca's.
 FALLBACK_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -184,7 +185,8 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None) -> "Datas
 
     data_dir: None loads from the hub. Else it is a save_to_disk folder, a csv, json or jsonl file, or a folder of such
     files that are named after their split (train.csv, test.jsonl, valid.jsonl ...). A single file or a single split is
-    cut into fixed, disjoint train and test rows, 80:20. A set that is for training only is kept whole.
+    cut into fixed, disjoint train and test rows: 1,000 test rows where there are more than 10,000, else 20 %. A set
+    that is for training only is kept whole.
     Raises UserError with what to do.
     """
     task = find_task(data_name)
@@ -203,7 +205,7 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None) -> "Datas
     if wanted == "all" and not (task.score is None and split == "train"):
         if len(rows) < 2:
             raise UserError(f"{source} has one row only: too few to be cut into train and test")
-        test_size = SQL_TEST_ROWS if len(rows) > 10 * SQL_TEST_ROWS else SINGLE_FILE_TEST_SHARE
+        test_size = LARGE_SET_TEST_ROWS if len(rows) > 10 * LARGE_SET_TEST_ROWS else TEST_SHARE
         rows = rows.train_test_split(test_size=test_size, seed=42)[split]
     return rows
 
@@ -276,7 +278,7 @@ def _read_file(file: Path) -> "Dataset":
 # --- prompts and tokens -------------------------------------------------------------------------------------------
 
 def load_tokenizer(places: list[str | None], trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the first of `places`, folders or hub names, that has one. Raises UserError where none has."""
+    """The tokenizer of the first place that is a hub name, or a folder that has one. Raises UserError without any."""
     from transformers import AutoTokenizer
     for place in filter(None, places):
         if (Path(place) / "tokenizer_config.json").exists() or not Path(place).is_dir():
@@ -285,7 +287,10 @@ def load_tokenizer(places: list[str | None], trust_remote_code: bool = False) ->
 
 
 def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Gives a tokenizer what it lacks: a pad token (its eos token) and a chat template (FALLBACK_CHAT_TEMPLATE)."""
+    """Gives a tokenizer what it lacks: a pad token (its eos token) and a chat template (FALLBACK_CHAT_TEMPLATE).
+
+    Changes it in place and returns it. Raises UserError where it has no eos token.
+    """
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no eos token, which ends every answer")
     if tokenizer.pad_token is None:
@@ -298,7 +303,8 @@ def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeni
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
     """The text before the answer. Training and evaluation both call this, so their prompts never differ.
 
-    A template that knows no system turn gets its text at the head of the user turn.
+    A template that knows no system turn gets its text at the head of the user turn. Raises UserError where the template
+    refuses the prompt.
     """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -330,7 +336,8 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
     """The training split, tokenized: columns input_ids, labels, length.
 
     Prompt tokens have the label IGNORE_INDEX. A prompt has at most `source_max_len` tokens, an answer with its end
-    token at most `target_max_len`. `train_ratio` keeps the first share of the rows, `debug_number` > 0 that many.
+    token at most `target_max_len`: a longer one loses its end and its end token. train_ratio: the share of the rows to
+    keep, from the first on. debug_number: where it is positive, keep at most so many rows.
     """
     prepare_tokenizer(tokenizer)
     rows = load_rows(data_name, "train", data_dir)
@@ -387,7 +394,7 @@ def get_Ada_path(size: str, bits: int, method: str, first: float, second: float,
         8B_int4_LoTA_48_0.950_0.999_alpaca_<runtime>_<peak MB>_<day_time>
 
     first, second, third: omega, filter_ratio and min_grad for LoTA; learning rate, rank and alpha for the baselines.
-    runtime (s) and peak_mb: None while the run goes on; the name leaves them out then.
+    runtime (s) and peak_mb (MiB): None while the run goes on; the name leaves them out then.
     """
     number = "{:.3f}".format if method == "LoTA" else str
     head = f"{first:g}" if method == "LoTA" else str(first)

@@ -1,4 +1,4 @@
-"""Evaluation: generate and score answers to a data set's test rows, or run lm-eval's tasks; save the results.
+"""Evaluation on GSM8K, SQL, ViGGO ("GSV") and any other scored data set by generation, and on lm-eval's tasks.
 
 Touches a transformers model, data through data_print_save, and writes JSON files.
 """
@@ -47,7 +47,10 @@ def confidence_interval(correct: int, total: int, z: float = 1.96) -> tuple[floa
 @torch.inference_mode()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int,
              max_new_tokens: int) -> list[str]:
-    """Greedy answers to rendered prompts, in their order. Batches hold prompts of similar length, the longest first."""
+    """Greedy answers to rendered prompts, in the order of the prompts. Sets the tokenizer's padding side to left.
+
+    Internally batches hold prompts of similar length, and the longest come first.
+    """
     tokenizer.padding_side = "left"
     encoded = [encode_prompt(tokenizer, p) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -73,7 +76,7 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
                 batch_size: int) -> float:
     """The mean cross entropy of the labels' tokens and their end token after the prompts, in nats.
 
-    It is what training minimizes.
+    Training minimizes the same loss, on prompts and answers that are cut to their maximal lengths.
     """
     pairs = [(encode_prompt(tokenizer, prompt), encode_answer(tokenizer, label))
              for prompt, label in zip(prompts, labels, strict=True)]
@@ -153,7 +156,7 @@ def find_lm_eval_tasks(eval_args: evalConfig) -> LmEvalTasks | None:
 
 def eval_lm_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: LmEvalTasks,
                     base_args: baseConfig, eval_args: evalConfig, name: str, extra: dict | None = None) -> dict:
-    """Runs lm-eval on `tasks`, prints its table, and saves and returns its results. name: of the JSON file."""
+    """Runs lm-eval on `tasks`, prints its table, saves the scores, and returns all results. name: of the JSON file."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table

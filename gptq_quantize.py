@@ -18,7 +18,7 @@ from LoTA import SUPPORTED_BITS, UserError, run_script
 PROVENANCE = "lota_quantize.json"       # says what made the folder, and that it is ours to replace
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)        # those that GPTQModel takes
-SMALL_MODEL = 400e6                     # bytes up to which packing in plain Python beats compiling the packer
+SMALL_MODEL = 400e6     # bytes; a smaller model stays in memory, and is packed without compiling a packer first
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,15 +29,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group_size", type=int, default=64, choices=GROUP_SIZES,
                         help="input rows that share a scale and zero; -1: all of them [64]")
     parser.add_argument("--sym", action="store_true", help="a symmetric grid, with a fixed zero point [asymmetric]")
-    parser.add_argument("--desc_act", action="store_true", help="quantize inputs by falling activation [in order]")
+    parser.add_argument("--desc_act", action="store_true",
+                        help="quantize inputs by decreasing activation, so that groups are out of order [in order]")
     parser.add_argument("--calibration", default="c4",
                         help="c4 (from the hub); a .txt file with a sample in each line; a .jsonl file with the field "
                              f"'text'; or the train split of a data set with its prompts: {', '.join(TASKS)} [c4]")
     parser.add_argument("--data_dir", default=None, help="where the data set of --calibration is [the hub]")
     parser.add_argument("--samples", type=int, default=1024, help="calibration samples [1024]")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a sample at most [2048]")
-    parser.add_argument("--batch_size", type=int, default=1, help="samples at a time [1]")
-    parser.add_argument("--seed", type=int, default=42, help="[42]")
+    parser.add_argument("--batch_size", type=int, default=1, help="calibration samples in one forward pass [1]")
+    parser.add_argument("--seed", type=int, default=42, help="random seed [42]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model [no]")
     return parser.parse_args()
 

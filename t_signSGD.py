@@ -4,8 +4,10 @@ Each step moves the few entries with the largest gradients by one against their 
 
     p <- clip(p - sign(g) * [|g| > max(tau, sigma_t-quantile of |g|)], -1, 1)
 
-There is no learning rate, no weight decay and no gradient clipping, because sigma_t alone says how many entries move.
-Two things go beyond the paper. With `momentum`, g is an average of the gradients since the entry last moved. A
+The quantile is taken over each tensor by itself. There is no learning rate, no weight decay and no gradient clipping,
+because every move has the size 1 and sigma_t bounds how many entries move. As in the published scripts, entries with
+outstanding gradients do not move in the last phase while the gradients' norm is large (SPIKE_NORM). Two things are
+this project's own. With `momentum`, g is an average of the gradients since the entry last moved. A
 `real_optimizer` steps along for parameters that are real numbers.
 """
 import math
@@ -17,8 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 TAU = 1e-9                  # gradients up to here never move an entry
 FIRST_PHASE = 0.8           # the share of the steps in which sigma goes from threshold_ratio to min_grad
-SPIKE_NORM = 10.0           # where the global norm of the gradients is larger in the last phase ...
-SPIKE_QUANTILE = 0.99995    # ... the entries at or above this quantile stay
+SPIKE_NORM = 10.0           # in the last phase, while the global norm of the ternary gradients exceeds this ...
+SPIKE_QUANTILE = 0.99995    # ... entries whose |g| is at or above this quantile of their tensor are not moved
 SAMPLE = 8192               # entries of the sample with which largest() finds where to look
 BATCH_ENTRIES = 1 << 25     # entries that a GPU steps together
 
@@ -37,13 +39,15 @@ class tSignSGD(Optimizer):
     """t-SignSGD over ternary parameters.
 
     params: ternary tensors, or (name, tensor) pairs; errors use the names.
-    threshold_ratio, min_grad, filter_upper: sigma at the start, after 80 % of the steps, and at the end, in (0, 1).
+    threshold_ratio, min_grad, filter_upper: sigma at the start, after 80 % of the steps, and at the end. The names are
+        those of the published scripts; all three are levels of a quantile. Raises ValueError outside (0, 1).
     int_params: the ternary ones among `params`. Where it is given, any other parameter raises ValueError, because this
         optimizer cannot train it.
     momentum: in [0, 1), the weight of the past in the average of gradients that moves an entry. 0 is the paper's way:
-        each step's own gradient. An entry that moves starts its average anew, because what moved it is spent.
-    real_optimizer: another torch optimizer, over parameters that are not ternary. It steps along, and its learning
-        rates fall to 0 over the run.
+        each step's own gradient. An entry that moves resets its average to 0, so that the same gradients do not move
+        it twice.
+    real_optimizer: another torch optimizer, over parameters that are not ternary. It steps with this one. After
+        create_scheduler() its learning rates fall linearly towards 0.
 
     create_scheduler() sets the number of steps. Until it is called, sigma stays at threshold_ratio.
     The step count and the schedule are part of state_dict(), so a resumed run goes on where it was.
@@ -66,15 +70,15 @@ class tSignSGD(Optimizer):
                 raise ValueError("tSignSGD trains ternary parameters only; params holds others")
         self.momentum, self.real_optimizer = momentum, real_optimizer
         self.real_rates = [group["lr"] for group in self.real_groups()]
-        self.flipped = {}       # {parameter: how many entries the last step moved, a 0-dim tensor on its device}
-        self._judged = None     # (names, step, (the norms of their gradients, the event after which the CPU has them))
+        self.flipped = {}       # {parameter: how many entries the last step changed, a 0-dim tensor on its device}
+        self._pending = None    # (names, step, (the norms of their gradients, the event after which the CPU has them))
 
     def real_groups(self) -> list[dict]:
         """The parameter groups of the real optimizer, or none."""
         return self.real_optimizer.param_groups if self.real_optimizer else []
 
     def create_scheduler(self, num_training_steps: int) -> LambdaLR:
-        """Sets the run's real number of optimizer steps. Returns the constant scheduler that Trainer asks for.
+        """Sets the number of optimizer steps of the run. Returns the constant scheduler that Trainer asks for.
 
         Raises ValueError unless num_training_steps > 0.
         """
@@ -85,9 +89,10 @@ class tSignSGD(Optimizer):
         return LambdaLR(self, lambda _: 1.0)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes the step count from the state, and the number of steps unless create_scheduler() was called before.
+        """Restores the step count, the levels of sigma and the averages.
 
-        So a run that is resumed with another length follows the schedule of its own length.
+        The number of steps is restored too, unless create_scheduler() has set one: a run that is resumed with another
+        length follows the schedule of its own length.
         """
         own = [group["num_training_steps"] for group in self.param_groups]
         if self.real_optimizer:
@@ -119,10 +124,11 @@ class tSignSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """One step. Raises FloatingPointError where a gradient is not finite; no ternary entry has moved then.
+        """One step. Returns what `closure` returns, or None.
 
-        On a GPU the check must not wait for the device, so the error comes with the next step, with state_dict() or
-        with raise_unless_finite().
+        Raises FloatingPointError where a gradient is not finite; no ternary entry has moved then. On a GPU the check
+        must not wait for the device, so the error comes with the next step, with state_dict() or with
+        raise_unless_finite().
         """
         loss = None
         if closure is not None:
@@ -161,7 +167,8 @@ class tSignSGD(Optimizer):
             return p.grad
         state = self.state[p]
         if "average" not in state:
-            state["average"] = torch.zeros(p.shape, dtype=p.grad.dtype, device=p.device)        # contiguous
+            # Contiguous, because move_one() resets entries through a flat view.
+            state["average"] = torch.zeros(p.shape, dtype=p.grad.dtype, device=p.device)
         return state["average"].lerp_(p.grad, 1 - self.momentum)
 
     def _judge_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,19 +184,19 @@ class tSignSGD(Optimizer):
         norms = torch._foreach_norm([p.grad for _, p in named], 2, torch.float32)
         norms = torch.stack([n.to(norms[0].device) for n in norms])
         # A norm beyond float32's range is not finite either.
-        self._judged = [name for name, _ in named], self.param_groups[0]["step"] + 1, _to_host(norms)
+        self._pending = [name for name, _ in named], self.param_groups[0]["step"] + 1, _to_host(norms)
         if norms.device.type == "cpu":
             self.raise_unless_finite()
         return torch.isfinite(norms).all(), torch.linalg.vector_norm(norms[:ternary]) > SPIKE_NORM
 
     def raise_unless_finite(self) -> None:
-        """Raises FloatingPointError where a gradient of the last step that was judged is not finite."""
-        if self._judged is None:
+        """Raises FloatingPointError where a gradient that the last step() saw is not finite."""
+        if self._pending is None:
             return
-        names, step, (norms, ready) = self._judged
-        self._judged = None
+        names, step, (norms, ready) = self._pending
+        self._pending = None
         if ready is not None:
-            ready.synchronize()         # does not wait: the event is of the step before
+            ready.synchronize()         # within step() the event is one step old, so this rarely waits
         wrong = [name for name, finite in zip(names, torch.isfinite(norms).tolist(), strict=True) if not finite]
         if wrong:       # Trainer's clipping spreads one NaN to all gradients; no single name is right then
             which = "no gradient is" if len(wrong) == len(names) > 1 else f"the gradient of {wrong[0]} is not"
@@ -218,9 +225,10 @@ def move_one(p: torch.Tensor, gradient: torch.Tensor, sigma_t: float, spike: boo
              forget: bool = False) -> torch.Tensor:
     """Eq. 6 on one tensor, in place. Returns how many entries changed, a 0-dim tensor.
 
-    It touches only the entries that move. That is fast on a CPU, where reading the data stops no queue.
-    spike: whether the largest entries stay. forget: set `gradient`, which must be contiguous, to 0 where an entry
-    changed.
+    p, gradient: of one shape; p is contiguous. It reads every |g| once and writes only the entries that move, which is
+    the fastest way on a CPU.
+    spike: whether entries at or above SPIKE_QUANTILE are not moved. forget: set `gradient`, which must be contiguous
+    then, to 0 where an entry changed.
     """
     magnitude, gradient, flat = gradient.abs().flatten(), gradient.flatten(), p.view(-1)
     indices, chosen, low = largest(magnitude, math.floor(sigma_t * (len(magnitude) - 1)))
@@ -253,7 +261,7 @@ def move_together(parameters: list[torch.Tensor], gradients: list[torch.Tensor],
     """Eq. 6 on tensors of one shape, in place. Returns how many entries of each changed, [len(parameters)].
 
     It takes a few launches, and the CPU waits for none of them.
-    spike: a 0-dim tensor, whether the largest entries stay, or None before the last phase.
+    spike: a 0-dim tensor, whether entries at or above SPIKE_QUANTILE are not moved; None before the last phase.
     finite: a 0-dim tensor; where it is False nothing moves. forget: set the gradients to 0 where an entry changed.
     """
     device = parameters[0].device
@@ -274,25 +282,25 @@ def move_together(parameters: list[torch.Tensor], gradients: list[torch.Tensor],
 
 
 def largest(values: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(indices, entries, pivot): the pivot is the entry of a flat tensor with this rank, counted from 0 upwards.
+    """(indices int64 [m], values[indices] [m], pivot) of a flat tensor [n].
 
-    The entries are the tensor's largest ones; all that exceed the pivot are among them. A sample tells where to look.
-    Where the sample misleads, all entries are taken, so the answer is exact either way.
+    The pivot is the 0-dim entry with this rank, counted from 0 for the smallest. The indices hold every entry above the
+    pivot, and some or all of the others. A sample says where to look. Where it misleads, all entries are taken, so the
+    pivot is exact either way.
     """
     count = len(values)
-    if count <= 4 * SAMPLE:
-        return torch.arange(count, device=values.device), values, values.kthvalue(rank + 1).values
-    sample = values[::count // SAMPLE]
-    share = rank / (count - 1)
-    expected, margin = share * len(sample), 4 * math.sqrt(share * (1 - share) * len(sample)) + 2
-    below = sample.kthvalue(max(1, math.floor(expected - margin))).values
-    above = sample.kthvalue(min(len(sample), math.ceil(expected + margin))).values
-    indices = (values >= below).nonzero().flatten()
-    chosen = values.index_select(0, indices)
-    rank_among_chosen = rank - (count - len(indices))
-    near = chosen[chosen <= above]                  # the smallest of the chosen, so their ranks stay
-    if 0 <= rank_among_chosen < len(near):
-        return indices, chosen, near.kthvalue(rank_among_chosen + 1).values
+    if count > 4 * SAMPLE:
+        sample = values[::count // SAMPLE]
+        share = rank / (count - 1)
+        expected, margin = share * len(sample), 4 * math.sqrt(share * (1 - share) * len(sample)) + 2
+        below = sample.kthvalue(max(1, math.floor(expected - margin))).values
+        above = sample.kthvalue(min(len(sample), math.ceil(expected + margin))).values
+        indices = (values >= below).nonzero().flatten()
+        chosen = values.index_select(0, indices)
+        rank_among_chosen = rank - (count - len(indices))
+        near = chosen[chosen <= above]              # the smallest of the chosen, so an entry has one rank in both
+        if 0 <= rank_among_chosen < len(near):
+            return indices, chosen, near.kthvalue(rank_among_chosen + 1).values
     return torch.arange(count, device=values.device), values, values.kthvalue(rank + 1).values
 
 

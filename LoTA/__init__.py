@@ -19,6 +19,7 @@ class UserError(ValueError):
 
 def run_script(main: Callable[[], object]) -> None:
     """Runs a script's main(). An error that is not the program's fault ends in one line and exit status 1."""
+    # These libraries warn about their own insides, and a user can act on none of it.
     for chatty in ("torch.utils._pytree", "torch.utils.cpp_extension", "tokenicer", "accelerate.utils.modeling"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:

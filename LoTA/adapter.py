@@ -31,8 +31,8 @@ class LTA(Adapter):
 
         model = LTA(path="MERGED or ADAPTER").load()
 
-    rank, threshold (omega), residual: load() compares them with what the folder says. It uses them where the folder of
-    an adapter says nothing, as those of the published scripts do.
+    rank, threshold (omega), residual: load() refuses a folder that records other values. Where an adapter folder of the
+    published scripts records no omega and no residual, load() uses these.
     """
 
     def __init__(self, rank: int | None = None, threshold: float | None = None, residual: bool | None = None,
@@ -55,7 +55,7 @@ class LTA(Adapter):
         backend ...). An adapter folder is merged into a temporary folder first; TMPDIR says where.
         """
         if is_merged(self.path):
-            return self._load_merged(MergedFolder(self.path), **kwargs)
+            return self._load_checked(MergedFolder(self.path), **kwargs)
         adapter = AdapterFolder(self.path, self.threshold, self.residual)
         base = base or adapter.config.quantized_model_dir
         if base is None:
@@ -63,43 +63,52 @@ class LTA(Adapter):
         with tempfile.TemporaryDirectory() as folder:
             merged = Path(folder) / "merged"
             merge_folders(adapter, GPTQFolder(base), merged, verify=False)
-            return self._load_merged(MergedFolder(merged), **kwargs)
+            return self._load_checked(MergedFolder(merged), **kwargs)
 
-    def _load_merged(self, merged: MergedFolder, **kwargs):
+    def _load_checked(self, merged: MergedFolder, **kwargs):
         for given, recorded, fact in ((self.rank, merged.lota.rank, "rank"),
                                       (self.threshold, merged.lota.omega, "threshold"),
                                       (self.residual, merged.lota.residual, "residual")):
             if given is not None and given != recorded:
                 raise UserError(f"{self.path} has {fact} {recorded}, not {given}")
-        with tempfile.TemporaryDirectory() as view:
-            model = load_gptq(_as_plain_gptq(merged, Path(view)), **kwargs)
-        attached = {}
-        for name in merged.offset_modules():
-            layer = LTA(merged.lota.rank, merged.lota.omega, True, self.path)
-            layer.set_offset(merged.offset(name), merged.tensor(f"{name}.scales"), merged.tensor(f"{name}.g_idx"))
-            module = model.model.get_submodule(name)
-            module.adapter = layer
-            attached[type(module)] = module
-        for module in attached.values():
-            _check_hook(module, model.model.dtype)
-        return model
+        return load_merged(merged, **kwargs)
 
     def set_offset(self, offset: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> None:
-        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]."""
+        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]. Keeps s * mu."""
         self.groups = Groups(g_idx, scales.shape[0])
         self.offset = offset * scales.float()
         self._ready = None              # (device, dtype, the offset on that device in that dtype)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """out += (group sums of x) @ (s * mu), in place. x: [..., in]. Costs 1 / group_size of the layer's work.
+        """out += (group sums of x) @ (s * mu), in place. x: [..., in]. out: [..., out]. Returns out.
 
-        It is the paper's z' = z + s * mu for zero points that stay integers.
+        This is Eq. 5's new zero factor, kept apart because GPTQ's zero points are integers. It costs 1 / group_size of
+        the layer's work.
         """
         if self._ready is None or self._ready[:2] != (x.device, x.dtype):
             self.groups.to(x.device)
             self._ready = x.device, x.dtype, self.offset.to(x.device, x.dtype)
         sums = self.groups.sum_columns(x.reshape(-1, x.shape[-1]))
         return out.add_((sums @ self._ready[2]).view(out.shape))
+
+
+def load_merged(merged: MergedFolder, **kwargs):
+    """A merged folder as a GPTQModel with the offsets on it. kwargs go to load_gptq().
+
+    Raises UserError where GPTQModel's kernel would drop the offsets.
+    """
+    with tempfile.TemporaryDirectory() as view:
+        model = load_gptq(_as_plain_gptq(merged, Path(view)), **kwargs)
+    attached = {}
+    for name in merged.offset_modules():
+        layer = LTA(merged.lota.rank, merged.lota.omega, True, str(merged.path))
+        layer.set_offset(merged.offset(name), merged.tensor(f"{name}.scales"), merged.tensor(f"{name}.g_idx"))
+        module = model.model.get_submodule(name)
+        module.adapter = layer
+        attached[type(module)] = module
+    for module in attached.values():
+        _check_hook(module, model.model.dtype)
+    return model
 
 
 def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | None = None, backend: str = "auto",
@@ -109,10 +118,11 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
     dtype: with float32 the model loads in float16 and is widened afterwards, because no GPTQModel kernel is declared
         for float32; the backend is then the plain torch one.
     device: None or "auto" takes the GPU, or all GPUs, or else the CPU.
-    backend: a name of GPTQModel's BACKEND. On a CPU "auto" is the plain torch one, because the others compile for
-        minutes first. The plain torch kernel computes with the scales that are on disk, in every dtype.
+    backend: a value of GPTQModel's BACKEND. On a machine without a GPU "auto" is the plain torch one, because the
+        others compile for minutes first. The plain torch kernel computes with the scales that are on disk.
 
-    Without a GPU it switches torch.compile off in this process. Raises UserError where device or backend do not exist.
+    Without a GPU it switches torch.compile off in this process. Raises UserError for an unknown backend, and for a CUDA
+    device where there is no GPU.
     """
     if device in (None, "auto"):
         place = {"device_map": "auto"} if torch.cuda.is_available() else {"device": "cpu"}

@@ -21,11 +21,11 @@ ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA
                           r"_[^_]+_(?P<data_set>[^_]+)")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LotaConfig:
     """lota_config.json: how an adapter was trained, and so how it must be read."""
     method: str = "LoTA"                        # LoTA, LoRA or QA-LoRA
-    omega: float | None = None
+    omega: float | None = None                  # None for LoRA and QA-LoRA
     residual: bool = True                       # whether there is an offset mu
     offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1; "learned": a parameter
     learned_scales: bool = False
@@ -38,14 +38,14 @@ class LotaConfig:
     base_format: str | None = None              # merged folders only: the checkpoint_format of the integers
     data_set: str | None = None
     seed: int | None = None
-    settings: dict = field(default_factory=dict)
-    versions: dict = field(default_factory=dict)
-    training: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)        # all flags
+    versions: dict = field(default_factory=dict)        # {package: version}
+    training: dict = field(default_factory=dict)        # runtime_s, peak_mb, steps, loss, moved
     format_version: int = 1
 
     @property
     def threshold(self) -> Threshold:
-        """How this adapter's dW becomes a step and an offset."""
+        """How a LoTA adapter's dW becomes a step and an offset. The baselines have no omega, and so no threshold."""
         return make_threshold(self.omega, self.residual, self.offset_scale)
 
     @property
@@ -63,7 +63,7 @@ class LotaConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "LotaConfig":
-        """Reads lota_config.json from `folder`. Raises UserError where another version of LoTA wrote it."""
+        """Reads lota_config.json from `folder`. Raises UserError where its format_version is another."""
         content = read_json(Path(folder) / LOTA_CONFIG)
         if content.get("format_version") != cls.format_version:
             raise UserError(f"{folder}/{LOTA_CONFIG} has format version {content.get('format_version')}; this "
@@ -86,7 +86,10 @@ class AdapterRecord:
 
 
 def make_threshold(omega: float, residual: bool, offset_scale: str) -> Threshold:
-    """The Threshold that the flags --interval_point, --residual and --offset_scale ask for."""
+    """The Threshold that the flags --interval_point, --residual and --offset_scale ask for.
+
+    Raises UserError for an unknown offset_scale.
+    """
     kappas = {"omega": omega, "paper": 1.0, "learned": None}        # learned: mu does not come from Eq. 4
     if offset_scale not in kappas:
         raise UserError(f"--offset_scale must be omega, paper or learned, not '{offset_scale}'")
@@ -94,7 +97,7 @@ def make_threshold(omega: float, residual: bool, offset_scale: str) -> Threshold
 
 
 def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
-    """Raises UserError unless `checkpoint` is a whole checkpoint of a run with the settings `config`."""
+    """Raises UserError unless `checkpoint` is whole and agrees with `config` in the fields that are compared below."""
     checkpoint = Path(checkpoint)
     if not (checkpoint / LOTA_CONFIG).exists():
         raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {LOTA_CONFIG}, which is written last); "
@@ -123,9 +126,10 @@ class AdapterFolder:
 
     modules: the names of the adapted layers. peft_config: the content of adapter_config.json.
 
-    A folder without lota_config.json comes from the published scripts. It is read by its name, or for a checkpoint by
-    its parent's name. Where no name says it, ternary matrices mean LoTA, with `omega` (0.75 r where it is None) and
-    `residual` (True where it is None). Raises UserError where the folder is no adapter.
+    A folder without lota_config.json comes from the published scripts. Its name, or for a checkpoint its parent's name,
+    says the method, the bits and omega. Without such a name, ternary matrices mean LoTA, with `omega` (None: 0.75 r).
+    No name records whether there is an offset, so `residual` says it (None: True).
+    Raises UserError where the folder is no adapter.
     """
 
     def __init__(self, path: str | Path, omega: float | None = None, residual: bool | None = None):
@@ -154,31 +158,32 @@ class AdapterFolder:
     def _inferred(self, omega: float | None, residual: bool | None) -> LotaConfig:
         rank, folder = self.peft_config["r"], self.path.resolve()
         named = ADAPTER_NAME.match(folder.name) or ADAPTER_NAME.match(folder.parent.name)
-        config = LotaConfig(rank=rank, quantized_model_dir=self.peft_config.get("base_model_name_or_path"),
-                            residual=residual is None or residual)
-        if named:
-            config.bits, config.data_set, config.method = int(named["bits"]), named["data_set"], named["method"]
-        elif not self._is_ternary():
-            config.method = "LoRA"
+        method = named["method"] if named else "LoTA" if self._is_ternary() else "LoRA"
         if self.peft_config.get("use_qalora"):
-            config.method = "QA-LoRA"
-        if config.method == "LoTA":
+            method = "QA-LoRA"
+        if method != "LoTA":
+            omega = None
+        elif named:
             try:
-                config.omega = float(named["first"]) if named else omega or 0.75 * rank
+                omega = float(named["first"])
             except ValueError:
                 raise UserError(f"{self.path}: no omega in the folder's name at '{named['first']}'") from None
-        return config
+        else:
+            omega = omega or 0.75 * rank
+        return LotaConfig(method=method, omega=omega, residual=residual is None or residual, rank=rank,
+                          bits=int(named["bits"]) if named else None, data_set=named["data_set"] if named else None,
+                          quantized_model_dir=self.peft_config.get("base_model_name_or_path"))
 
     @property
     def scaling(self) -> float:
-        """alpha / r of a LoRA or QA-LoRA adapter, as PEFT applies it."""
+        """PEFT's scaling of a LoRA or QA-LoRA adapter: alpha / r, or alpha / sqrt(r) with use_rslora."""
         alpha, rank = self.peft_config["lora_alpha"], self.peft_config["r"]
         return alpha / (rank ** 0.5 if self.peft_config.get("use_rslora") else rank)
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def matrices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A [in, r], B [r, out]) of one layer. A QA-LoRA adapter's A is [groups, r]."""
+        """(A [in, r], B [r, out]) of one layer, in the file's dtype. A QA-LoRA adapter's A is [groups, r]."""
         return tuple(self._tensor(f"{module}.{matrix}.weight").t() for matrix in ("lora_A", "lora_B"))
 
     def ternary_pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +216,7 @@ class AdapterFolder:
     # --- the model it belongs to --------------------------------------------------------------------------------------
 
     def check_match(self, source: QuantizedModel) -> None:
-        """Raises UserError unless the adapter fits this GPTQ model and, as far as it says so, was trained on it."""
+        """Raises UserError unless the shapes and any recorded bits, group size and fingerprint are the model's."""
         config = self.config
         missing = [module for module in self.modules if module not in source.modules]
         if missing or not self.modules:

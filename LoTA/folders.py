@@ -18,7 +18,7 @@ from LoTA.storage import read_json, write_json
 from LoTA.ternary import dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder with offsets, so that stock tools refuse it
-LOTA_SUBFOLDER = "lota"             # offsets and lota_config.json; some loaders take every *.safetensors in the root
+LOTA_SUBFOLDER = "lota"             # not the root, because some loaders take every *.safetensors there
 OFFSETS_FILE = "offsets.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
 LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -67,7 +67,7 @@ class GPTQFolder:
                     raise UserError(f"{self.path} is not whole: {module}.{tensor} is missing")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the checkpoint."""
+        """One tensor of the checkpoint, on the CPU, in the file's dtype."""
         with safe_open(self.file_of[name], "pt") as tensors:
             return tensors.get_tensor(name)
 
@@ -77,7 +77,7 @@ class GPTQFolder:
             return tuple(tensors.get_slice(name).get_shape())
 
     def packed(self, module: str) -> PackedLayer:
-        """The integers of one layer."""
+        """One layer: its integers, zero points, scales and groups, still packed."""
         return PackedLayer(*(self.tensor(f"{module}.{tensor}") for tensor in LAYER_TENSORS), self.bits,
                            self.checkpoint_format)
 
@@ -100,7 +100,7 @@ class GPTQFolder:
         return digest.hexdigest()
 
     def model_size(self, name: str | None = None) -> tuple[str, float]:
-        """("8B", 8e9), read from the model's `name` or the folder's, else counted from the shapes on disk."""
+        """(a label such as "8B", the number of parameters), by `name` or the folder's name, else by the shapes."""
         named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", Path(name or self.path).name)
         if named:
             return f"{named[1]}B", float(named[1]) * 1e9
@@ -124,7 +124,7 @@ class MergedFolder(GPTQFolder):
         self.lota = LotaConfig.load(self.path / LOTA_SUBFOLDER)
         self.config = read_quantization_config(self.path)
         if self.config.get("checkpoint_format") == LOTA_FORMAT:
-            self.config["checkpoint_format"] = self.lota.base_format
+            self.config = {**self.config, "checkpoint_format": self.lota.base_format}
         self._read_index()
         self.offsets_file = self.path / LOTA_SUBFOLDER / OFFSETS_FILE
         if self.lota.residual != self.offsets_file.exists():
@@ -147,7 +147,7 @@ class MergedFolder(GPTQFolder):
 
 
 class LoraFolder(GPTQFolder):
-    """A GPTQ folder with a LoRA adapter beside it, as one model. Its weights are no integers any more."""
+    """A GPTQ folder plus a LoRA adapter, as one model. Only weight() has the adapter in it: the sum is off the grid."""
 
     def __init__(self, path: str | Path, adapter: AdapterFolder):
         super().__init__(path)
@@ -193,7 +193,7 @@ def read_quantization_config(path: str | Path) -> dict:
 
 
 def set_checkpoint_format(folder: Path, checkpoint_format: str) -> None:
-    """Writes `checkpoint_format` into both files of a model folder that stock tools read."""
+    """Writes `checkpoint_format` into quantize_config.json and config.json, because stock tools read either."""
     for name in (QUANTIZE_CONFIG, "config.json"):
         if (folder / name).exists():
             content = read_json(folder / name)

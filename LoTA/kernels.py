@@ -1,9 +1,9 @@
-"""The functions of LoTA.ternary that touch every weight, one Triton kernel each. Needs torch and triton.
+"""adapted_weight(), merge() and adapter_gradients() of LoTA.ternary as Triton kernels. Needs torch and triton.
 
-Names and results are those of LoTA.ternary: integers equal, floats equal to rounding. The integers are unpacked inside
-the kernel. One program handles one group and a block of outputs, so Eq. 4's sum over the group stays in registers and
-W' is the only [in, out] tensor that is written. A group of more than MAX_ROWS rows is taken in pieces, once for the sum
-and once more for the weights.
+The integers and mu are equal to LoTA.ternary's bit for bit, and so is W'. The gradients are equal to rounding. The
+integers are unpacked inside the kernel. One program handles one group and a block of outputs, so Eq. 4's sum over the
+group stays in registers and the forward writes no [in, out] tensor but W'. A group of more than MAX_ROWS rows is taken
+in pieces, once for the sum and once more for the weights.
 
 The ternary product runs on the tensor cores: float16 factors and float32 sums are exact, because the entries are -1, 0,
 1. Without a GPU the kernels run under Triton's interpreter (set TRITON_INTERPRET=1 before this module is imported).
@@ -19,9 +19,9 @@ from LoTA.packing import pack_rows
 from LoTA.ternary import Threshold, scale_gradient
 
 MAX_ROWS = 128          # rows of one piece of a group
-BLOCK_COLS = 64
-BLOCK_RANK = 64
-# No fused multiply-add, because torch rounds every product and live must equal merged bit for bit. No software
+BLOCK_COLS = 64         # outputs of one program
+BLOCK_RANK = 64         # columns of A, rows of B, of one tensor core product
+# No fused multiply-add, because torch rounds every product and training must equal merged bit for bit. No software
 # pipeline, because its buffers take the shared memory that lets several programs run at once, and no loop here is long.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
@@ -32,7 +32,7 @@ def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLay
                    learned_offset: torch.Tensor | None = None) -> torch.Tensor:
     """W' [in, out] = s * (W_int - z + W^ + mu), as ternary.adapted_weight() describes it."""
     weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.qweight.device)
-    # The kernel takes a tensor in any case. It reads it only where the offset is learned.
+    # Triton needs a tensor here. `weight` stands in for it, because the kernel reads it only when LEARNED.
     offset = weight if learned_offset is None else learned_offset.float().contiguous()
     _launch_step(weight, offset, lora_A, lora_B, packed, threshold, learned=learned_offset is not None)
     return weight
@@ -56,19 +56,20 @@ def adapter_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.
                           torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The gradients of A, B, a learned mu and a learned scale_change, as ternary.adapter_gradients() describes them.
 
-    x^T @ grad_output becomes dL/d(dW) in place, in the dtype of x. The two thin products add up in float32.
+    x^T @ grad_output becomes dL/d(dW) in place, in the dtype of x. dL/d(dW) @ B^T and A^T @ dL/d(dW) add
+    up in float32.
     """
     gradient = x.t() @ grad_output
     pieces, rows_block = _pieces(packed.groups)
     cols = packed.shape[1]
     scaled_sum = torch.empty(packed.scales.shape, device=gradient.device)
     weight_sum = None if weight is None else torch.empty_like(scaled_sum)
-    unread = weight is None                         # the kernel takes any tensor in its place and does not read it
-    with torch.cuda.device_of(gradient):            # of several GPUs, the one where the layer is
+    weighted = weight is not None                   # where it is False, any tensor may stand in for the unread ones
+    with torch.cuda.device_of(gradient):            # Triton launches on the current GPU; it must be the layer's
         _gradient_kernel[packed.groups.count, triton.cdiv(cols, BLOCK_COLS)](
-            gradient, scaled_sum, gradient if unread else weight, scaled_sum if unread else weight_sum, packed.scales,
-            _order(packed.groups), packed.groups.starts, cols, threshold.kappa or 1.0,
-            OFFSET=threshold.kappa is not None, WEIGHTED=not unread, SHUFFLED=packed.groups.order is not None,
+            gradient, scaled_sum, weight if weighted else gradient, weight_sum if weighted else scaled_sum,
+            packed.scales, _order(packed.groups), packed.groups.starts, cols, threshold.kappa or 1.0,
+            OFFSET=threshold.kappa is not None, WEIGHTED=weighted, SHUFFLED=packed.groups.order is not None,
             PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, **OPTIONS)
     lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
     return (_product(gradient, lora_B.t()), _product(lora_A.t(), gradient), scaled_sum,
@@ -104,22 +105,23 @@ def _launch_step(out: torch.Tensor, offset: torch.Tensor, lora_A: torch.Tensor, 
             out, offset, lora_A, lora_B, packed.qweight, packed.qzeros, packed.scales, _order(groups), groups.starts,
             *lora_A.stride(), *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
             float(math.floor(threshold.omega)), float(threshold.omega), float(threshold.kappa or 1.0),
-            BITS=packed.bits, ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=threshold.kappa is not None,
-            SHUFFLED=groups.order is not None, MERGING=merging, LEARNED=learned, PIECES=pieces, ROWS=rows_block,
-            COLS=BLOCK_COLS, RANK=rank_block, RANK_PIECES=triton.cdiv(rank, rank_block), **OPTIONS)
+            BITS=packed.bits, ONE_LESS=packed.checkpoint_format == "gptq",
+            OFFSET=threshold.kappa is not None and not learned, SHUFFLED=groups.order is not None, MERGING=merging,
+            LEARNED=learned, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, RANK=rank_block,
+            RANK_PIECES=triton.cdiv(rank, rank_block), **OPTIONS)
 
 
 # --- the kernels --------------------------------------------------------------------------------------------------
 
 @triton.jit
-def _bits_at(words, bit, stride, other, inside, BITS: tl.constexpr):
-    """The values of BITS bits at bit positions `bit` of streams of 32-bit words. Word k is at words + k * stride."""
+def _bits_at(words, bit, stride, col, inside, BITS: tl.constexpr):
+    """The values of BITS bits at bit positions `bit` of streams of words. Word k is at words + k * stride + col."""
     word = bit // 32
     shift = (bit % 32).to(tl.uint32)
-    value = tl.load(words + word * stride + other, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
+    value = tl.load(words + word * stride + col, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
     if 32 % BITS != 0:
         spills = shift > 32 - BITS
-        upper = tl.load(words + (word + 1) * stride + other, mask=inside & spills, other=0).to(
+        upper = tl.load(words + (word + 1) * stride + col, mask=inside & spills, other=0).to(
             tl.uint32, bitcast=True)
         value |= tl.where(spills, upper << ((32 - shift) % 32), 0)
     return value & ((1 << BITS) - 1)
@@ -189,7 +191,7 @@ def _step_kernel(out, offset, lora_A, lora_B, qweight, qzeros, scales, order, st
     delta_w_sum = tl.zeros([COLS], tl.float32)
     ternary_sum = tl.zeros([COLS], tl.float32)
     mu = tl.zeros([COLS], tl.float32)
-    if PIECES == 1:                     # stays in registers
+    if PIECES == 1:                     # the tile is the whole group, and stays in registers until it is stored
         rows, there = _rows(order, start, end, ROWS, SHUFFLED)
         delta_w, integers, stepped = _stepped(
             lora_A, lora_B, qweight, rows, there, cols, inside, a_row, a_rank, b_rank, b_col, q_row, rank,

@@ -34,13 +34,14 @@ def backend_for(device: torch.device) -> ModuleType:
 
 
 class CustomLoraLinear(nn.Module, LoraLayer):
-    """y = x @ s * (W_int - z + W^ + mu) + bias over a GPTQModel TorchLinear. LoTA.ternary defines W^ and mu.
+    """y = x @ (s * (W_int - z + W^ + mu)) + bias over a GPTQModel TorchLinear. LoTA.ternary defines W^ and mu.
 
-    Parameters of an adapter: lora_A.weight [r, in] and lora_B.weight [out, r]. With learned_offset also lora_offset
-    [groups, out], which is mu in the place of Eq. 4's. With learned_scales also lora_scale [groups, out]: the scales
-    are s * (1 + lora_scale).
+    Parameters of an adapter: lora_A.weight [r, in] and lora_B.weight [out, r], which are A and B transposed, as PEFT
+    stores them. With learned_offset, lora_offset [groups, out] is mu and Eq. 4 is not used. With learned_scales,
+    lora_scale [groups, out] is the scale_change of LoTA.ternary.
 
-    PEFT passes `config` and keyword arguments. It records lora_alpha, but the method has no scaling.
+    PEFT passes `config` and keyword arguments. lora_alpha is recorded for PEFT only, because the method has no scaling.
+    Raises UserError for variants of LoRA that LoTA does not have.
     """
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_offset", "lora_scale")
@@ -52,7 +53,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.lora_offset, self.learned_offset = nn.ParameterDict(), learned_offset
         self.lora_scale, self.learned_scales = nn.ParameterDict(), learned_scales
         if config.lora_dropout or config.use_dora or config.use_rslora or config.use_qalora:
-            raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: they could not be merged")
+            raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: switch them off")
         self.threshold = threshold
         self._groups = None
         self._evaluated = None          # (what it was made from, W'), see adapted_weight()
@@ -74,7 +75,10 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool = True) -> None:
-        """A is Kaiming normal, then ternarised. B is zero, so the first forward is the quantized model exactly."""
+        """A is Kaiming normal, then ternary. B is zero, so the first forward is the quantized model exactly.
+
+        A learned mu and scale_change stay as they are. init_lora_weights is ignored.
+        """
         nn.init.kaiming_normal_(self.lora_A[adapter_name].weight)
         ternarize_(self.lora_A[adapter_name].weight.data)
         nn.init.zeros_(self.lora_B[adapter_name].weight)
@@ -100,7 +104,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         scale_change = self.scale_change()
         return self.base_packed() if scale_change is None else self.base_packed().rescaled(scale_change)
 
-    # --- the active adapter -------------------------------------------------------------------------------------------
+    # --- the active adapter: one, or these raise ValueError -----------------------------------------------------------
 
     def adapter_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [in, r], B [r, out])."""
@@ -120,6 +124,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
     # --- computing ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """y [..., out] for x [..., in]. Without gradients W' is kept between calls, see adapted_weight()."""
         if self.disable_adapters:
             return self.base_layer(x)
         if torch.is_grad_enabled():
@@ -132,9 +137,9 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return out if bias is None else out + bias.to(out.dtype)
 
     def adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """W' [in, out] for evaluation. It is kept until the adapter changes, because generating is many calls.
+        """W' [in, out] in `dtype`, kept until the adapter changes, because generation calls the layer for every token.
 
-        It is as large as the layer in 16 bits. Merge to evaluate in the memory of the quantized model.
+        It takes the memory of the layer without quantization. A merged model does not need it.
         """
         (lora_A, lora_B), offset = self.adapter_pair(), self.offset()
         made_from = (*(None if p is None else p._version for p in (lora_A, lora_B, offset, self.scale_change())),
@@ -155,7 +160,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
 
 def register(lora_config: LoraConfig, threshold: Threshold, learned_offset: bool = False,
              learned_scales: bool = False) -> LoraConfig:
-    """Makes PEFT put a CustomLoraLinear on every targeted GPTQModel layer. Returns the config."""
+    """Makes PEFT wrap every targeted TorchLinear in a CustomLoraLinear. Changes lora_config in place and returns it."""
     lora_config._register_custom_module({TorchLinear: partial(
         CustomLoraLinear, threshold=threshold, learned_offset=learned_offset, learned_scales=learned_scales)})
     return lora_config

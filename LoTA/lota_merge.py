@@ -1,11 +1,11 @@
-"""Merges a trained adapter, LoTA or QA-LoRA, into the integer grid of its GPTQ model: folder in, folder out.
+"""Merges a trained adapter, LoTA or QA-LoRA, into its GPTQ model: folder in, folder out.
 
     python -m LoTA.lota_merge --adapter ADAPTER --gptq GPTQ_MODEL --output MERGED
 
 It works layer by layer on the files. It needs no GPU, loads no model and never touches the originals. Without offsets
 (adapters trained with --residual False) the result is a plain GPTQ model. With offsets it has a checkpoint_format of
-its own, so a stock tool refuses it rather than compute something else, and LoTA.adapter opens it. A QA-LoRA adapter is
-nothing but an offset per group, so its integers stay.
+its own, so a stock tool refuses it rather than compute something else, and LoTA.adapter opens it. A QA-LoRA adapter
+becomes an offset per group and output, and moves no integer.
 """
 import argparse
 import math
@@ -97,8 +97,9 @@ def qalora_offset(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, pa
                   module: str) -> torch.Tensor:
     """mu of a QA-LoRA layer, float32 [groups, out]. lora_A: [groups, r]. lora_B: [r, out].
 
-    PEFT adds scaling * (groups * mean of x over the group) @ A @ B. So every row of group g moves by scaling * groups /
-    rows * (A @ B)[g], whatever its integer, and that over the scale is an offset.
+    PEFT adds scaling * (groups * mean of x over the group) @ A @ B. So all weights of group g shift by scaling * groups
+    / rows * (A @ B)[g], and divided by the scale that is mu. Raises UserError unless the GPTQ groups are those of the
+    adapter, of equal size and in order.
     """
     groups = packed.groups
     if lora_A.shape[0] != groups.count or groups.order is not None or groups.sizes.min() != groups.largest:
@@ -110,9 +111,9 @@ def qalora_offset(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, pa
 def verify_folders(adapter: AdapterFolder, source: GPTQFolder, merged: MergedFolder, merge_layer: LayerMerger) -> None:
     """Reads the merged folder back and checks that each integer, offset and scale is what the equations say.
 
-    For a ternary adapter it looks at every weight, also where the merge computed only the weights that can step. Equal
-    integers, offsets and scales, with the tensors that a merge does not touch, are an equal W'. Raises RuntimeError: a
-    failure here is a defect of this program or of the disk.
+    It computes the step of every weight again, because the merge may have computed only those that can step. Where
+    integers, offsets, scales and all other tensors are equal, W' is equal. Raises RuntimeError, because a difference is
+    a defect of this program or of the disk.
     """
     config = merged.lota
     for module in tqdm(adapter.modules, desc="verifying", unit="layer"):
@@ -149,7 +150,7 @@ class Moved:
         self.in_layer[module] = different / size
 
     def shares(self) -> dict[str, float]:
-        """{projection: share moved}, and as "all" the share of all integers."""
+        """{projection: share moved}, and as "all" the share over all adapted layers."""
         moved, total = (sum(count[i] for count in self.counts.values()) for i in (0, 1))
         return {**{projection: count[0] / count[1] for projection, count in self.counts.items()}, "all": moved / total}
 
@@ -168,7 +169,8 @@ def main() -> None:
     parser.add_argument("--gptq", help="the GPTQ model it was trained on [the one that the adapter names]")
     parser.add_argument("--output", required=True, help="the merged folder to write")
     parser.add_argument("--interval_point", type=float, default=None,
-                        help="omega, for an adapter that says it neither in lota_config.json nor in its name")
+                        help="omega, where neither lota_config.json nor the name of the adapter's folder says it "
+                             "[0.75 r]")
     args = parser.parse_args()
     adapter = AdapterFolder(args.adapter, args.interval_point)
     gptq = args.gptq or adapter.config.quantized_model_dir

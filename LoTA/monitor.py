@@ -12,8 +12,8 @@ import torch
 from LoTA.layer import CustomLoraLinear
 from LoTA.lota_merge import Moved
 
-DETAILED_STEPS = 100    # about so many steps of a run have detailed metrics; more cost time, for each merges all layers
-SAMPLE_ROWS = 64        # rows of each layer whose dW is formed for its quantiles
+DETAILED_STEPS = 100    # detailed metrics are taken about so often in a run, because each time all layers are merged
+SAMPLE_ROWS = 64        # |dW| is sampled on at least so many evenly spaced rows of a layer, or on all of fewer
 
 
 class Monitor:
@@ -44,10 +44,10 @@ class Monitor:
 
     @torch.no_grad()
     def detailed_metrics(self) -> dict[str, float]:
-        """What the layers hold now.
+        """What the layers hold now. Also sets self.moved.
 
         minus, zeros, plus: the shares of the entries of A and B that are -1, 0, 1.
-        dW_median, dW_99, dW_max: quantiles of |dW| / omega, over SAMPLE_ROWS rows of every layer.
+        dW_median, dW_99, dW_max: quantiles of |dW| / omega, over a sample of the rows of every layer.
         mu: mean |mu| in grid steps. scales: mean |relative change| of learned scales.
         moved: the share of the integers that a merge would move. moved_PROJECTION: the same for one projection.
         """
@@ -67,7 +67,7 @@ class Monitor:
 
     @torch.no_grad()
     def delta_w_magnitudes(self) -> torch.Tensor:
-        """|dW| of SAMPLE_ROWS rows of every layer, float32, flat, on the CPU."""
+        """|dW| of a sample of the rows of every layer, float32, flat, on the CPU."""
         magnitudes = []
         for layer in self.layers.values():
             lora_A, lora_B = layer.adapter_pair()
@@ -123,7 +123,7 @@ def console_line(logs: dict, steps: str) -> str:
 
 
 def _quantile(values: torch.Tensor, level: float) -> float:
-    """An entry next to the quantile. That is close enough for a report, and torch.quantile refuses 2**24 entries."""
+    """An entry next to the quantile. That is close enough for a report, and torch.quantile refuses large tensors."""
     return float(values.kthvalue(1 + math.floor(level * (len(values) - 1))).values)
 
 

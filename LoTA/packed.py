@@ -1,7 +1,7 @@
 """PackedLayer holds the integer weights of one GPTQ layer as the checkpoint has them; Groups are its groups of rows.
 
-Imports torch and LoTA.packing only. Integers are unpacked a block of groups at a time, because a whole unpacked layer
-takes 8 to 16 times the memory of the packed one.
+Imports torch and LoTA.packing only. Integers are unpacked a block of groups at a time, because a whole layer in float32
+takes 32 / bits times the memory of the packed one.
 """
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,7 +15,7 @@ from LoTA.packing import unpack_rows, unpack_zeros, words_of
 
 # Entries of one working block. On a CPU 2 MiB of float32 fit an L2 cache. A GPU wants few and large launches.
 BLOCK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}
-SMALLEST_SCALE = 2**-24             # of float16
+SMALLEST_SCALE = 2**-24             # the smallest positive number of float16
 
 Rows = slice | torch.Tensor         # an index into dim 0: neighbouring rows, or any rows
 
@@ -25,11 +25,11 @@ class Groups:
 
     count: the number of groups.
     sizes: int64 [count], the rows that each group has.
-    size: the rows of every group, where only the last may have fewer; None where the groups are of unequal size.
+    size: the rows of each group; the last may have fewer. None for any other mix of sizes.
     largest: the rows of the largest group.
     order: int64 [in], the row order in which the groups follow each other; None where they already do. Only models
         that were quantized with desc_act need it.
-    starts: int32 [count + 1], the place in that order at which each group begins.
+    starts: int32 [count + 1]; group k takes the places starts[k] ... starts[k + 1] - 1 of that order.
 
     Raises UserError where `g_idx` does not name exactly `count` groups.
     """
@@ -39,7 +39,8 @@ class Groups:
         self.count, self.g_idx = count, g_idx
         self.sizes = torch.bincount(g_idx, minlength=count)
         if len(self.sizes) != count or int(self.sizes.min()) == 0:
-            raise UserError(f"g_idx names {len(self.sizes.nonzero())} groups where the scales have {count}")
+            raise UserError(f"g_idx must name every group 0 ... {count - 1} that has scales, and no other; it names "
+                            f"{len(self.sizes.nonzero())} groups up to {int(g_idx.max())}")
         self.order = None if bool((g_idx[1:] >= g_idx[:-1]).all()) else torch.argsort(g_idx, stable=True)
         sizes = self.sizes.tolist()
         self.size = sizes[0] if all(n == sizes[0] for n in sizes[:-1]) and sizes[-1] <= sizes[0] else None
@@ -48,7 +49,9 @@ class Groups:
         self.starts = torch.tensor(self._starts, dtype=torch.int32, device=g_idx.device)
 
     def blocks(self, cols: int) -> Iterator[tuple[Rows, int, int, int]]:
-        """Cuts the rows of an [in, cols] tensor into blocks of whole groups with about BLOCK_ENTRIES entries.
+        """Cuts the rows of an [in, cols] tensor into blocks of whole groups.
+
+        A block has at most BLOCK_ENTRIES entries, or is a single group.
 
         Yields (rows, first, last, size): the block holds the groups first ... last - 1, each of `size` rows, and
         `rows` indexes dim 0.
@@ -91,8 +94,9 @@ class Groups:
 class PackedLayer:
     """The integer weights of one GPTQ layer.
 
-    qweight: int32 [in * bits / 32, out]. qzeros: int32 [groups, out * bits / 32].
+    qweight: int32 [ceil(in * bits / 32), out]. qzeros: int32 [groups, ceil(out * bits / 32)]. bits: of one integer.
     scales: [groups, out] in any float dtype. g_idx: [in], the group of each row.
+    base_scales: the scales before rescaled().
     checkpoint_format: "gptq" stores z - 1 in qzeros, "gptq_v2" stores z.
     groups: the layer's Groups, where the caller has them already.
     """
@@ -100,7 +104,7 @@ class PackedLayer:
     def __init__(self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor,
                  bits: int, checkpoint_format: str, groups: Groups | None = None):
         self.qweight, self.qzeros, self.scales, self.bits = qweight, qzeros, scales, bits
-        self.base_scales = scales       # the checkpoint's own; rescaled() replaces `scales` only
+        self.base_scales = scales
         self.checkpoint_format, self.maxq = checkpoint_format, 2**bits - 1
         self.groups = groups or Groups(g_idx, scales.shape[0])
         self.shape = len(g_idx), scales.shape[1]
@@ -124,20 +128,22 @@ class PackedLayer:
 
     def with_integers(self, qweight: torch.Tensor) -> "PackedLayer":
         """The same layer with other integers, packed as `qweight`."""
-        return PackedLayer(qweight, self.qzeros, self.scales, self.groups.g_idx, self.bits, self.checkpoint_format,
-                           self.groups)
+        return self._with(qweight, self.scales)
 
     @torch.no_grad()
     def rescaled(self, scale_change: torch.Tensor) -> "PackedLayer":
-        """The same integers with learned scales s * (1 + scale_change), scale_change [groups, out].
+        """The same integers with learned scales s = base_scales * (1 + scale_change), scale_change [groups, out].
 
-        The scales are rounded to float16, because a GPTQ checkpoint holds float16 and training must compute with what
-        will be written. They never become 0, because the gradient of scale_change divides by s. Training the scales
-        alone is PEQA (https://arxiv.org/abs/2305.14152).
+        They are rounded to float16, because a GPTQ checkpoint holds float16 and training must compute with what will be
+        written. They never become 0, because the gradient of scale_change divides by s. Training the scales alone is
+        PEQA (https://arxiv.org/abs/2305.14152).
         """
         scales = (self.base_scales.float() * (1 + scale_change.float())).half()
         scales.masked_fill_(scales == 0, SMALLEST_SCALE)
-        layer = PackedLayer(self.qweight, self.qzeros, scales, self.groups.g_idx, self.bits, self.checkpoint_format,
+        return self._with(self.qweight, scales)
+
+    def _with(self, qweight: torch.Tensor, scales: torch.Tensor) -> "PackedLayer":
+        layer = PackedLayer(qweight, self.qzeros, scales, self.groups.g_idx, self.bits, self.checkpoint_format,
                             self.groups)
         layer.base_scales = self.base_scales
         return layer

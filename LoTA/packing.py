@@ -12,10 +12,10 @@ UNPACK_ENTRIES = 1 << 19        # entries unpacked at a time, so that their int3
 
 
 def _fields(bits: int) -> tuple[list[tuple[int, int, int]], int]:
-    """(fields, words): after `words` words the packing repeats, and `fields` are the values in between.
+    """(fields, words) of a unit: the fewest whole words that hold whole values. `fields` has one entry for each value.
 
-    A field is (word, shift, spill): the value begins in `word` at the bit `shift`, and its last `spill` bits are in the
-    next word.
+    A field is (word, shift, spill): the value begins in `word` at bit `shift`, and its top `spill` bits are in the next
+    word.
     """
     values, words = (WORD, bits) if WORD % bits else (WORD // bits, 1)
     fields = []
@@ -54,11 +54,11 @@ def _unpack_units(packed: torch.Tensor, fields: list[tuple[int, int, int]], bits
 
 
 def words_of(rows: slice, bits: int) -> slice | None:
-    """The packed words that hold `rows`. None where the first row does not begin a word."""
-    values = WORD if WORD % bits else WORD // bits
-    if rows.start % values:
+    """The packed words that hold `rows`, to the end of the last unit. None where rows.start does not begin a unit."""
+    fields, words = _fields(bits)
+    if rows.start % len(fields):
         return None
-    return slice(rows.start * bits // WORD, -(-rows.stop // values) * values * bits // WORD)
+    return slice(rows.start // len(fields) * words, -(-rows.stop // len(fields)) * words)
 
 
 def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -86,8 +86,8 @@ def step_at(packed: torch.Tensor, bits: int, rows: torch.Tensor, cols: torch.Ten
             step: torch.Tensor) -> torch.Tensor:
     """Adds `step` to the values at (rows, cols), in place, but never beyond 0 ... 2**bits - 1.
 
-    rows, cols, step: [n]; no pair (row, col) may come twice. Returns the steps that were taken, int64 [n]. It touches
-    only the words that hold these values.
+    packed: int32 [words, cols]. rows, cols: int64 [n]; no pair (row, col) may come twice. step: [n].
+    Returns the steps that were taken, int64 [n]. It touches only the words that hold these values.
     """
     mask, word, shift = 2**WORD - 1, rows * bits // WORD, rows * bits % WORD
     value = (packed[word, cols].long() & mask) >> shift
@@ -97,7 +97,7 @@ def step_at(packed: torch.Tensor, bits: int, rows: torch.Tensor, cols: torch.Ten
     old = value & (2**bits - 1)
     new = (old + step.long()).clamp_(0, 2**bits - 1)
     before, after = old << shift, new << shift
-    # Several values may share a word. Their differences add up in it in any order, because each stays in its own bits.
+    # Values may share a word. int32 sums wrap modulo 2**32, so in any order they give the word with all new values.
     packed.index_put_((word, cols), ((after & mask) - (before & mask)).int(), accumulate=True)
     if WORD % bits:
         packed.index_put_((upper, cols), ((after >> WORD) - (before >> WORD)).int(), accumulate=True)
@@ -105,7 +105,7 @@ def step_at(packed: torch.Tensor, bits: int, rows: torch.Tensor, cols: torch.Ten
 
 
 def count_different(packed: torch.Tensor, other: torch.Tensor, bits: int) -> int:
-    """How many values differ between two packed tensors of one shape. Unpacks only the words that differ."""
+    """How many values differ between two packed tensors, int32 [words, cols]. Unpacks only the units that differ."""
     fields, words = _fields(bits)
     units = -(-packed.shape[0] // words)
     if packed.shape[0] != units * words:
@@ -119,9 +119,9 @@ def count_different(packed: torch.Tensor, other: torch.Tensor, bits: int) -> int
 def unpack_zeros(qzeros: torch.Tensor, bits: int, cols: int, checkpoint_format: str) -> torch.Tensor:
     """Zero points: int32 [groups, ceil(cols * bits / 32)] -> uint8 [groups, cols].
 
-    checkpoint_format "gptq" stores z - 1, "gptq_v2" stores z. For z = 0 the subtraction borrowed from the neighbouring
-    value, so the 1 is added to whole words, which gives the borrow back. At 3 bits, where values lie in two words,
-    GPTQModel wraps each value by itself, and so does this function.
+    checkpoint_format "gptq" stores z - 1, "gptq_v2" stores z. The writer of "gptq" subtracted the 1s from whole words,
+    so z = 0 borrowed from its neighbour. Adding the 1s to whole words gives the borrow back. Where values lie in two
+    words (3 bits), GPTQModel wraps each value by itself, and so does this function.
     """
     if checkpoint_format == "gptq" and WORD % bits == 0:
         qzeros = qzeros + sum(1 << shift for shift in range(0, WORD, bits))

@@ -1,8 +1,8 @@
 """Settings: what a user may say, how the rest is filled in, and what is refused.
 
 A run has three frozen groups of settings, named as in the published scripts. parse_args() reads them from the command
-line. complete_...() return new groups in which nothing is left open. check_...() only check, and raise UserError.
-Imports the standard library only, because --help must not wait for torch.
+line. complete_...() return new groups with the defaults that depend on the model. check_...() only check, and raise
+UserError. Importing this file loads no library, because --help must not wait for torch.
 """
 import argparse
 import re
@@ -30,8 +30,8 @@ RECIPES = {
     "scales": {"momentum": 0.9, "residual": False, "learned_scales": True},
     "full": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True}}
 OLD_RECIPE_NAMES = {"steps": "ternary", "grid": "scales", "learned": "full"}
-# A recipe's omega as a share of the rank, and its sigma at the first step, by the bits that they were chosen at
-# (experiments/LOG.md). The finer the grid, the more steps are worth taking. More bits than 4 take the row of 4.
+# For each bit width a recipe's omega, as a share of the rank, and its sigma at the start, chosen in experiments/LOG.md.
+# A finer grid gets a smaller omega, because more ternary steps are worth taking there. 8 bits take the row of 4.
 OMEGA_AND_SIGMA = {
     2: {"published": (0.75, 0.95), "ternary": (0.3, 0.99), "scales": (0.3, 0.995), "full": (0.3, 0.995)},
     3: {"published": (0.75, 0.95), "ternary": (0.15, 0.98), "scales": (0.2, 0.98), "full": (0.2, 0.98)},
@@ -42,8 +42,9 @@ GROUPS = {
     "both": ("both modes", None),
     "method": ("mode 1: what is trained", None),
     "data": ("mode 1: the data and the length of the run", None),
-    "lota": ("mode 1: LoTA's steps", "Symbols are the paper's: omega is Eq. 3's threshold, sigma t-SignSGD's."),
-    "baseline": ("mode 1: LoRA and QA-LoRA", None),
+    "lota": ("mode 1: LoTA's optimizer", "omega is the threshold on |dW| in Eq. 3. sigma is the quantile of |gradient| "
+                                         "above which an entry of A or B flips (Eq. 6)."),
+    "baseline": ("mode 1: the optimizer of LoRA and QA-LoRA", None),
     "run": ("mode 1: the run itself", None),
     "model": ("mode 2: which model", None),
     "measure": ("mode 2: what is measured", None),
@@ -57,8 +58,8 @@ def setting(group: str, default, help: str, *, shown=None, choices: Sequence | N
     group: one of GROUPS. shown: what --help shows as the default, where that is not `default` itself.
     off: what --no_NAME does, for a flag that is True by default. aliases: other names of the flag.
     """
-    help = f"{help} [{default if shown is None else shown}]".replace("%", "%%")
-    metadata = {"group": group, "help": help, "choices": choices, "off": off, "aliases": aliases}
+    metadata = {"group": group, "help": help, "shown": default if shown is None else shown, "choices": choices,
+                "off": off, "aliases": aliases}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -66,33 +67,39 @@ def setting(group: str, default, help: str, *, shown=None, choices: Sequence | N
 
 @dataclass(frozen=True)
 class baseConfig:
-    """Settings of both modes, and of what is trained."""
+    """Settings of the model and of the adapter."""
     mode: int = setting("both", 1, "1 trains an adapter; 2 merges it and evaluates", choices=[1, 2])
     quantized_model_dir: str | None = setting(
-        "both", None, "the GPTQ model's folder", shown="mode 2: the one that the adapter names")
+        "both", None, "the GPTQ model's folder; required in mode 1, and in mode 2 for a model without adapter",
+        shown="mode 2: the one that the adapter names")
     pretrained: str | None = setting(
         "both", None, "the 16-bit model, a folder or a hub name: its tokenizer serves where the GPTQ folder has none, "
-        "and --auto_gptq none evaluates it", shown="none")
+        "its name says the model's size, and --auto_gptq none evaluates it",
+        shown="mode 2: the one that the adapter names")
     data_dir: str | None = setting(
-        "both", None, "the data on disk: a save_to_disk folder, or csv, json, jsonl files named after their split",
-        shown="the hub")
-    dtype: str = setting("both", "bfloat16", "of the computation", choices=["bfloat16", "float16", "float32"])
+        "both", None, "the data on disk: a save_to_disk folder, one csv, json or jsonl file, or a folder with such "
+        "files named after their split", shown="the hub")
+    dtype: str = setting(
+        "both", "bfloat16", "the dtype of the computation; mode 1 refuses float16",
+        choices=["bfloat16", "float16", "float32"])
     device_map: str = setting(
-        "both", "auto", "where the model goes: a device, or auto (the GPU if there is one, else the CPU)")
+        "both", "auto", "the device of the model; auto takes the GPU, or all GPUs, or else the CPU")
     flash_attn: str = setting(
         "both", "auto", "attention implementation", shown="auto: flash_attention_2 where installed, else sdpa",
         choices=["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
     trust_remote_code: bool = setting("both", False, "run code that comes with a model")
-    seed: int = setting("both", 42, "of everything random")
+    seed: int = setting("both", 42, "random seed; how a single file is cut into train and test does not depend on it")
     w_bits: int | None = setting(
-        "both", None, "bits of the GPTQ folder; a folder with others is refused", shown="the folder's")
+        "both", None, "bits of an integer weight; a GPTQ folder that has others is refused", shown="the folder's")
     group_size: int | None = setting(
-        "both", None, "rows of a group in the GPTQ folder; a folder with others is refused", shown="the folder's")
-    sym: bool = setting("both", False, "whether the GPTQ grid is symmetric; it is only recorded, as the folder says it")
-    lota_qaf: bool = setting("method", False, "True is --method lota, as in the published scripts")
+        "both", None, "inputs of a group; a GPTQ folder that has others is refused", shown="the folder's")
+    sym: bool = setting(
+        "both", False, "without effect, because the GPTQ folder says it; kept for the published scripts",
+        shown="the folder's")
+    lota_qaf: bool = setting("method", False, "True is the same as --method lota; the published scripts use this flag")
     method: str | None = setting(
-        "method", None, "lota trains ternary adapters with t-SignSGD; lora and qalora are baselines with a 16-bit "
-        "adapter, of which qalora merges into the zero points", choices=list(METHODS),
+        "method", None, "lota: ternary adapters and t-SignSGD. lora: a baseline that does not merge. qalora: a "
+        "baseline that merges into an offset per group and output", choices=list(METHODS),
         shown="lota with --lota_qaf True, else lora")
     lora_target_modules: list[str] = setting(
         "method", TARGET_MODULES, "the projections that get an adapter", shown=" ".join(TARGET_MODULES))
@@ -100,14 +107,15 @@ class baseConfig:
     lora_alpha: int | None = setting("method", None, "LoRA's alpha; LoTA only records it", shown="2 r")
     lora_dropout: float = setting("method", 0.0, "dropout of LoRA and QA-LoRA; LoTA has none")
     residual: bool = setting(
-        "method", True, "LoTA: use the offset factor (mu, Eq. 4)",
-        off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
+        "method", True, "LoTA: keep the offset factor mu (Eq. 4); mode 2 uses this flag for adapters without "
+        "lota_config.json only", off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
     offset_scale: str = setting(
-        "method", "omega", "LoTA: what mu is divided by (kappa): omega, as in the published scripts, or paper (1, "
-        "Eq. 4 as printed); learned makes mu a parameter", choices=["omega", "paper", "learned"])
+        "method", "omega", "LoTA: kappa, the divisor in Eq. 4. omega: kappa = omega, as in the published scripts. "
+        "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used",
+        choices=["omega", "paper", "learned"])
     learned_scales: bool = setting(
-        "method", False, "LoTA: train the scales of the groups too; the merged model holds them as its own scales")
-    report_to: str = setting("run", "none", "trackers that get the metrics: tensorboard, wandb ...")
+        "method", False, "LoTA: also train the scales of the groups; the merged model has them as its own scales")
+    report_to: str = setting("run", "none", "trackers that get the metrics, such as tensorboard or wandb")
 
 
 @dataclass(frozen=True)
@@ -115,35 +123,38 @@ class trainingConfig:
     """Settings of mode 1."""
     training_data_name: str = setting("data", "alpaca", "the data set")
     train_ratio: float = setting("data", 1.0, "the share of the training rows to use, in (0, 1]")
-    debug_number: int = setting("data", -1, "use only so many training rows; -1 uses all")
+    debug_number: int = setting("data", -1, "use at most so many training rows; -1 uses all")
     num_train_epochs: float = setting("data", 0, "epochs; or give --max_steps")
     max_steps: int = setting("data", -1, "optimizer steps; they override the epochs")
-    train_batch_size: int = setting("data", 64, "rows of a batch on one device")
-    gradient_accumulation_steps: int = setting("data", 1, "batches of an optimizer step")
-    source_max_len: int = setting("data", 1024, "tokens of a prompt at most")
-    target_max_len: int = setting("data", 256, "tokens of an answer at most, with its end token")
+    train_batch_size: int = setting("data", 64, "rows of one forward pass on one device")
+    gradient_accumulation_steps: int = setting("data", 1, "forward passes whose gradients make one optimizer step")
+    source_max_len: int = setting("data", 1024, "tokens of a prompt at most; a longer one loses its beginning")
+    target_max_len: int = setting(
+        "data", 256, "tokens of an answer at most; a longer one loses its end and its end token")
     recipe: str = setting(
-        "method", "published", "LoTA: settings that go together, for flags not given. ternary: many ternary steps and "
-        "nothing else. scales: the scales are trained too. Both leave a plain GPTQ model. full: mu is trained too",
-        choices=list(RECIPES))
+        "method", "published", "LoTA: defaults for the flags that are not given. published: the paper's. ternary: an "
+        "average of gradients decides, and there is no mu. scales: as ternary, and the scales are trained. full: as "
+        "scales, and mu is trained. ternary and scales merge into a plain GPTQ model", choices=list(RECIPES))
     interval_point: float | None = setting(
-        "lota", None, "the threshold omega, in (0, r)", shown="0.75 r, 48 at r = 64; other recipes go by the bits")
+        "lota", None, "the threshold omega, in (0, r)",
+        shown="0.75 r, so 48 at r = 64; other recipes choose by the bits")
     filter_ratio: float | None = setting(
-        "lota", None, "sigma at the first step; 0.95 lets the top 5 % of the gradients move their entry",
-        shown="0.95; other recipes go by the bits", aliases=["sigma_start"])
+        "lota", None, "sigma at the start; 0.95 lets the largest 5 % of each matrix's gradients flip their entries",
+        shown="0.95; other recipes choose by the bits", aliases=["sigma_start"])
     min_grad: float = setting("lota", 0.999, "sigma after 80 % of the steps", aliases=["sigma_turn"])
     filter_upper: float = setting("lota", 0.9999, "sigma at the last step", aliases=["sigma_end"])
     momentum: float = setting(
-        "lota", 0.0, "the weight of the past in the average of gradients that moves the entries; 0, the published way, "
-        "takes each step's own gradient")
+        "lota", 0.0, "the weight of the past in the running mean of gradients that selects the flips; 0, as published, "
+        "takes the gradient of the step alone")
     offset_lr: float = setting(
-        "lota", 0.007, "AdamW's learning rate for mu with --offset_scale learned, in widths of the grid (2**bits - 1 "
-        "steps); it falls to 0")
+        "lota", 0.007, "AdamW's first learning rate for a learned mu, as a share of the grid's range 2**bits - 1; it "
+        "falls linearly towards 0")
     scale_lr: float = setting(
-        "lota", 0.03, "AdamW's learning rate for the relative change of the scales with --learned_scales; it falls to "
-        "0")
-    optimizer_type: str = setting("baseline", "adamw_torch", "the optimizer; LoTA always takes int_sign_sgd",
-                                  choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
+        "lota", 0.03, "AdamW's first learning rate for the relative change of learned scales; it falls linearly "
+        "towards 0")
+    optimizer_type: str = setting(
+        "baseline", "adamw_torch", "the optimizer of LoRA and QA-LoRA; LoTA always takes int_sign_sgd, which is "
+        "t-SignSGD", choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
     learning_rate: float = setting("baseline", 1e-5, "learning rate")
     lr_scheduler_type: str = setting("baseline", "constant", "learning rate schedule")
     warmup_ratio: float = setting(
@@ -154,11 +165,12 @@ class trainingConfig:
         "run", True, "recompute activations in the backward pass: less memory, more time",
         off="keep all activations for the backward pass: more memory, less time")
     logging_steps: int = setting(
-        "run", 1, "steps between two lines of metrics; about 100 lines of a run also say which integers a merge would "
-        "move")
-    save_strategy: str = setting("run", "steps", "when to save checkpoints: steps (see --save_number), epoch or no",
-                                 choices=["steps", "epoch", "no"])
-    save_number: int = setting("run", 10, "with --save_strategy steps: how many checkpoints a run writes")
+        "run", 1, "optimizer steps between two lines of metrics; about 100 lines of a run also have the share of "
+        "integers that a merge would move")
+    save_strategy: str = setting(
+        "run", "steps", "when to save checkpoints: steps (see --save_number), epoch or no",
+        choices=["steps", "epoch", "no"])
+    save_number: int = setting("run", 10, "with --save_strategy steps: how many checkpoints a run writes at most")
     adapter_path: str = setting("run", "./adapter", "where adapter folders are written")
     adapter_ckpt: str | None = setting("run", None, "a checkpoint folder to resume from", shown="start anew")
 
@@ -167,28 +179,34 @@ class trainingConfig:
 class evalConfig:
     """Settings of mode 2."""
     load_adapter: str = setting("model", "none", "an adapter folder or a merged folder; none: a model without adapter")
-    auto_gptq: str = setting("model", "gptq", "with --load_adapter none: gptq evaluates --quantized_model_dir, none "
-                                              "evaluates the 16-bit --pretrained", choices=["gptq", "none"])
-    merge: bool = setting("model", True, "merge the adapter (LoTA, QA-LoRA) into the grid first",
-                          off="evaluate the adapter live, as it was trained")
+    auto_gptq: str = setting(
+        "model", "gptq", "with --load_adapter none: gptq evaluates --quantized_model_dir, none evaluates the 16-bit "
+        "--pretrained", choices=["gptq", "none"])
+    merge: bool = setting(
+        "model", True, "merge a LoTA or QA-LoRA adapter before it is evaluated",
+        off="evaluate the adapter live: unmerged, as it was trained")
     merged_path: str | None = setting("model", None, "where the merged model is kept", shown="a temporary folder")
     load_ada_interval: float | None = setting(
         "model", None, "omega of an adapter that says it neither in lota_config.json nor in a folder's name",
-        shown="0.75 r, 48 at r = 64")
-    backend: str = setting("model", "auto", "GPTQModel's kernel, by the name of its BACKEND")
+        shown="0.75 r, so 48 at r = 64")
+    backend: str = setting(
+        "model", "auto", "GPTQModel's kernel, a value of its BACKEND such as gptq_torch; float32 and live LoTA "
+        "adapters always take gptq_torch")
     device: str | None = setting("model", None, "device of the evaluation", shown="--device_map's")
     ft_dataset_name: str = setting("measure", "none", "generate and score on this data set")
     max_new_tokens: int = setting("measure", 512, "tokens of a generated answer at most")
-    answer_loss: bool = setting("measure", False, "with --ft_dataset_name: also the mean loss of the right answers")
+    answer_loss: bool = setting(
+        "measure", False, "with --ft_dataset_name: also the mean cross entropy of the reference answers, in nats a "
+        "token")
     tasks: str | None = setting("measure", None, "lm-eval tasks, comma-separated, such as mmlu", shown="none")
-    num_fewshot: int = setting("measure", 5, "lm-eval: examples before a question")
+    num_fewshot: int = setting("measure", 5, "lm-eval: solved examples before each question")
     include_path: str | None = setting("measure", None, "lm-eval: a folder of local task files", shown="none")
     limit: int | None = setting("measure", None, "evaluate only the first so many rows", shown="all")
-    eval_batch_size: int = setting("measure", 16, "rows at a time")
+    eval_batch_size: int = setting("measure", 16, "rows evaluated at a time")
     output_path: str = setting("measure", "./eval_results", "where results are written as JSON")
     export: str | None = setting(
-        "export", None, "also write the merged model in this format (python -m LoTA.export --help explains them)",
-        choices=list(FORMATS), shown="none")
+        "export", None, "also write the merged model in this format, verified (python -m LoTA.export --help explains "
+        "them)", choices=list(FORMATS), shown="none")
     export_path: str | None = setting("export", None, "the folder that --export writes", shown="none")
 
 
@@ -199,7 +217,7 @@ def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequ
     """The settings that a command line asks for.
 
     training_sets, scored_sets: the names of the data sets there are. argv: the arguments; None takes sys.argv's.
-    Raises UserError for a flag that does not exist.
+    Raises UserError for a flag that does not exist. For a bad value argparse ends the process with status 2.
     """
     parser = _build_parser(description, training_sets, scored_sets)
 
@@ -231,9 +249,9 @@ def _build_parser(description: str, training_sets: Sequence[str],
     for config in (baseConfig, trainingConfig, evalConfig):
         types = typing.get_type_hints(config)
         for f in fields(config):
-            text, _, default = f.metadata["help"].rpartition(" [")
+            text = f"{f.metadata['help']}{more_help.get(f.name, '')} [{f.metadata['shown']}]"
             options = {"default": f.default if f.default is not MISSING else f.default_factory(), "dest": f.name,
-                       "help": f"{text}{more_help.get(f.name, '')} [{default}",
+                       "help": text.replace("%", "%%"),
                        "choices": choices.get(f.name, f.metadata["choices"])}
             value_type = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not NoneType)
             if value_type is bool:
@@ -305,7 +323,10 @@ def complete_base(base: baseConfig, folder: "GPTQFolder") -> baseConfig:
 
 def complete_training(base: baseConfig, training: trainingConfig,
                       folder: "GPTQFolder") -> tuple[baseConfig, trainingConfig]:
-    """The settings of a training run with nothing left open: method, rank, alpha; for LoTA omega and sigma."""
+    """The settings of a training run with method, rank and alpha, and for LoTA omega and sigma, filled in.
+
+    Raises UserError where a flag contradicts the folder.
+    """
     base = complete_base(base, folder)
     method = base.method or ("lota" if base.lota_qaf else "lora")
     _, parameters = folder.model_size(base.pretrained)
@@ -328,7 +349,7 @@ def omega_and_sigma(recipe: str, bits: int) -> tuple[float, float]:
 
 
 def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:
-    """Raises UserError where completed settings cannot be trained with."""
+    """Raises UserError where a run with these completed settings cannot start."""
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
         raise UserError("nothing to train: give --num_train_epochs or --max_steps")
     for flag in ("train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len", "save_number"):
@@ -345,7 +366,7 @@ def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFold
     if training.optimizer_type == "paged_adamw_32bit" and not find_spec("bitsandbytes"):
         raise UserError("--optimizer_type paged_adamw_32bit needs bitsandbytes: pip install bitsandbytes")
     if base.method == "qalora" and folder.group_size < 1:
-        raise UserError(f"--method qalora pools the inputs of a group, and {folder.path} has no groups")
+        raise UserError(f"--method qalora needs a GPTQ model with groups, and {folder.path} has none")
     if base.method == "lota":
         _check_lota(base, training, folder)
     elif base.learned_scales:
@@ -365,7 +386,7 @@ def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder"
         raise UserError(f"--momentum must lie in [0, 1), not {training.momentum}")
     scales = folder.tensor(f"{folder.modules[0]}.scales")
     if base.learned_scales and str(scales.dtype) != "torch.float16":
-        raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are none")
+        raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are {scales.dtype}")
     if base.offset_scale == "learned" and not base.residual:
         raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
     check_settings(base.lora_r, training.interval_point, max(1, folder.group_size))
@@ -387,4 +408,4 @@ def check_evaluation(evaluation: evalConfig) -> None:
 
 def only_merges(evaluation: evalConfig) -> bool:
     """Whether mode 2 measures nothing."""
-    return evaluation.tasks is None and evaluation.ft_dataset_name == "none"
+    return not split_names(evaluation.tasks) and evaluation.ft_dataset_name == "none"

@@ -1,7 +1,7 @@
 """Files, written whole: JSON, safetensors, folders. Touches files and knows nothing of models.
 
-A reader never finds half a file or half a folder, because each is written under a temporary name and renamed at the
-end.
+JSON files and folders are renamed into place when they are complete, so a reader never finds half of one. The
+safetensors functions write in place, and so belong inside whole_folder().
 """
 import hashlib
 import json
@@ -52,7 +52,10 @@ def sha256(path: str | Path) -> str:
 # would fill the memory that way, so these two functions write one tensor at a time.
 
 def create_safetensors(file: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Creates a safetensors file with room for `tensors`, {name: (dtype, shape)}, and zeros in it."""
+    """Creates a safetensors file with room for `tensors`, {name: (dtype, shape)}, and zeros in it.
+
+    Raises KeyError for a dtype that SAFETENSORS_NAMES does not have.
+    """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
@@ -65,9 +68,9 @@ def create_safetensors(file: Path, tensors: dict[str, tuple[torch.dtype, tuple[i
 
 
 def overwrite_tensor(file: Path, name: str, tensor: torch.Tensor) -> None:
-    """Replaces the bytes of one tensor in a safetensors file.
+    """Replaces the bytes of one tensor in a safetensors file. tensor: on the CPU.
 
-    Raises UserError where dtype or shape differ from those in the file's header.
+    Raises UserError where dtype or shape differ from those in the file's header, KeyError where it has no such tensor.
     """
     with open(file, "r+b") as f:
         header_size, = struct.unpack("<Q", f.read(8))
@@ -86,7 +89,7 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
     """Yields a temporary folder beside `path`. It becomes `path` when the block ends, and vanishes when it fails.
 
     An existing folder is replaced only if it is empty or holds the file `marker`, because the marker says that this
-    project made it.
+    project made it. Raises UserError for any other.
     """
     path = Path(path)
     check_output_folder(path, marker)
@@ -106,12 +109,6 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def final_name(folder: Path) -> str:
-    """The name that a temporary folder of whole_folder() will have at the end."""
-    name = folder.name
-    return name.removeprefix(".").rsplit(".", 2)[0] if name.endswith(".tmp") else name
 
 
 def check_output_folder(path: str | Path, marker: str) -> None:

@@ -1,4 +1,4 @@
-"""The method of LoTA-QAF as functions of tensors: ternary adapters on a GPTQ layer. Imports torch only.
+"""The method of LoTA-QAF as functions of tensors: ternary adapters on a GPTQ layer. Needs torch only.
 
 Chen et al., "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-Tuning", https://arxiv.org/abs/2505.18724
 
@@ -8,15 +8,18 @@ Chen et al., "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-
     dW      delta_w     [in, out]      A @ B, integers in -r ... r
     W^      ternary     [in, out]      -1, 0, 1: the step each weight takes on its grid      (Eq. 3)
     mu      offset      [groups, out]  what the steps left over, moved into the zero factor  (Eq. 4)
-    omega   threshold in (0, r);  kappa: what mu is divided by, omega in the published scripts, 1 in the paper
+    omega   the threshold of Eq. 3, in (0, r)
+    kappa   the divisor of Eq. 4's group mean: omega in the published scripts, 1 in the paper
 
-Three facts make the fast path exact and cheap.
+Scales may be learned: s = s_base * (1 + scale_change), where s_base is the checkpoint's.
+
+Three facts make the computation exact and cheap.
 1. All sums over A and B are sums of integers. They are exact in float32 in any order, so every device and every
    blocking gives the same integers and the same mu.
-2. Sums over a group go through the small factor: sum_i dW_ij = (sum_i A_i) @ B. So mu and both gradients need no
-   [in, out] pass of their own.
+2. The group sums of dW need the group sums of A only: (sum_i A_i) @ B, [groups, r] @ [r, out]. So mu's part in the
+   gradients of A and B costs no product of the layer's size.
 3. |dW_ij| is at most the number of non-zero entries in row i of A, and in column j of B. At omega = 0.75 r few weights
-   can step, and only their products are computed.
+   can step. On a CPU only the rows and columns that can are multiplied.
 """
 import math
 import sys
@@ -40,19 +43,22 @@ SPARSE_SHARE = 1 / 8                # where at most this share of the weights ca
 class Threshold:
     """How dW becomes a step and an offset.
 
-    omega: the threshold of Eq. 3. kappa: what the offset factor is divided by; None leaves Eq. 4's offset out.
+    omega: the threshold of Eq. 3. kappa: the divisor of Eq. 4's group mean; None leaves Eq. 4's offset out.
     """
     omega: float
     kappa: float | None
 
 
 def check_settings(rank: int, omega: float, largest_group: int) -> None:
-    """Raises UserError where omega or the rank leave the range in which the method is defined and exact."""
+    """Raises UserError where omega or the rank leave the range in which the method is defined and exact.
+
+    largest_group: the rows of the largest group, because sums over a group must be exact too.
+    """
     if not 0 < omega < rank:
         raise UserError(f"omega (--interval_point) must lie in (0, r): it is {omega:g}, the rank is {rank}")
     if rank * largest_group > EXACT_IN_FLOAT32:
-        raise UserError(f"rank {rank} is too large: sums of {rank} x {largest_group} ternary products are exact in "
-                         f"float32 up to {EXACT_IN_FLOAT32} only")
+        raise UserError(f"rank {rank} is too large: rank x rows of a group is {rank * largest_group}, and float32 adds "
+                        f"up integers exactly to {EXACT_IN_FLOAT32} only")
 
 
 # --- the equations ------------------------------------------------------------------------------------------------
@@ -65,9 +71,10 @@ def ternarize_(weight: torch.Tensor) -> torch.Tensor:
 
 
 def ternary_step(delta_w: torch.Tensor, omega: float) -> torch.Tensor:
-    """Eq. 3 without the grid's ends: +1 above omega, -1 below -omega, else 0. Strict, same shape, float32.
+    """Eq. 3 before its boundary check: +1 where dW > omega, -1 where dW < -omega, else 0. Float32, of dW's shape.
 
-    delta_w holds integers, so "above omega" means "above floor(omega)", and every float dtype holds floor(omega).
+    dW holds integers, so "above omega" means "above floor(omega)". The dtype of product_dtype() holds floor(omega)
+    exactly, because floor(omega) < r.
     """
     return F.hardshrink(delta_w, math.floor(omega)).float().sign_()
 
@@ -76,7 +83,8 @@ def offset_factor(delta_w_sum: torch.Tensor, ternary_sum: torch.Tensor, sizes: t
                   threshold: Threshold) -> torch.Tensor:
     """Eq. 4: mu = (sum dW - omega * sum W^) / (kappa * n), float32 [groups, out].
 
-    Both sums [groups, out] run over the rows of a group and are exact integers. sizes: [groups], n of each group.
+    Both sums [groups, out] run over the rows of a group and are exact integers. sizes: int64 [groups], the rows n of
+    each group. threshold.kappa must not be None.
     """
     return (delta_w_sum - threshold.omega * ternary_sum) / (threshold.kappa * sizes[:, None])
 
@@ -87,8 +95,9 @@ def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLay
                    learned_offset: torch.Tensor | None = None) -> torch.Tensor:
     """W' [in, out] = s * (W_int - z + W^ + mu), the weight that training multiplies with.
 
-    It is computed in float32, then rounded to `dtype`. It is written into `out` where that is given.
-    learned_offset: mu [groups, out] where mu is a parameter; it takes the place of Eq. 4's, whose kappa is None then.
+    It is computed in float32, then rounded to `dtype`.
+    out: [in, out], where W' shall be written; it decides the dtype then.
+    learned_offset: mu [groups, out] where mu is a parameter, used in the place of Eq. 4's.
     """
     delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, threshold)
     steps = _sparse_steps(lora_A, lora_B, threshold.omega)
@@ -114,7 +123,7 @@ def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
     offset = torch.empty(packed.scales.shape, device=qweight.device) if threshold.kappa is not None else None
     for rows, first, last, _, taken, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, threshold):
         taken = taken.flatten(0, 1)
-        row, cols = taken.nonzero(as_tuple=True)        # row counts within the block
+        row, cols = taken.nonzero(as_tuple=True)        # row is relative to the block
         in_layer = row + rows.start if isinstance(rows, slice) else rows[row]
         step_at(qweight, packed.bits, in_layer, cols, taken[row, cols])
         if offset is not None:
@@ -125,7 +134,7 @@ def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
 @torch.no_grad()
 def is_merge(lora_A: torch.Tensor, lora_B: torch.Tensor, before: PackedLayer, after: PackedLayer,
              offset: torch.Tensor | None, threshold: Threshold) -> bool:
-    """Whether `after` and `offset` are what merge() makes of `before`. Looks at every weight, in blocks."""
+    """Whether the integers of `after`, and `offset`, are what merge() makes of `before`. Looks at every weight."""
     delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, before, threshold)
     return (offset is None) == (delta_w_sum is None) and all(
         torch.equal(stepped.flatten(0, 1), after.integers(rows))
@@ -138,7 +147,7 @@ def dequantize(packed: PackedLayer, offset: torch.Tensor | None = None, dtype: t
                out: torch.Tensor | None = None) -> torch.Tensor:
     """The merged layer's weight s * (W_int - z + mu), [in, out], in `dtype`. offset: mu [groups, out] or None.
 
-    It is written into `out` where that is given.
+    out: [in, out], where the weight shall be written; it decides the dtype then.
     """
     weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.scales.device)
     for rows, first, last, size in packed.groups.blocks(packed.scales.shape[1]):
@@ -151,15 +160,16 @@ def dequantize(packed: PackedLayer, offset: torch.Tensor | None = None, dtype: t
 def adapter_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
                       packed: PackedLayer, threshold: Threshold, weight: torch.Tensor | None = None) -> tuple[
                           torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gradients of A [in, r], B [r, out], a learned mu and a learned scale_change [groups, out], float32.
+    """The gradients of A [in, r], B [r, out], a learned mu and a learned scale_change [groups, out], in this order.
 
-    x: [tokens, in]. grad_output: [tokens, out]. The step W^ is straight-through: its derivative by dW is 1.
-    With G = x^T @ grad_output and H = s * G:
+    x: [tokens, in]. grad_output: [tokens, out]. All gradients are float32.
+    In W' the step W^ is straight-through: its derivative by dW is 1, at the grid's ends too. In mu it is a constant.
+    With G = x^T @ grad_output, rounded to the dtype of x, and H = s * G:
 
         dL/d(dW) = H + (sum of H over the group) / (kappa * n)
         dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)
         dL/d(mu) = sum of H over the group, where mu is a parameter
-        dL/d(scale_change) = (sum of G * W' over the group) * base s / s
+        dL/d(scale_change) = (sum of G * W' over the group) * s_base / s
 
     The last one needs `weight`, W' [in, out], and is None without it. Rounding s to float16 is straight-through too.
     """
@@ -184,17 +194,20 @@ def adapter_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.
 
 
 def scale_gradient(weight_sum: torch.Tensor | None, packed: PackedLayer) -> torch.Tensor | None:
-    """dL/d(scale_change) [groups, out], from the sums of G * W' over the groups, in place. None stays None."""
+    """dL/d(scale_change) [groups, out]. None for None.
+
+    weight_sum: the sums of G * W' over the groups, float32 [groups, out]. It is overwritten with the result.
+    """
     return None if weight_sum is None else weight_sum.mul_(packed.base_scales.float()).div_(packed.scales.float())
 
 
 # --- the layer ----------------------------------------------------------------------------------------------------
 
 class TernaryLinear(torch.autograd.Function):
-    """y = x @ W'(A, B) with the straight-through gradients.
+    """y [..., out] = x [..., in] @ W'(A, B), with the straight-through gradients.
 
-    Only x and the adapter are kept for the backward. W' is formed again there, because it is as large as the layer
-    would be without quantization.
+    Only x, A, B and a learned mu are saved for the backward. W' is formed again there, because it is as large as the
+    layer would be without quantization.
 
     load_packed: a function that returns the layer's PackedLayer.
     backend: the module whose adapted_weight() and adapter_gradients() compute: this one or LoTA.kernels.
@@ -219,7 +232,7 @@ class TernaryLinear(torch.autograd.Function):
         packed, threshold, backend = ctx.load_packed(), ctx.threshold, ctx.backend
         grad_output = grad_output.to(x.dtype)           # they differ under autocast
         grad_x = grad_A = grad_B = grad_offset = grad_scale_change = weight = None
-        scales_learn = any(ctx.needs_input_grad[7:])    # shorter where arguments were left to their defaults
+        scales_learn = any(ctx.needs_input_grad[7:])    # a slice, because an argument left out has no entry
         if ctx.needs_input_grad[0] or scales_learn:
             weight = backend.adapted_weight(lora_A, lora_B, packed, threshold, x.dtype,
                                             None if scales_learn else _workspace(packed.shape, x), learned_offset)
@@ -232,7 +245,8 @@ class TernaryLinear(torch.autograd.Function):
                 x.flatten(0, -2), grad_output.flatten(0, -2), lora_A, lora_B, packed, threshold, weight)
             grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
         return (grad_x, grad_A, grad_B, None, None, None,
-                None if learned_offset is None else grad_offset.to(learned_offset.dtype), grad_scale_change)
+                None if grad_offset is None or learned_offset is None else grad_offset.to(learned_offset.dtype),
+                grad_scale_change)
 
 
 # --- how it is computed -------------------------------------------------------------------------------------------
@@ -260,7 +274,8 @@ def _sparse_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, omega: float) -> t
         torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """(rows, cols, step), each [n], of the weights whose |dW| passes omega.
 
-    None where more than SPARSE_SHARE of the weights may pass it, and on a GPU, whose queue a selection would stop.
+    None where more than SPARSE_SHARE of the weights may pass it. None on a GPU too, because there the CPU would have to
+    wait for the selection.
     """
     if lora_A.device.type != "cpu":
         return None
@@ -292,8 +307,8 @@ def _adapted_blocks(lora_A: torch.Tensor, lora_B: torch.Tensor, delta_w_sum: tor
                                                             torch.Tensor | None]]:
     """Eq. 3 and 4 for one block of groups at a time, in float32.
 
-    Yields (rows, first, last, W_int + W^, W^, mu): the block as Groups.blocks() names it, two tensors
-    [groups, rows, out], and the offset [groups, out] or None.
+    Yields (rows, first, last, W_int + W^, W^, mu). The first three are as Groups.blocks() yields them. The next two are
+    [last - first, size, out], and mu is [last - first, out] or None.
     """
     dtype = product_dtype(lora_B.shape[0], lora_B.device)
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
@@ -313,8 +328,8 @@ def _write_weight(weight: torch.Tensor, rows: Rows, integers: torch.Tensor, offs
                   packed: PackedLayer, first: int, last: int) -> None:
     """weight[rows] = s * (integers - z + mu) for the groups first ... last - 1. Overwrites `integers`.
 
-    integers: float32 [groups, rows, out]. The live and the merged layer both come through here, so equal integers give
-    weights that are equal bit for bit.
+    integers: float32 [last - first, size, out]. On a CPU the training layer and the merged layer both come through
+    here, so equal integers give weights that are equal bit for bit.
     """
     shift = -packed.zeros[first:last].float()
     if offset is not None:
@@ -331,10 +346,11 @@ _workspaces: dict[torch.dtype, torch.Tensor] = {}
 
 
 def _workspace(shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-    """A tensor of `shape` with the dtype and device of `like`, for a result that is used up at once.
+    """An uninitialised tensor of `shape` with the dtype and device of `like`.
 
-    On a CPU the memory is kept for the next call, because fresh memory of this size costs page faults that take as
-    long as filling it. A GPU's allocator keeps memory by itself.
+    On a CPU the next call with this dtype returns the same memory, so the caller must be done with it by then. The
+    memory is kept because page faults in fresh memory of this size take as long as filling it. A GPU's allocator keeps
+    memory by itself.
     """
     size = shape[0] * shape[1]
     if like.device.type != "cpu":

@@ -62,7 +62,8 @@ class Run:
                 self.parent.rmdir()
 
     def finish(self, runtime: float, peak_mb: float) -> Path:
-        """Renames the folder to its final name, which has the runtime in s and the peak memory in MB. Returns it."""
+        """Renames the folder to its final name, which has the runtime in s and the peak memory in MiB. Returns
+        it."""
         final = self.parent / self.name(when=self.when, runtime=runtime, peak_mb=peak_mb)
         os.rename(self.folder, final)
         return final
@@ -80,14 +81,16 @@ def training_arguments(base: baseConfig, training: trainingConfig, folder: Path)
             output_dir=str(folder), num_train_epochs=training.num_train_epochs or 1, max_steps=training.max_steps,
             per_device_train_batch_size=training.train_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
+            # LotaTrainer brings its own optimizer, but Trainer wants a name that it knows.
             optim="adamw_torch" if base.lota_qaf else training.optimizer_type, learning_rate=training.learning_rate,
             weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
-            warmup_steps=training.warmup_ratio, lr_scheduler_type=training.lr_scheduler_type,
+            warmup_steps=training.warmup_ratio,         # transformers reads a number below 1 as a share of the steps
+            lr_scheduler_type=training.lr_scheduler_type,
             activation_checkpointing=training.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
             train_sampling_strategy="group_by_length", logging_steps=training.logging_steps,
             save_strategy=training.save_strategy,
-            # A share of the run's steps. Trainer writes one more checkpoint at the end by itself.
+            # A share of the run's steps. Trainer saves the last step in any case, so one checkpoint needs no interval.
             save_steps=1 / training.save_number if training.save_number > 1 else 10**9,
             use_cpu=on_cpu, report_to=report_to or "none", dataloader_pin_memory=not on_cpu, seed=base.seed,
             data_seed=base.seed)
@@ -99,11 +102,11 @@ def training_arguments(base: baseConfig, training: trainingConfig, folder: Path)
     return arguments
 
 
-def record_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder) -> LotaConfig:
-    """The LotaConfig of a run, from completed settings. It goes into the adapter folder."""
+def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder) -> LotaConfig:
+    """The LotaConfig of a run with these completed settings. It goes into the adapter folder."""
     return LotaConfig(
         method=METHODS[base.method], omega=training.interval_point if base.lota_qaf else None,
-        residual=base.residual or base.method == "qalora",      # QA-LoRA is nothing but offsets
+        residual=base.residual or base.method == "qalora",      # QA-LoRA merges as offsets
         offset_scale=base.offset_scale, learned_scales=base.lota_qaf and base.learned_scales, bits=base.w_bits,
         group_size=base.group_size, rank=base.lora_r, pretrained=_absolute(base.pretrained),
         quantized_model_dir=_absolute(folder.path), fingerprint=folder.fingerprint(),
@@ -117,7 +120,7 @@ def _absolute(name: str | Path | None) -> str | None:
 
 
 class LotaTrainer(Trainer):
-    """Trainer with a tSignSGD over the run's real number of steps, and a Monitor of the ternary layers.
+    """Trainer that tells a tSignSGD the actual number of steps, and monitors the ternary layers.
 
     optimizer: the tSignSGD. omega: the threshold that the Monitor measures |dW| by. The rest is Trainer's.
     """
@@ -189,8 +192,8 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:                    # Trainer would take one step more
-            raise UserError(f"nothing to resume: the checkpoint is of step {state.global_step}, the run's last. It is "
-                            "an adapter as it is (--load_adapter); more --max_steps would train it further")
+            raise UserError(f"nothing to resume: the checkpoint is of step {state.global_step}, the run's last. Use it "
+                            "with --load_adapter as it is, or train it further with more --max_steps")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted:
@@ -202,6 +205,6 @@ class Checkpoints(TrainerCallback):
 
 
 def peak_memory_mb() -> float:
-    """Peak memory in MB: of the run on the GPUs where it took any, else of this process since it began."""
+    """Peak memory in MiB: of the run on the GPUs where it took any, else of this process since it began."""
     on_gpus = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return on_gpus / 2**20 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,12 +1,14 @@
-"""One layer, forward and forward + backward: LoTA beside the bare products, the GPTQ layer, LoRA, QA-LoRA, and LoTA
-written plainly. Time and peak extra memory; medians of interleaved runs.
+"""One layer, forward and forward + backward: the time and the peak extra memory of LoTA and its peers.
 
     python benchmarks/layer.py            on a CPU 2048 x 2048 and 2048 x 5632, on a GPU 4096 x 4096, 4096 x 14336 ...
     python benchmarks/layer.py --quick    under a minute; prints only
 
-Runs with torch alone; the peers from GPTQModel and PEFT join where they are installed.
+The peers are the bare matrix products, LoTA written with whole-matrix torch operations, LoTA that keeps W' for the
+backward, GPTQModel's layer, and PEFT's LoRA and QA-LoRA on it. The last three are left out where GPTQModel or PEFT is
+not installed. Times are medians of runs that alternate.
 """
 import argparse
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -14,17 +16,18 @@ import torch
 from common import peak_extra_memory, print_table, save, time_interleaved
 
 from LoTA import ternary
+from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import pack_rows
-from LoTA.ternary import Grid, TernaryLinear, Threshold, ternarize_
+from LoTA.ternary import TernaryLinear, Threshold, ternarize_
 
 GROUP, RANK = 64, 64
-METHOD = import_module("LoTA.kernels" if torch.cuda.is_available() else "LoTA.ternary")
+BACKEND = import_module("LoTA.kernels" if torch.cuda.is_available() else "LoTA.ternary")
 
 
 class Layer:
-    """A random GPTQ layer with a random adapter, as every peer needs it."""
+    """A random GPTQ layer with a random adapter. Its tensors serve all peers."""
 
-    def __init__(self, rows, cols, bits, omega, device):
+    def __init__(self, rows: int, cols: int, bits: int, omega: float, device: str):
         generator = torch.Generator().manual_seed(0)
         self.rows, self.cols, self.bits, self.device, self.omega = rows, cols, bits, device, omega
         groups = rows // GROUP
@@ -35,53 +38,50 @@ class Layer:
         self.g_idx = (torch.arange(rows, dtype=torch.int32) // GROUP).to(device)
         self.lora_A = ternarize_(torch.randn(rows, RANK, generator=generator)).to(device).requires_grad_()
         self.lora_B = ternarize_(torch.randn(RANK, cols, generator=generator)).to(device).requires_grad_()
-        self.groups = None
+        self.groups = Groups(self.g_idx, groups)
 
-    def grid(self):
-        grid = Grid(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, "gptq_v2", self.groups)
-        self.groups = grid.groups
-        return grid
+    def packed(self) -> PackedLayer:
+        return PackedLayer(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, "gptq_v2", self.groups)
 
-    def lota(self, x):
-        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.grid, Threshold(self.omega, self.omega), METHOD)
+    def lota(self, x: torch.Tensor, backend=BACKEND) -> torch.Tensor:
+        """LoTA as training computes it."""
+        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.packed, Threshold(self.omega, self.omega), backend)
 
-    def kept(self, x):
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
         """LoTA that keeps W' from the forward to the backward instead of forming it again."""
-        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.grid, Threshold(self.omega, self.omega), Keeping())
+        return self.lota(x, Keeping())
 
-    def plain(self, x):
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The method with whole-matrix torch operations and autograd, as the published scripts do it."""
-        grid, g = self.grid(), self.g_idx.long()
-        weight_int, maxq = grid.weight_int.to(x.dtype), grid.maxq
+        packed, g = self.packed(), self.g_idx.long()
+        weight_int, maxq = packed.weight_int.to(x.dtype), packed.maxq
         aux = self.lora_A.to(x.dtype) @ self.lora_B.to(x.dtype)
         up, down = (aux > self.omega) & (weight_int < maxq), (aux < -self.omega) & (weight_int > 0)
         step = up.to(x.dtype) - down.to(x.dtype)
         ternary = aux + (step - aux).detach()
         offset = (aux - self.omega * step.detach()).view(-1, GROUP, self.cols).mean(1) / self.omega
-        zeros, scales = grid.zeros.to(x.dtype), grid.scales.to(x.dtype)
+        zeros, scales = packed.zeros.to(x.dtype), packed.scales.to(x.dtype)
         return x @ (scales[g] * (weight_int - zeros[g] + ternary + offset[g]))
 
 
 class Keeping:
-    """Stands in for LoTA.ternary in TernaryLinear: W' is formed in the forward and handed out again in the backward."""
+    """A backend for TernaryLinear that forms W' in the forward and hands it out again in the backward."""
 
     weight = None
-    adapter_gradients = staticmethod(METHOD.adapter_gradients)
+    adapter_gradients = staticmethod(BACKEND.adapter_gradients)
 
-    def adapted_weight(self, lora_A, lora_B, grid, threshold, dtype, out, learned):
+    def adapted_weight(self, lora_A, lora_B, packed, threshold, dtype, out, learned_offset):
         if self.weight is None:
-            self.weight = METHOD.adapted_weight(lora_A, lora_B, grid, threshold, dtype)
+            self.weight = BACKEND.adapted_weight(lora_A, lora_B, packed, threshold, dtype)
         return self.weight
 
 
-def library_peers(layer, dtype):
-    """{"gptq": ..., "lora": ..., "qalora": ...}: GPTQModel's layer, and PEFT's adapters on it."""
+def library_peers(layer: Layer, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """{"gptq": GPTQModel's layer, "lora" and "qalora": PEFT's adapters on it}, or {} where they are not installed."""
     if not (find_spec("gptqmodel") and find_spec("peft")):
         return {}
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from peft import LoraConfig, get_peft_model
-
-    import LoTA  # noqa: F401  sets what GPTQModel needs before its import
 
     def base():
         module = TorchLinear(bits=layer.bits, group_size=GROUP, sym=False, desc_act=False, in_features=layer.rows,
@@ -97,7 +97,7 @@ def library_peers(layer, dtype):
         def __init__(self):
             super().__init__()
             self.proj = base()
-            self.norm = torch.nn.Parameter(torch.ones(1))       # PEFT asks a parameter for the device
+            self.norm = torch.nn.Parameter(torch.ones(1))       # PEFT reads the device from a parameter
 
         def forward(self, x):
             return self.proj(x)
@@ -109,8 +109,8 @@ def library_peers(layer, dtype):
     return peers
 
 
-def bare_products(layer, dtype):
-    """x @ W, and with a gradient the two products of the backward: the limit for every peer."""
+def bare_products(layer: Layer, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """(x @ W; the same with the two products of the backward). No peer can be faster."""
     weight = torch.randn(layer.rows, layer.cols, device=layer.device, dtype=dtype)
 
     def forward(x):
@@ -121,7 +121,9 @@ def bare_products(layer, dtype):
     return forward, step
 
 
-def measure(rows, cols, bits, tokens, omega, device, dtype, rounds):
+def measure(rows: int, cols: int, bits: int, tokens: int, omega: float, device: str, dtype: torch.dtype,
+            rounds: int) -> list[dict]:
+    """One row of results for each peer."""
     layer = Layer(rows, cols, bits, omega, device)
     x = torch.randn(tokens, rows, device=device, dtype=dtype).requires_grad_()
     grad = torch.randn(tokens, cols, device=device, dtype=dtype)
@@ -137,7 +139,7 @@ def measure(rows, cols, bits, tokens, omega, device, dtype, rounds):
     forward_s, both_s = time_interleaved(forward, rounds), time_interleaved(both, rounds)
     memory = {}
     for name, function in both.items():
-        ternary._workspaces.clear()             # what LoTA keeps from call to call counts too
+        ternary._workspaces.clear()             # so that the memory LoTA keeps for the next call counts too
         memory[name] = peak_extra_memory(function)
     return [{"shape": f"{rows} x {cols}", "bits": bits, "omega": omega, "tokens": tokens, "peer": name,
              "forward_s": forward_s[name], "step_s": both_s[name], "step / bare": both_s[name] / both_s["bare"],
@@ -150,11 +152,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds; prints only")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each peer [5]")
-    parser.add_argument("--omega", type=float, default=48.0, help="threshold; the rank is 64 [48]")
+    parser.add_argument("--omega", type=float, default=48.0, help="the threshold; the rank is 64 [48]")
     parser.add_argument("--output", default="layer", help="name of the JSON file [layer]")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="[4 3 2]")
     args = parser.parse_args()
-    torch.compiler.set_stance("force_eager")        # GPTQModel's layer, without compiling it for a CPU
+    torch.compiler.set_stance("force_eager")        # GPTQModel's layer would be compiled, which takes long on a CPU
     if torch.cuda.is_available():
         device, dtype, tokens = "cuda", torch.bfloat16, [4096, 16384]
         shapes = [(4096, 4096), (4096, 14336), (14336, 4096)]

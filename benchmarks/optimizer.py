@@ -1,25 +1,24 @@
-"""A step of tSignSGD over the adapters of an 8B model, beside the same step with torch.quantile and fused AdamW.
+"""The time of one step of tSignSGD over the adapters of an 8B model, of torch.quantile's and of fused AdamW's.
 
     python benchmarks/optimizer.py            Llama-3.1-8B's seven projections, 32 layers, rank 64: 168 M entries
     python benchmarks/optimizer.py --quick    one layer; prints only
 
-Needs torch only. Medians of interleaved runs.
+It needs torch and safetensors. Times are medians of runs that alternate.
 """
 import argparse
 
 import torch
 from common import print_table, save, time_interleaved
+from memory import MODELS
 
 from t_signSGD import TAU, tSignSGD
 
-RANK, HIDDEN, KEY_VALUE, INTERMEDIATE = 64, 4096, 1024, 14336
-PROJECTIONS = [(HIDDEN, HIDDEN), (HIDDEN, KEY_VALUE), (HIDDEN, KEY_VALUE), (HIDDEN, HIDDEN), (HIDDEN, INTERMEDIATE),
-               (HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN)]
+RANK, SHAPE = 64, MODELS["8B"]
 
 
 @torch.no_grad()
-def quantile_step(parameters, level):
-    """Eq. 6 with torch.quantile, as it is written down."""
+def quantile_step(parameters: list[torch.nn.Parameter], level: float) -> None:
+    """Eq. 6 as it is printed, with torch.quantile."""
     for p in parameters:
         size = p.grad.abs()
         moves = size > torch.quantile(size, level).clamp(min=TAU)
@@ -34,12 +33,12 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     parameters = []
-    for _ in range(1 if args.quick else 32):
-        for rows, cols in PROJECTIONS:
-            for shape in ((RANK, rows), (cols, RANK)):
-                p = torch.nn.Parameter(torch.randint(-1, 2, shape, device=device).float())
-                p.grad = torch.randn(shape, device=device)
-                parameters.append(p)
+    layers = list(SHAPE.quantized().values())
+    for rows, cols in layers[:len(layers) // SHAPE.layers] if args.quick else layers:
+        for size in ((RANK, rows), (cols, RANK)):
+            p = torch.nn.Parameter(torch.randint(-1, 2, size, device=device).float())
+            p.grad = torch.randn(size, device=device)
+            parameters.append(p)
     entries = sum(p.numel() for p in parameters)
     rows = []
     for level in (0.95, 0.999):

@@ -1,4 +1,4 @@
-"""Draws the README's figure from the JSON files in benchmarks/results/.
+"""Draws the figure of docs/speed.md from the JSON files in benchmarks/results/.
 
     python benchmarks/plot.py            -> benchmarks/results/performance_cpu.svg
     python benchmarks/plot.py --device NVIDIA_H200
@@ -13,6 +13,7 @@ from common import RESULTS
 
 from LoTA.storage import read_json
 
+matplotlib.rcParams["svg.hashsalt"] = "lota"        # the same rows draw the same file
 COLORS = {"bare": "#9aa0a6", "plain": "#d98880", "lota": "#1f6fb2", "gptq": "#c9c9c9", "lora": "#7fb069",
           "qalora": "#e6b450", "GPTQ": "#c9c9c9", "GPTQ + LoRA": "#7fb069", "merged LoTA": "#1f6fb2",
           "LoRA": "#7fb069", "QA-LoRA": "#e6b450", "LoTA": "#1f6fb2", "torch.quantile": "#d98880",

@@ -68,23 +68,23 @@ def write_lota_adapter(folder: str | Path, gptq: str | Path, layers: Iterable[st
     with_config: whether it has a lota_config.json, as the published adapters have not. record: other entries of it.
     """
     source, folder, tensors = GPTQFolder(gptq), Path(folder), {}
-    generator = torch.Generator().manual_seed(seed)
+    # Two generators, so that the matrices of a seed do not depend on what else is learned.
+    generator, learned = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     config = LotaConfig(omega=omega, residual=residual, offset_scale=offset_scale, learned_scales=learned_scales,
                         bits=source.bits, group_size=source.group_size, rank=rank, quantized_model_dir=str(gptq),
-                        **record)
+                        fingerprint=source.fingerprint() if with_config else None, **record)
     for name in source.modules if layers is None else layers:
         (rows,), (groups, cols) = source.shape(f"{name}.g_idx"), source.shape(f"{name}.scales")
         tensors[f"{name}.lora_A.weight"] = torch.randint(-1, 2, (rank, rows), generator=generator).float()
         tensors[f"{name}.lora_B.weight"] = torch.randint(-1, 2, (cols, rank), generator=generator).float()
         if config.learned_offset:
-            tensors[f"{name}.lora_offset"] = 0.3 * torch.randn(groups, cols, generator=generator)
+            tensors[f"{name}.lora_offset"] = 0.3 * torch.randn(groups, cols, generator=learned)
         if learned_scales:
-            tensors[f"{name}.lora_scale"] = 0.2 * torch.randn(groups, cols, generator=generator)
+            tensors[f"{name}.lora_scale"] = 0.2 * torch.randn(groups, cols, generator=learned)
     folder.mkdir(parents=True)
     save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", {"r": rank, "lora_alpha": 2 * rank, "peft_type": "LORA"})
     if with_config:
-        config.fingerprint = source.fingerprint()
         config.save(folder)
     return folder
 

@@ -1,35 +1,40 @@
-"""Whole training steps as Trainer takes them, on a Llama of random GPTQ integers: LoRA, QA-LoRA, LoTA. Time, memory.
+"""The time and the peak memory of a whole training step of LoRA, QA-LoRA and LoTA, on a Llama of random GPTQ integers.
 
     python benchmarks/train_step.py                   60 M weights on a CPU, 8 B on a GPU; 2 bits and 4
     python benchmarks/train_step.py --shape 1B --batch 16 --length 512 --no_checkpointing
     python benchmarks/train_step.py --quick           under a minute; prints only
 
-A step: forward, backward with gradient checkpointing, the method's optimizer. Medians of interleaved steps; the peak is
-that of one step beyond the model, its adapter and its optimizer's state.
+A step is a forward, a backward with gradient checkpointing, and a step of the method's optimizer. Times are medians of
+steps that alternate. The peak memory is counted beyond what stays between two steps: the model, its adapter and the
+optimizer's state.
 """
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from common import peak_extra_memory, print_table, save, time_interleaved
 from peft import LoraConfig, get_peft_model
-from random_model import SHAPES, TARGETS, write_gptq_llama
+from random_model import SHAPES, write_gptq_llama
 
 from LoTA.adapter import load_gptq
 from LoTA.layer import register
+from LoTA.settings import TARGET_MODULES
 from LoTA.ternary import Threshold, ternarize_
 from t_signSGD import tSignSGD
 
 RANK, GROUP, OMEGA = 64, 64, 48.0
 
 
-def make_step(folder, method, dtype, ids, checkpointing):
-    """One training step of `method` as a function."""
+def make_step(folder: Path, method: str, dtype: torch.dtype, ids: torch.Tensor,
+              checkpointing: bool) -> Callable[[], None]:
+    """One training step of `method`, LoRA, QA-LoRA or LoTA, as a function."""
     model = load_gptq(folder, dtype=dtype, backend="gptq_torch").model
     model.config.use_cache = False
     extra = {"use_qalora": True, "qalora_group_size": GROUP} if method == "QA-LoRA" else {}
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM", **extra)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGET_MODULES), task_type="CAUSAL_LM",
+                        **extra)
     if method == "LoTA":
         register(config, Threshold(OMEGA, OMEGA))
     model = get_peft_model(model, config).train()
@@ -40,7 +45,7 @@ def make_step(folder, method, dtype, ids, checkpointing):
     for p in trained:
         p.data = p.data.float()
     if method == "LoTA":
-        for p in trained:                   # as filled as a trained adapter
+        for p in trained:                   # a fresh B is zero, which is cheaper to compute with than a trained one
             ternarize_(torch.nn.init.normal_(p.data))
         optimizer = tSignSGD(trained)
     else:
@@ -59,20 +64,21 @@ def main():
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--quick", action="store_true", help="the tiny shape, 4 bits; prints only")
     parser.add_argument("--shape", default="8B" if on_gpu else "60M", choices=SHAPES)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], help="[4 2]")
     parser.add_argument("--batch", type=int, default=16 if on_gpu else 8)
     parser.add_argument("--length", type=int, default=1024 if on_gpu else 256, help="tokens of a row")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--no_checkpointing", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no_checkpointing", action="store_true", help="keep all activations for the backward")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method [5]")
     args = parser.parse_args()
     if args.quick:
         args.shape, args.bits, args.rounds = "tiny", [4], 3
-    ids = torch.randint(10, SHAPES[args.shape][4], (args.batch, args.length), device="cuda" if on_gpu else "cpu")
+    shape = SHAPES[args.shape]
+    ids = torch.randint(10, shape.vocabulary, (args.batch, args.length), device="cuda" if on_gpu else "cpu")
     rows = []
     for bits in args.bits:
         with tempfile.TemporaryDirectory() as work:
-            folder = write_gptq_llama(Path(work) / "gptq", args.shape, bits, GROUP)
+            folder = write_gptq_llama(Path(work) / "gptq", shape, bits, GROUP)
             steps = {m: make_step(folder, m, getattr(torch, args.dtype), ids, not args.no_checkpointing)
                      for m in ("LoRA", "QA-LoRA", "LoTA")}
             seconds = time_interleaved(steps, args.rounds)

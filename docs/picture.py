@@ -9,14 +9,14 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from LoTA.packed import PackedLayer
+from LoTA.packing import pack_rows
+from LoTA.ternary import Threshold, merge
+
 matplotlib.rcParams["svg.hashsalt"] = "lota"        # the same numbers draw the same file
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of its backend
-import torch  # noqa: E402
-
-from LoTA.packed import PackedLayer  # noqa: E402
-from LoTA.packing import pack_rows  # noqa: E402
-from LoTA.ternary import Threshold, merge  # noqa: E402
-
 BITS, OMEGA = 2, 1.5
 WEIGHT_INT = torch.tensor([[1, 3, 2, 0], [2, 1, 1, 3], [3, 0, 2, 1], [0, 2, 3, 2]])
 A = torch.tensor([[1, 1, 0], [0, -1, 1], [1, 1, 1], [-1, 0, -1]]).float()

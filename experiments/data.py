@@ -1,41 +1,49 @@
-"""Cuts ViGGO's train split for the experiments: rows for the bases, other rows for tuning, rows for choosing.
+"""Cuts ViGGO's train split into parts for the experiments: rows for the bases, for tuning and for choosing.
 
-    python runs/experiment_data.py --data_dir DATA --output DIR
+    python experiments/data.py --data_dir DATA --output DIR
 
-DATA holds train.csv and test.csv. Writes four folders, each with its train.csv or test.csv or both:
-base_recovery/ (half of the rows), base_task/ (these without the three functions of LACKING), tune/ (40 %, all
-functions) and choose/ (tune's train.csv, and as test.csv the last 10 %, so that no test row is used for choosing
-anything). The cut is by a shuffle with a fixed seed; test.csv is DATA's everywhere else.
+DATA holds ViGGO's train.csv and test.csv. The rows of train.csv are shuffled with a fixed seed and cut. DIR gets four
+folders, each with a train.csv and a test.csv:
 
-With --turned the halves change places, and no row of DATA's test.csv is used: the bases get what was for tuning and
-choosing; of the other half, on which nothing was ever scored, the rows whose meaning the bases have seen are for
-tuning, all others (220 meanings, 3 rows each) are test.csv: what was chosen before is confirmed on rows new to it.
+    base_recovery/   train.csv: the first half of the rows
+    base_task/       train.csv: the same rows without the three functions in LACKING
+    tune/            train.csv: the next 40 %, with all functions
+    choose/          train.csv: that of tune/; test.csv: the last 10 %, so that no test row chooses a setting
+
+Everywhere but in choose/ test.csv is DATA's.
+
+With --turned the halves change places, so that earlier choices are confirmed on rows that chose nothing. The bases
+learn from the second half, which holds the rows for tuning and choosing above. Rows of the first half are for tuning if
+a row of the second half has the same meaning. The others are test.csv: 220 meanings, 3 rows each. There is no choose/,
+and DATA's test.csv is not used.
 """
 import argparse
 import csv
 import random
 from pathlib import Path
 
-LACKING = ("verify_attribute", "suggest", "request_explanation")        # 22 % of train, 31 % of test
+LACKING = ("verify_attribute", "suggest", "request_explanation")        # 22 % of train.csv, 31 % of test.csv
+
+Rows = list[dict[str, str]]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--data_dir", required=True, help="a folder with ViGGO's train.csv and test.csv")
+    parser.add_argument("--output", required=True, help="the folder that gets the parts")
     parser.add_argument("--turned", action="store_true", help="the halves change places: see above")
     args = parser.parse_args()
     rows, test = read(Path(args.data_dir) / "train.csv"), read(Path(args.data_dir) / "test.csv")
     random.Random(0).shuffle(rows)
-    half, most = len(rows) // 2, len(rows) * 9 // 10
+    half, first_to_choose = len(rows) // 2, len(rows) * 9 // 10
     choosing = {}
     if args.turned:
         base, other = rows[half:], rows[:half]
         seen = {row["mr"] for row in base}
         tune, test = [row for row in other if row["mr"] in seen], [row for row in other if row["mr"] not in seen]
     else:
-        base, tune = rows[:half], rows[half:most]
-        choosing = {"choose": (tune, rows[most:])}
+        base, tune = rows[:half], rows[half:first_to_choose]
+        choosing = {"choose": (tune, rows[first_to_choose:])}
     lacking = [row for row in base if row["mr"].partition("(")[0] not in LACKING]
     parts = {"base_recovery": (base, test), "base_task": (lacking, test), "tune": (tune, test), **choosing}
     for name, (train_rows, test_rows) in parts.items():
@@ -43,15 +51,17 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "train.csv", train_rows)
         write(folder / "test.csv", test_rows)
-        print(f"{folder}: {len(train_rows)} rows, {len(test_rows)} to be scored")
+        print(f"{folder}: {len(train_rows)} rows to train on, {len(test_rows)} to score")
 
 
-def read(file):
+def read(file: Path) -> Rows:
+    """The rows of a csv file, {column: text} each."""
     with open(file, newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
 
-def write(file, rows):
+def write(file: Path, rows: Rows) -> None:
+    """Writes rows, at least one, to a csv file."""
     with open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()

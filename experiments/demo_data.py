@@ -1,8 +1,9 @@
 """Makes the demo's data set: sentences about invented games and their meaning representations, in ViGGO's format.
 
-    python runs/demo_data.py --output DIR        writes DIR/train.csv and DIR/test.csv, columns mr and ref
+    python experiments/demo_data.py --output DIR    writes DIR/train.csv and DIR/test.csv with the columns mr and ref
 
-Every row is drawn from templates written for this project; no test row stands in the train rows.
+Every row is drawn from templates that were written for this project. No sentence occurs twice, so no test row is a
+training row.
 """
 import argparse
 import csv
@@ -19,12 +20,13 @@ RATINGS = {"excellent": ["a masterpiece", "truly excellent"], "good": ["quite go
            "average": ["just okay", "nothing special"], "poor": ["rather bad", "a letdown"]}
 
 
-def listing(words):
+def listing(words: list[str]) -> str:
+    """The words as a list in a sentence: "a, b and c"."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def draw_attribute(rng, kind):
-    """(value in the meaning representation, a phrase that says it, following "It ...")."""
+def draw_attribute(rng: random.Random, kind: str) -> tuple[str, str]:
+    """(a value for the meaning representation, a phrase that says it and can follow "It")."""
     if kind == "genres":
         value = rng.sample(GENRES, rng.choice([1, 1, 2]))
         return ", ".join(value), rng.choice(["is a {} game", "belongs to the {} genre"]).format(listing(value))
@@ -49,8 +51,8 @@ def draw_attribute(rng, kind):
     return value, "is " + rng.choice(RATINGS[value])
 
 
-def draw_row(rng):
-    """One (meaning representation, sentence)."""
+def draw_row(rng: random.Random) -> tuple[str, str]:
+    """(a meaning representation, a sentence that says it)."""
     kinds = ["genres", "platforms", "release_year", "developer", "player_perspective", "has_multiplayer", "rating"]
     function = rng.choice(["inform", "inform", "recommend", "verify_attribute", "give_opinion", "request_explanation"])
     name = f"{rng.choice(FIRST)} {rng.choice(SECOND)}"
@@ -73,9 +75,9 @@ def draw_row(rng):
     return f"{function}({', '.join(f'{k}[{values[k]}]' for k in order)})", rng.choice(sentence)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="the folder for train.csv and test.csv")
     parser.add_argument("--train_rows", type=int, default=4000)
     parser.add_argument("--test_rows", type=int, default=400)
     parser.add_argument("--seed", type=int, default=42)

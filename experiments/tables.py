@@ -1,33 +1,49 @@
-"""Makes the README's tables of results and its two figures from the lines of JSON in experiments/results/.
+"""Makes the tables and figures of README.md and docs/ from the committed results.
 
-    python runs/experiment_table.py            # prints the tables, draws results.svg and ablation.svg beside the lines
-    python runs/experiment_table.py --readme   # and puts the tables between their marks in README.md
-    python runs/experiment_table.py --lines choose.jsonl      # any other file of lines, run by run, for the log
+    python experiments/tables.py              prints all tables
+    python experiments/tables.py --write      puts them between their marks in the pages, and draws the figures
+    python experiments/tables.py --check      names the tables of the pages that differ from their data; exits 1 if any
+    python experiments/tables.py --lines choose.jsonl     prints any file of experiments/results/ run by run
 
-Means over the seeds with their standard deviation (n - 1); medians of what was moved, of sizes and times.
+A table NAME stands in a page between two marks, and --write replaces what is between them:
+
+    <!-- table NAME: made by experiments/tables.py from FILE -->
+    <!-- end of table NAME -->
+
+TABLES has an entry for each table, FIGURES for each figure. A line of results that was recorded under a recipe's old
+name is read under its new one.
 """
 import argparse
+import importlib.util
 import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
+from types import ModuleType
 
-from experiment_runs import CENTRE, CENTRES, VARIED
+from plan import CENTRES, VARIED
+
+from LoTA import UserError, run_script
+from LoTA.settings import OLD_RECIPE_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-# The README's tables: {file of lines: how many of the columns}.
-TABLES = {"test.jsonl": 12, "confirm.jsonl": 7}
-END_MARK = "<!-- end of what it made -->\n"
-# Methods in the table's order: (as the runs call them, as the README does, colour).
-METHODS = (("GPTQ", "GPTQ", "#c9c9c9"), ("LoRA", "LoRA, its adapter kept", "#7fb069"),
-           ("QA-LoRA", "QA-LoRA", "#e6b450"), ("LoTA, published", "LoTA, as published", "#a6c8e6"),
-           ("LoTA, steps", "LoTA, `--recipe steps`", "#b79fd6"), ("LoTA, grid", "LoTA, `--recipe grid`", "#5b9bd5"),
-           ("LoTA, learned", "LoTA, `--recipe learned`", "#1f4e8c"))
-PANELS = 5              # in a row of the ablation's figure
+SCRIPT = "experiments/tables.py"
+# {method: its colour}, in the order of the tables. A run's method begins with one of these names.
+METHODS = {"GPTQ": "#c9c9c9", "LoRA": "#7fb069", "QA-LoRA": "#e6b450", "LoTA, published": "#a6c8e6",
+           "LoTA, ternary": "#b79fd6", "LoTA, scales": "#5b9bd5", "LoTA, full": "#1f4e8c"}
+BASE = "16-bit base"
+LABELS = {BASE: "the base", "LoRA": "LoRA, its adapter kept"}         # where a table says more than the name
 SETTINGS = {"recovery": "recovery: the base knows the task",
             "task": "task-specific: the base lacks three of nine functions"}
+BITS = (4, 3, 2)
+LEAST_GAIN = 0.01       # LoRA's gain in accuracy below which no share of it is reported
+PANELS = 5              # in a row of the ablation's figure
 # Table 1 of the paper, Llama 3.1 8B: {bits: {method: (MMLU after Alpaca, ViGGO after an epoch of it)}}.
-PAPER = {16: {"16-bit base": ("68.25", "–")},
+PAPER = {16: {BASE: ("68.25", "–")},
          4: {"GPTQ": ("66.89", "–"), "LoRA": ("67.08", "88.64"), "QA-LoRA": ("66.96", "51.15"),
              "LoTA, published": ("67.18", "60.30")},
          3: {"GPTQ": ("38.61", "–"), "LoRA": ("54.68", "82.20"), "QA-LoRA": ("52.37", "43.86"),
@@ -35,118 +51,328 @@ PAPER = {16: {"16-bit base": ("68.25", "–")},
          2: {"GPTQ": ("26.53", "–"), "LoRA": ("27.35", "80.70"), "QA-LoRA": ("26.56", "37.18"),
              "LoTA, published": ("28.49", "41.98")}}
 
-
-def read_lines(file):
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+Lines = list[dict]      # lines of results, as experiments/run.py writes them
 
 
-def method_of(line):
-    """The one of METHODS' names that the line's method begins with, else the line's own."""
-    return next((name for name, _, _ in METHODS if line["method"].startswith(name)), line["method"])
+# --- reading --------------------------------------------------------------------------------------------------------
+
+def read_lines(file: Path) -> Lines:
+    """The lines of a .jsonl file, with the recipes' new names."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [line | {key: new_names(line[key]) for key in ("name", "method", "centre") if key in line} for line in lines]
 
 
-def chosen(lines, **wanted):
+def new_names(name: str) -> str:
+    """A run's name with the new name of its recipe. A name is made of parts with commas between them."""
+    return ", ".join(OLD_RECIPE_NAMES.get(part, part) for part in name.split(", "))
+
+
+def read(file: str) -> Lines | list | dict:
+    """The content of a data file, which is named from the repository's root."""
+    path = ROOT / file
+    return read_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+
+
+def method_of(line: dict) -> str:
+    """The key of METHODS that the line's method begins with, or the line's own method."""
+    return next((name for name in METHODS if line["method"].startswith(name)), line["method"])
+
+
+def chosen(lines: Lines, **wanted) -> Lines:
+    """The lines that have these entries. method= compares method_of() the line."""
     return [line for line in lines if all((method_of(line) if key == "method" else line[key]) == value
                                           for key, value in wanted.items())]
 
 
-def spread(values, form, scale=1):
-    """The "mean ± standard deviation" of the values that are there, "(2)" behind those of two seeds; "" for none."""
-    values = [scale * value for value in values if value is not None]
+# --- the tables of experiments/run.py's lines -----------------------------------------------------------------------
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, with a line break at its end."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
+
+
+def mean_and_deviation(values: list[float], form: str, scale: float = 1) -> str:
+    """The mean of scale * values, with "± standard deviation" (of n - 1) where there is more than one value.
+
+    "(2)" at the end says that there are two values only. Without values it is "".
+    """
+    values = [scale * value for value in values]
     if not values:
         return ""
     return (f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
             + (" (2)" if len(values) == 2 else ""))
 
 
-def row_of(lines, bits, method, label):
-    """One row of the README's tables, a list of cells, or None where nothing was run."""
-    both = [chosen(lines, setting=setting, bits=bits, method=method) for setting in SETTINGS]
-    if not any(both):
-        return None
-    cells = [str(bits), label]
-    for some in both:
-        cells += [spread([line["accuracy"] for line in some], ".1f", 100),
-                  spread([line["loss"] for line in some], ".3f")]
+def median_of(lines: Lines, key: str, form: str, scale: float = 1) -> str:
+    """The median of scale * an entry over the lines that have it, or ""."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return f"{scale * median(values):{form}}" if values else ""
 
-    def middle(key, form, scale=1, lines=both[0] + both[1]):
-        values = [line[key] for line in lines if line.get(key) is not None]
-        return f"{scale * median(values):{form}}" if values else ""
-    moved = [middle("moved", ".3f", 100, some) for some in both]
-    size = (middle("gptq_mb", ".2f", lines=chosen(lines, bits=bits)) if method == "GPTQ"       # others' lines say it
-            else middle("merged_mb", ".2f"))
-    cells += [" / ".join(filter(None, moved)), middle("adapter_mb", ".2f"), size, middle("train_s", ".0f")]
+
+def methods_run(lines: Lines) -> list[tuple[int, str]]:
+    """The (bits, method) that have lines, in the order of the tables."""
+    return [(bits, method) for bits, method in ((16, BASE), *((bits, method) for bits in BITS for method in METHODS))
+            if chosen(lines, bits=bits, method=method)]
+
+
+def long_table(lines: Lines, columns: int | None = None) -> str:
+    """All that was measured, with the paper's figures. columns: only the first so many."""
+    header = ["bits", "method", "recovery: exact match, %", "loss", "task: exact match, %", "loss",
+              "integers moved (recovery / task), %", "adapter MB, float32", "merged MB", "training, s",
+              "*paper, 8B: MMLU*", "*paper, 8B: ViGGO*"][:columns]
+    rows = [long_row(lines, bits, method)[:columns] for bits, method in methods_run(lines)]
+    return f"{markdown(header, rows)}\n{note_of(lines)}\n"
+
+
+def long_row(lines: Lines, bits: int, method: str) -> list[str]:
+    """The cells of one row of long_table()."""
+    by_setting = [chosen(lines, setting=setting, bits=bits, method=method) for setting in SETTINGS]
+    both = [line for some in by_setting for line in some]
+    cells = [str(bits), LABELS.get(method, method)]
+    for some in by_setting:
+        cells += [mean_and_deviation([line["accuracy"] for line in some], ".1f", 100),
+                  mean_and_deviation([line["loss"] for line in some], ".3f")]
+    # GPTQ's own lines do not have its size; those of the methods that trained on it do.
+    size = (median_of(chosen(lines, bits=bits), "gptq_mb", ".2f") if method == "GPTQ"
+            else median_of(both, "merged_mb", ".2f"))
+    moved = [median_of(some, "moved", ".3f", 100) for some in by_setting]
+    cells += [" / ".join(filter(None, moved)), median_of(both, "adapter_mb", ".2f"), size,
+              median_of(both, "train_s", ".0f")]
     paper = PAPER[bits].get(method)
     return [*cells, *(f"*{cell}*" for cell in paper)] if paper else [*cells, "", ""]
 
 
-def table(lines, columns):
-    """A table of the README, its first so many columns, with what it needs to be read."""
-    header = ["bits", "method", "recovery: exact match, %", "loss", "task: exact match, %", "loss",
-              "integers moved (recovery / task), %", "adapter MB, float32", "merged MB", "training, s",
-              "*paper, 8B: MMLU*", "*paper, 8B: ViGGO*"]
-    rows = [row_of(lines, 16, "16-bit base", "the base"),
-            *(row_of(lines, bits, method, label) for bits in (4, 3, 2) for method, label, _ in METHODS)]
-    rows = [header, ["---"] * len(header), *filter(None, rows)]
-    rows = [f"| {' | '.join(row[:columns])} |" for row in rows]
-    merging = [line for line in lines if line.get("differ_from_live") is not None]
+def note_of(lines: Lines) -> str:
+    """What must be said beneath a table of these lines."""
     seeds = sorted({line["seed"] for line in lines if "train" in line})
-    differ = sum(line["differ_from_live"] for line in merging)
-    note = (f"Seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
-            + (", with (2) of two of them" if any("(2)" in row for row in rows) else "")
+    merging = [line for line in lines if line.get("differ_from_live") is not None]
+    cells = [chosen(lines, setting=setting, bits=bits, method=method)
+             for setting in SETTINGS for bits, method in methods_run(lines)]
+    return (f"Seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+            + (", with (2) of two of them" if any(len(cell) == 2 for cell in cells) else "")
             + f". In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given "
-              f"merged and live: {differ} differ.")
-    return "\n".join([*rows, "", note, ""])
+              f"merged and live: {sum(line['differ_from_live'] for line in merging)} differ.")
 
 
-def draw_results(lines, file):
-    """Exact match by bits and method, both settings side by side, with the seeds as dots."""
+def results_table(lines: Lines) -> str:
+    """The compact table: exact match, and how much of LoRA's gain over GPTQ a method has."""
+    header = ["bits", "method", "recovery: exact match, %", "task: exact match, %",
+              "gap recovered, % (recovery / task)", "the same by the loss, %", "after the merge"]
+    rows = []
+    for bits, method in methods_run(lines):
+        by_setting = [chosen(lines, setting=setting, bits=bits, method=method) for setting in SETTINGS]
+        gaps = [[gap_recovered(lines, setting, bits, method, key) for setting in SETTINGS]
+                for key in ("accuracy", "loss")]
+        rows.append([str(bits), LABELS.get(method, method),
+                     *(mean_and_deviation([line["accuracy"] for line in some], ".1f", 100) for some in by_setting),
+                     *(two_cells(["" if gap is None else f"{round(gap)}" for gap in some]) for some in gaps),
+                     after_merge(by_setting[0] + by_setting[1])])
+    scored = " or ".join(f"{rows:,}" for rows in sorted({line["rows"] for line in lines}))
+    return (f"{markdown(header, rows)}\n{note_of(lines)} Scored on {scored} rows. \"Gap recovered\" is a method's gain "
+            "over GPTQ as a share of LoRA's gain: 0 is GPTQ, 100 is LoRA.\n")
+
+
+def two_cells(texts: list[str]) -> str:
+    """The texts of both settings in one cell, with a dash for one that is empty; "" where both are."""
+    return " / ".join(text or "–" for text in texts) if any(texts) else ""
+
+
+def gap_recovered(lines: Lines, setting: str, bits: int, method: str, key: str) -> float | None:
+    """100 * (method - GPTQ) / (LoRA - GPTQ), of the means of an entry over the seeds.
+
+    None where one of the three was not run, or where LoRA's gain in accuracy is below LEAST_GAIN.
+    """
+    runs = [chosen(lines, setting=setting, bits=bits, method=name) for name in (method, "GPTQ", "LoRA")]
+    if not all(runs):
+        return None
+    _, accuracy_gptq, accuracy_lora = (mean(line["accuracy"] for line in some) for some in runs)
+    if accuracy_lora - accuracy_gptq < LEAST_GAIN:
+        return None
+    own, gptq, lora = (mean(line[key] for line in some) for some in runs)
+    return 100 * (own - gptq) / (lora - gptq)
+
+
+def after_merge(lines: Lines) -> str:
+    """What a merged model of these runs is, or "" where nothing was trained."""
+    trained = [line for line in lines if "train" in line]
+    if not trained:
+        return ""
+    if all("merged_mb" not in line for line in trained):
+        return "cannot merge"
+    without_offset = [flag_of(line["train"], "--residual") is False for line in trained]
+    return "plain GPTQ" if all(without_offset) else "GPTQ and offsets"
+
+
+def flag_of(flags: list, name: str):
+    """The value of a flag in a list of flags, or None."""
+    return flags[flags.index(name) + 1] if name in flags else None
+
+
+def print_runs(lines: Lines) -> None:
+    """Prints a row for each run, for experiments/LOG.md."""
+    print("| run | seed | exact match | loss | integers moved | differ live |\n|---|---|---|---|---|---|")
+    for line in lines:
+        moved = "" if line.get("moved") is None else f"{line['moved']:.3%}"
+        loss = f"{line['loss']:.4f}" if "loss" in line else ""
+        print(f"| {line['name']} | {line['seed']} | {line['accuracy']:.1%} | {loss} | {moved} | "
+              f"{line.get('differ_from_live', '')} |")
+
+
+# --- the other tables -----------------------------------------------------------------------------------------------
+
+def comparison_table(*comparisons: dict) -> str:
+    """The models of one or more files of experiments/compare.py. A model that two files share is one row."""
+    rows = {}
+    for comparison in comparisons:
+        for row in comparison["rows"]:
+            low, high = row["interval_95"]
+            is_merged = row is comparison["rows"][-1]
+            moved = f"{100 * comparison['moved']:.4f}" if is_merged else ""
+            rows[row["name"]] = [row["name"], f"{100 * row['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}",
+                                 f"{row['correct']:,} of {row['rows']:,}", moved]
+    worst = max(comparisons, key=lambda comparison: comparison["largest_logit_difference"])
+    differ = sum(comparison["answers_that_differ"] for comparison in comparisons)
+    answers = sum(comparison["rows"][-1]["rows"] for comparison in comparisons)
+    note = (f"Between live and merged {differ} of {answers:,} answers differ. The largest difference of a logit is "
+            f"{worst['largest_logit_difference']:.1e}, of logits up to {worst['largest_logit']:.1f}, on the first "
+            f"{worst['logit_rows']} rows. {made_with(*comparisons)}")
+    header = ["model", "exact match, %", "95 % interval", "correct", "integers moved, %"]
+    return f"{markdown(header, list(rows.values()))}\n{note}\n"
+
+
+def made_with(*measured: dict) -> str:
+    """The torch versions and commits of measurements, as a sentence."""
+    versions, commits = (sorted({one[key] for one in measured}) for key in ("torch", "commit"))
+    return f"Measured with torch {', '.join(versions)} at commit {', '.join(commits)}."
+
+
+def deploy_table(rows: list[dict]) -> str:
+    """Every export format in every engine, from experiments/deploy.py's rows."""
+    header = ["bits", "format", "engine", "MB", "exact match, %", "texts that differ from live"]
+    cells = [[str(row["bits"]), row["format"], row["engine"], f"{row['size_mb']:.2f}", f"{100 * row['accuracy']:.1f}",
+              f"{row['differ_from_live']:,} of {row['rows']:,}"] for row in rows]
+    sources = sorted({row["from"] for row in rows})
+    return f"{markdown(header, cells)}\nFrom: {', '.join(sources)}.\n"
+
+
+def benchmark_table(measured: dict, columns: dict[str, tuple[str, str]], **wanted) -> str:
+    """The rows of one file of benchmarks/results/ that have the entries `wanted`.
+
+    columns: {header: (key of a row, its format)}. A value that is None becomes an empty cell.
+    """
+    rows = [["" if row[key] is None else f"{row[key]:{form}}" for key, form in columns.values()]
+            for row in measured["rows"] if wanted.items() <= row.items()]
+    return f"{markdown(list(columns), rows)}\n{made_with(measured)} The device: {measured['device']}.\n"
+
+
+def layer_table(measured: dict) -> str:
+    """One layer's forward and backward: LoTA's time and memory as shares of its peers'."""
+    return benchmark_table(measured, {
+        "layer": ("shape", ""), "bits": ("bits", ""), "tokens": ("tokens", ","), "LoTA / bare": ("step / bare", ".2f"),
+        "LoTA / plain": ("step / plain", ".2f"), "LoTA / LoRA": ("step / lora", ".2f"),
+        "memory, LoTA / plain": ("memory / plain", ".2f")}, peer="lota")
+
+
+def train_step_table(measured: dict) -> str:
+    """A whole training step of each method."""
+    return benchmark_table(measured, {
+        "bits": ("bits", ""), "method": ("method", ""), "step, s": ("step_s", ".2f"), "time / LoRA": ("/ LoRA", ".2f"),
+        "peak MB": ("peak MB", ".0f"), "memory / LoRA": ("memory / LoRA", ".2f")})
+
+
+def optimizer_table(measured: dict) -> str:
+    """A step of t-SignSGD beside the same with torch.quantile, and beside AdamW."""
+    return benchmark_table(measured, {
+        "σ": ("sigma", ""), "optimizer": ("optimizer", ""), "step, s": ("step_s", ".2f"),
+        "time / torch.quantile": ("/ torch.quantile", ".2f"), "time / fused AdamW": ("/ fused AdamW", ".1f")})
+
+
+def generate_table(measured: dict) -> str:
+    """The speed at which a merged model generates, beside its peers."""
+    return benchmark_table(measured, {
+        "batch": ("batch", ""), "model": ("model", ""), "tokens / s": ("tokens / s", ".1f"),
+        "speed / GPTQ": ("/ GPTQ", ".2f"), "speed / GPTQ + LoRA": ("/ GPTQ + LoRA", ".2f"),
+        "weights, MB": ("model MB", ".1f")})
+
+
+def merge_table(measured: dict) -> str:
+    """The time and memory of a merge, beside copying the folder."""
+    return benchmark_table(measured, {
+        "weights": ("weights", ","), "what": ("what", ""), "s": ("s", ".2f"), "time / copy": ("/ copy", ".1f"),
+        "peak MB": ("peak MB", ".0f")})
+
+
+def memory_script() -> ModuleType:
+    """benchmarks/memory.py, which makes its tables itself. It is loaded by its path, because it is in no package."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module         # where its dataclass looks for its annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def index_table() -> str:
+    """Where every table and figure stands, and what it comes from: TABLES and FIGURES as a table."""
+    rows = [[name, entry.shows, ", ".join(pages_with(f"<!-- table {name}:")), SCRIPT, entry.files, entry.command]
+            for name, entry in TABLES.items()]
+    rows += [[f"[{Path(file).name}](../{file})", figure.shows, ", ".join(pages_with(Path(file).name)),
+              figure.script, figure.files, figure.command] for file, figure in FIGURES.items()]
+    return markdown(["table or figure", "shows", "stands in", "made by", "from", "command that measures again"],
+                    [[*cells, ", ".join(f"`{file}`" for file in files) or "–", f"`{command}`" if command else "–"]
+                     for *cells, files, command in rows])
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+def draw_results(lines: Lines, file: Path) -> None:
+    """Exact match by bits and method, both settings side by side. A dot is a seed."""
     plt = pyplot()
     figure, axes = plt.subplots(1, len(SETTINGS), figsize=(11, 3.6), sharey=True)
+    most = max(len({method_of(line) for line in chosen(lines, bits=bits)}) for bits in BITS)      # bars of a group
+    bars = {}           # {method: one of its bars}, for the legend
     for ax, setting in zip(axes, SETTINGS, strict=True):
-        present = [m for m in METHODS if chosen(lines, setting=setting, method=m[0])]
-        width = 0.84 / max(1, len(present))
-        for place, bits in enumerate((4, 3, 2)):
-            for i, (method, label, color) in enumerate(present):
-                values = [100 * line["accuracy"] for line in chosen(lines, setting=setting, bits=bits, method=method)]
-                if not values:
-                    continue
-                x = place + (i - (len(present) - 1) / 2) * width
-                ax.bar(x, mean(values), width, color=color, label=label.replace("`", "") if place == 0 else None)
+        for base in chosen(lines, setting=setting, method=BASE):
+            bars[BASE] = ax.axhline(100 * base["accuracy"], color="black", linewidth=0.8, linestyle=":")
+        for group, bits in enumerate(BITS):
+            by_method = {method: chosen(lines, setting=setting, bits=bits, method=method) for method in METHODS}
+            by_method = {method: some for method, some in by_method.items() if some}
+            for i, (method, some) in enumerate(by_method.items()):
+                values, width = [100 * line["accuracy"] for line in some], 0.84 / most
+                x = group + (i - (len(by_method) - 1) / 2) * width
+                bars[method], = ax.bar(x, mean(values), width, color=METHODS[method])
                 if len(values) > 1:
                     ax.plot([x] * len(values), values, ".", color="black", markersize=3)
-        for base in chosen(lines, setting=setting, method="16-bit base"):
-            ax.axhline(100 * base["accuracy"], color="black", linewidth=0.8, linestyle=":", label="16-bit base")
-        ax.set_xticks(range(3), ["4 bits", "3 bits", "2 bits"])
+        ax.set_xticks(range(len(BITS)), [f"{bits} bits" for bits in BITS])
         ax.set_title(SETTINGS[setting], fontsize=10, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("exact match, %")
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[-1].legend(handles, labels, fontsize=7, frameon=False, ncols=3, loc="upper right")    # where bars are low
+    legend = {BASE if name == BASE else LABELS.get(name, name): bars[name] for name in (BASE, *METHODS) if name in bars}
+    # On the right, where the bars are low.
+    axes[-1].legend(legend.values(), legend, fontsize=7, frameon=False, ncols=3, loc="upper right")
     save(figure, file)
 
 
-def draw_ablation(lines, file):
-    """One panel for each thing that was varied: the loss of each centre along it, its own value drawn full."""
+def draw_ablation(lines: Lines, file: Path) -> None:
+    """A panel for each setting that was changed: the loss of each centre by its value. A centre's own value is full."""
     plt = pyplot()
     what = list(dict.fromkeys(line["varied"] for line in lines if "varied" in line))
-    centres = [{**line, "varied": varied, "value": CENTRE[varied][line["centre"]]}
-               for line in lines if "varied" not in line for varied in what if line["centre"] in CENTRE[varied]]
+    centres = [{**line, "varied": varied, "value": VARIED[varied][1][line["centre"]][0]}
+               for line in lines if "varied" not in line for varied in what if line["centre"] in VARIED[varied][1]]
     rows = -(-len(what) // PANELS)
     figure, axes = plt.subplots(rows, PANELS, figsize=(2.9 * PANELS, 2.6 * rows), squeeze=False, sharey=True)
     for ax, varied in zip(axes.flat, what, strict=False):
         some = [line for line in lines + centres if line.get("varied") == varied]
-        values = list(VARIED[varied][1].values())
-        order = sorted({v for value in values for v in value}, key=lambda v: (isinstance(v, str), v))
+        order = sorted({value for values in VARIED[varied][1].values() for value in values},
+                       key=lambda value: (isinstance(value, str), value))
         for centre in dict.fromkeys(line["centre"] for line in some):
             points = {line["value"]: line["loss"] for line in some if line["centre"] == centre}
             recipe, bits, setting = CENTRES[centre]
-            color = next(color for name, _, color in METHODS if name == f"LoTA, {recipe}")
+            color = METHODS[f"LoTA, {recipe}"]
             places = [i for i, value in enumerate(order) if value in points]
             style = "" if isinstance(order[0], str) else "-" if (bits, setting) == (2, "recovery") else "--"
             ax.plot(places, [points[order[i]] for i in places], markersize=4, color=color, label=centre, marker="o",
                     linestyle=style, markerfacecolor="white")
-            if (own := CENTRE[varied][centre]) in points:
+            if (own := VARIED[varied][1][centre][0]) in points:
                 ax.plot([order.index(own)], [points[own]], "o", markersize=5, color=color)
         ax.set_xticks(range(len(order)), order, fontsize=8)
         ax.set_title(varied, fontsize=10, loc="left")
@@ -163,6 +389,7 @@ def draw_ablation(lines, file):
 
 
 def pyplot():
+    """matplotlib.pyplot, for files only."""
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "lota"        # the same lines draw the same file
@@ -170,42 +397,166 @@ def pyplot():
     return plt
 
 
-def save(figure, file):
+def save(figure, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
-    print(f"drawn: {Path(file).relative_to(ROOT)}")
+    print(f"drawn: {file.relative_to(ROOT)}")
 
 
-def with_tables(text):
-    """`text`, the README's, with the tables of the committed lines between their marks."""
-    for name, columns in TABLES.items():
-        mark = f"<!-- made by runs/experiment_table.py of {name} -->\n"
-        before, rest = text.split(mark, 1)
-        text = before + mark + table(read_lines(RESULTS / name), columns) + END_MARK + rest.split(END_MARK, 1)[1]
-    return text
+# --- the lists ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the pages.
+
+    shows: what it shows, for the index. files: its data, named from the repository's root. make: a function of the
+    files' contents that returns the table and the notes beneath it, as Markdown. command: measures the data again.
+    """
+    shows: str
+    files: tuple[str, ...]
+    make: Callable[..., str]
+    command: str = ""
+
+    def text(self) -> str:
+        """What stands between the marks."""
+        return self.make(*map(read, self.files))
+
+    def mark(self, name: str) -> str:
+        """The line before the table."""
+        return f"<!-- table {name}: made by {SCRIPT} from {', '.join(self.files) or SCRIPT} -->"
 
 
-def main():
+TABLES = {
+    "results": Table("the compact comparison on fresh rows", ("experiments/results/confirm.jsonl",), results_table,
+                     "bash runs/experiment.sh DATA confirm"),
+    "test": Table("all methods on the test split", ("experiments/results/test.jsonl",), long_table,
+                  "bash runs/experiment.sh DATA test"),
+    "confirm": Table("the choice on fresh rows, with stronger baselines", ("experiments/results/confirm.jsonl",),
+                     lambda lines: long_table(lines, 7), "bash runs/experiment.sh DATA confirm"),
+    "demo": Table("the demo", ("experiments/results/demo.json",), comparison_table, "bash runs/demo.sh"),
+    "viggo": Table("ViGGO with the published steps, at two values of ω",
+                   ("experiments/results/viggo_12.json", "experiments/results/viggo_8.json"), comparison_table,
+                   "bash runs/viggo.sh DATA"),
+    "deploy": Table("every export format in every engine", ("experiments/results/deploy.json",), deploy_table,
+                    "bash runs/deploy.sh DATA"),
+    "speed_layer": Table("one layer at ω = 0.75 r", ("benchmarks/results/layer_cpu.json",), layer_table,
+                         "python benchmarks/layer.py"),
+    "speed_layer_half": Table("one layer at ω = 0.5 r", ("benchmarks/results/layer_half_cpu.json",), layer_table,
+                              "python benchmarks/layer.py --bits 4 --omega 32 --output layer_half"),
+    "speed_train_step": Table("a training step", ("benchmarks/results/train_step_cpu.json",), train_step_table,
+                              "python benchmarks/train_step.py"),
+    "speed_optimizer": Table("a step of the optimizer", ("benchmarks/results/optimizer_cpu.json",), optimizer_table,
+                             "python benchmarks/optimizer.py"),
+    "speed_generate": Table("generation", ("benchmarks/results/generate_cpu.json",), generate_table,
+                            "python benchmarks/generate.py --bits 4 --batch 1 8"),
+    "speed_merge": Table("the merge", ("benchmarks/results/merge_cpu.json",), merge_table,
+                         "python benchmarks/merge.py --rounds 1"),
+    "memory": Table("the memory of training and of the merged model", ("benchmarks/results/memory.json",),
+                    lambda _: f"{memory_script().table()}\n", "python benchmarks/memory.py"),
+    "memory_short": Table("the same in short", ("benchmarks/results/memory.json",),
+                          lambda _: f"{memory_script().short_table()}\n", "python benchmarks/memory.py"),
+    "index": Table("where every table and figure comes from", (), index_table)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the pages.
+
+    shows, files, command: as in Table. script: what draws it. draw: a function (content of the data, file) that draws
+    it; None where another script does.
+    """
+    shows: str
+    files: tuple[str, ...]
+    command: str = ""
+    script: str = SCRIPT
+    draw: Callable[[Lines, Path], None] | None = None
+
+
+FIGURES = {             # {file: its figure}
+    "experiments/results/results.svg": Figure(
+        "all methods on the test split", ("experiments/results/test.jsonl",), "bash runs/experiment.sh DATA test",
+        draw=draw_results),
+    "experiments/results/confirm.svg": Figure(
+        "the choice on fresh rows, with stronger baselines", ("experiments/results/confirm.jsonl",),
+        "bash runs/experiment.sh DATA confirm", draw=draw_results),
+    "experiments/results/ablation.svg": Figure(
+        "one setting changed at a time", ("experiments/results/ablation.jsonl",),
+        "bash runs/experiment.sh DATA ablation", draw=draw_ablation),
+    "benchmarks/results/performance_cpu.svg": Figure(
+        "time and memory on a CPU", ("benchmarks/results/*_cpu.json",), "python benchmarks/NAME.py, for each NAME_cpu",
+        "benchmarks/plot.py"),
+    "docs/picture.svg": Figure("the method on one small layer", (), script="docs/picture.py")}
+
+
+# --- the pages ------------------------------------------------------------------------------------------------------
+
+BETWEEN_MARKS = re.compile(r"<!-- table (\w+): [^\n]*-->\n(.*?)<!-- end of table \1 -->", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """The pages that can have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def pages_with(text: str) -> list[str]:
+    """The names of the pages in which a text stands."""
+    return [str(page.relative_to(ROOT)) for page in pages() if text in page.read_text()]
+
+
+def tables_in(page: Path) -> dict[str, str]:
+    """{name: what stands from mark to mark} of a page. Raises UserError where a mark is alone or names no table."""
+    text = page.read_text()
+    found = {match[1]: match[0] for match in BETWEEN_MARKS.finditer(text)}
+    marks = re.findall(r"<!-- (?:table|end of table) (\w+)", text)
+    alone = [name for name in marks if marks.count(name) != 2 or name not in found]
+    if alone:
+        raise UserError(f"{page.relative_to(ROOT)}: the marks of table {alone[0]} are not one pair")
+    unknown = [name for name in found if name not in TABLES]
+    if unknown:
+        raise UserError(f"{page.relative_to(ROOT)}: there is no table {unknown[0]}, only {', '.join(TABLES)}")
+    return found
+
+
+def with_marks(name: str) -> str:
+    """A table with its marks, as it must stand in a page."""
+    return f"{TABLES[name].mark(name)}\n{TABLES[name].text()}<!-- end of table {name} -->"
+
+
+def differing() -> list[tuple[Path, str]]:
+    """The (page, name) of the tables that differ from their data."""
+    return [(page, name) for page in pages() for name, text in tables_in(page).items() if text != with_marks(name)]
+
+
+def write() -> None:
+    """Puts every table into the pages that have its marks."""
+    for page, name in differing():
+        text = page.read_text()
+        page.write_text(text.replace(tables_in(page)[name], with_marks(name)))
+        print(f"written: {page.relative_to(ROOT)}, table {name}")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write the tables into README.md")
-    parser.add_argument("--lines", help="print this file of experiments/results/ run by run instead")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="write the tables into the pages and draw the figures")
+    action.add_argument("--check", action="store_true", help="compare the pages with the data")
+    action.add_argument("--lines", metavar="FILE", help="print this file of experiments/results/ run by run")
     args = parser.parse_args()
     if args.lines:
-        print("| run | seed | exact match | loss | integers moved | differ live |\n|---|---|---|---|---|---|")
-        for line in read_lines(RESULTS / args.lines):
-            moved = "" if line.get("moved") is None else f"{line['moved']:.3%}"
-            loss = f"{line['loss']:.4f}" if "loss" in line else ""
-            print(f"| {line['name']} | {line['seed']} | {line['accuracy']:.1%} | {loss} | {moved} | "
-                  f"{line.get('differ_from_live', '')} |")
-        return
-    for name, columns in TABLES.items():
-        print(table(read_lines(RESULTS / name), columns))
-    draw_results(read_lines(RESULTS / "test.jsonl"), RESULTS / "results.svg")
-    draw_ablation(read_lines(RESULTS / "ablation.jsonl"), RESULTS / "ablation.svg")
-    if args.readme:
-        readme = ROOT / "README.md"
-        readme.write_text(with_tables(readme.read_text()))
+        print_runs(read_lines(RESULTS / args.lines))
+    elif args.check:
+        wrong = [f"{page.relative_to(ROOT)}: table {name} differs from its data; python {SCRIPT} --write mends it"
+                 for page, name in differing()]
+        sys.exit("\n".join(wrong) or 0)
+    elif args.write:
+        write()
+        for file, figure in FIGURES.items():
+            if figure.draw:
+                figure.draw(read(figure.files[0]), ROOT / file)
+    else:
+        for name in TABLES:
+            print(f"{with_marks(name)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

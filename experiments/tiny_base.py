@@ -1,15 +1,11 @@
 """Trains a tiny Llama from scratch, with its own tokenizer, on the train split of one data set.
 
-    python runs/tiny_base.py --data_name viggo --data_dir DATA --output MODEL
+    python experiments/tiny_base.py --data_name viggo --data_dir DATA --output MODEL
 
-No model hub is needed: this makes the 16-bit base model of the demo and of the small-scale results. The chat template
-leaves the system turn out: the model knows one task only, and short sequences train fast on a CPU.
+It makes the 16-bit base model of the demo and of the experiments, so that they need no model hub. The chat template
+leaves the system turn out, because the model knows one task only and short sequences train fast on a CPU.
 """
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,8 +27,8 @@ CHAT_TEMPLATE = (
     "{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 
 
-def train_tokenizer(data_name, data_dir, vocab_size):
-    """Byte-level BPE on the questions and answers of the train split."""
+def train_tokenizer(data_name: str, data_dir: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on the questions and answers of the train split."""
     texts = []
     for row in load_rows(data_name, "train", data_dir):
         messages, answer = read_messages(data_name, row)
@@ -47,11 +43,11 @@ def train_tokenizer(data_name, data_dir, vocab_size):
                                    clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_name", default="viggo")
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--data_name", default="viggo", help="the data set, an entry of TASKS [viggo]")
+    parser.add_argument("--data_dir", required=True, help="the data on disk, as --data_dir of LoTA_QAF_main.py")
+    parser.add_argument("--output", required=True, help="the folder for the model and its tokenizer")
     parser.add_argument("--hidden_size", type=int, default=192)
     parser.add_argument("--intermediate_size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)

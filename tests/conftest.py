@@ -38,7 +38,7 @@ def run_main(module, *arguments):
         sys.argv = before
 
 
-def settings_of(*arguments):
+def parse(*arguments):
     """The settings that a command line asks for: (base, training, evaluation)."""
     return LoTA_QAF_main.parse_args(list(map(str, arguments)))
 
@@ -97,7 +97,7 @@ def train(gptq_2bit, base_model, demo_data):
     The flags of TRAIN with the tiny model and its data; of two equal flags the last one counts.
     """
     def train(folder, *flags):
-        base, training, _ = settings_of(
+        base, training, _ = parse(
             *TRAIN, "--quantized_model_dir", gptq_2bit, "--pretrained", base_model, "--data_dir", demo_data,
             "--adapter_path", folder, *flags)
         return LoTA_QAF_main.train(base, training)
@@ -115,7 +115,7 @@ def evaluate(demo_data):
     """A function (output, *flags) -> the content of the JSON file that mode 2 wrote into `output`."""
     def evaluate(output, *flags):
         before = set(output.glob("*.json"))
-        base, _, evaluation = settings_of(*EVALUATE, "--data_dir", demo_data, "--output_path", output, *flags)
+        base, _, evaluation = parse(*EVALUATE, "--data_dir", demo_data, "--output_path", output, *flags)
         LoTA_QAF_main.evaluate(base, evaluation)
         file, = set(output.glob("*.json")) - before
         return json.loads(file.read_text())

@@ -1,6 +1,8 @@
 """The method written out plainly in float64, for the tests to compare with. Imports nothing of the project's code.
 
-Loops over values, groups and entries where that is the plainest way to say it; nothing here is made to be fast.
+It loops over values, groups and entries wherever that is plainest, because speed does not matter here.
+A [in, r] and B [r, out] hold -1, 0, 1. weight_int [in, out], scales and zeros [groups, out], g_idx [in], as in
+LoTA.ternary.
 """
 import torch
 
@@ -30,13 +32,13 @@ def unpack_stream(words, bits, count):
 
 
 def pack_columns(values, bits):
-    """[rows, cols] integers -> int32 [words, cols]: each column is a stream of its own."""
+    """Integers [rows, cols] -> int32 [words, cols]. Each column is a stream of its own."""
     columns = [pack_stream(column, bits) for column in values.t().tolist()]
     return torch.tensor(columns, dtype=torch.int32).t().contiguous()
 
 
 def unpack_columns(packed, bits, rows):
-    """int32 [words, cols] -> int64 [rows, cols]."""
+    """Inverse of pack_columns: int32 [words, cols] -> int64 [rows, cols]."""
     return torch.tensor([unpack_stream(column, bits, rows) for column in packed.t().tolist()]).t().contiguous()
 
 
@@ -47,11 +49,11 @@ def delta_w(A, B):
     return A.double() @ B.double()
 
 
-def ternary_step(aux, weight_int, omega, bits):
-    """Eq. 3: the step of each weight, none where it would leave the grid."""
-    step = torch.zeros(aux.shape, dtype=torch.float64)
-    for i, (aux_row, integers) in enumerate(zip(aux.tolist(), weight_int.tolist(), strict=True)):
-        for j, (change, integer) in enumerate(zip(aux_row, integers, strict=True)):
+def ternary_step(dw, weight_int, omega, bits):
+    """Eq. 3: the step of each weight for dW [in, out]. It is 0 where it would leave the grid."""
+    step = torch.zeros(dw.shape, dtype=torch.float64)
+    for i, (changes, integers) in enumerate(zip(dw.tolist(), weight_int.tolist(), strict=True)):
+        for j, (change, integer) in enumerate(zip(changes, integers, strict=True)):
             if change > omega and integer < 2**bits - 1:
                 step[i, j] = 1
             elif change < -omega and integer > 0:
@@ -64,11 +66,11 @@ def group_means(matrix, g_idx, groups):
     return torch.stack([matrix[g_idx == g].mean(0) for g in range(groups)])
 
 
-def offset(aux, step, g_idx, groups, omega, kappa):
-    """Eq. 4: mu = the group mean of (dW - omega W^), over kappa; zeros where kappa is None."""
+def offset(dw, step, g_idx, groups, omega, kappa):
+    """Eq. 4: mu [groups, out], the group mean of dW - omega W^, divided by kappa. Zeros where kappa is None."""
     if kappa is None:
-        return torch.zeros(groups, aux.shape[1], dtype=torch.float64)
-    return group_means(aux - omega * step, g_idx, groups) / kappa
+        return torch.zeros(groups, dw.shape[1], dtype=torch.float64)
+    return group_means(dw - omega * step, g_idx, groups) / kappa
 
 
 def weight(weight_int, step, mu, scales, zeros, g_idx):
@@ -79,26 +81,26 @@ def weight(weight_int, step, mu, scales, zeros, g_idx):
 
 def adapted_weight(A, B, weight_int, scales, zeros, g_idx, bits, omega, kappa):
     """W' of the training layer."""
-    aux = delta_w(A, B)
-    step = ternary_step(aux, weight_int, omega, bits)
-    mu = offset(aux, step, g_idx, scales.shape[0], omega, kappa)
+    dw = delta_w(A, B)
+    step = ternary_step(dw, weight_int, omega, bits)
+    mu = offset(dw, step, g_idx, scales.shape[0], omega, kappa)
     return weight(weight_int, step, mu, scales, zeros, g_idx)
 
 
 def merge(A, B, weight_int, scales, g_idx, bits, omega, kappa):
     """Eq. 5: (W_int + W^, mu)."""
-    aux = delta_w(A, B)
-    step = ternary_step(aux, weight_int, omega, bits)
-    return weight_int.long() + step.long(), offset(aux, step, g_idx, scales.shape[0], omega, kappa)
+    dw = delta_w(A, B)
+    step = ternary_step(dw, weight_int, omega, bits)
+    return weight_int.long() + step.long(), offset(dw, step, g_idx, scales.shape[0], omega, kappa)
 
 
 def forward_and_gradients(x, grad_output, A, B, weight_int, scales, zeros, g_idx, bits, omega, kappa):
     """y = x W' and the gradients of x, A and B, by autograd through the straight-through form of W'."""
     x, A, B = (t.detach().double().requires_grad_() for t in (x, A, B))
-    aux = A @ B
-    step = ternary_step(aux.detach(), weight_int, omega, bits)
-    straight_through = aux + (step - aux).detach()
-    mu = offset(aux, step, g_idx, scales.shape[0], omega, kappa)    # the step is a constant in here
+    dw = A @ B
+    step = ternary_step(dw.detach(), weight_int, omega, bits)
+    straight_through = dw + (step - dw).detach()
+    mu = offset(dw, step, g_idx, scales.shape[0], omega, kappa)    # the step is a constant here
     y = x @ weight(weight_int, straight_through, mu, scales, zeros, g_idx)
     return y.detach(), *torch.autograd.grad(y, (x, A, B), grad_output.double())
 
@@ -106,14 +108,14 @@ def forward_and_gradients(x, grad_output, A, B, weight_int, scales, zeros, g_idx
 # --- initialisation and training ----------------------------------------------------------------------------------
 
 def ternarized(values):
-    """+1 above delta, -1 below -delta, else 0; delta = 0.75 mean|values|."""
+    """+1 above delta, -1 below -delta, else 0, where delta = 0.75 mean|values|."""
     values = values.double()
     delta = 0.75 * values.abs().mean().item()
     return torch.tensor([[1.0 if v > delta else -1.0 if v < -delta else 0.0 for v in row] for row in values.tolist()])
 
 
 def sigma(t, steps, first=0.95, turn=0.999, last=0.9999):
-    """The level of step t = 1 ... steps: first -> turn over 80 % of the steps, then turn -> last, both linearly."""
+    """sigma of step t = 1 ... steps: from first to turn over 80 % of the steps, then from turn to last, linearly."""
     if t >= steps:
         return last
     phase = 0.8 * steps
@@ -123,7 +125,10 @@ def sigma(t, steps, first=0.95, turn=0.999, last=0.9999):
 
 
 def sign_step(parameters, gradients, level, last_phase):
-    """One t-SignSGD step over lists of tensors: the new parameters in float64. last_phase: t > 80 % of the steps."""
+    """One t-SignSGD step over lists of tensors, for sigma = level. Returns the new parameters in float64.
+
+    last_phase: whether t > 80 % of the steps.
+    """
     norm = sum(float((g.double() ** 2).sum()) for g in gradients) ** 0.5
     out = []
     for p, g in zip(parameters, gradients, strict=True):

@@ -1,6 +1,6 @@
 """Data sets, prompts and labels, names of runs and saved results: every value against one worked by hand.
 
-The tokenizer of these tests gives a character its ASCII number, so that `ord` is the encoding by hand.
+The tokenizer of these tests gives a character its ASCII number, so `ord` is the encoding by hand.
 """
 import csv
 import json
@@ -9,16 +9,14 @@ import random
 from datetime import datetime
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import numpy
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from pairs import pairwise
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import data_print_save
 from data_print_save import (
     FALLBACK_CHAT_TEMPLATE,
     GSM8K_INSTRUCTION,
@@ -27,6 +25,7 @@ from data_print_save import (
     encode_prompt,
     get_Ada_path,
     load_rows,
+    load_tokenizer,
     params_print,
     prepare_dataset,
     prepare_tokenizer,
@@ -36,7 +35,7 @@ from data_print_save import (
     set_seed,
 )
 from LoTA import UserError
-from LoTA_QAF_main import baseConfig, evalConfig, load_tokenizer, trainingConfig
+from LoTA.settings import baseConfig, evalConfig, trainingConfig
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -144,14 +143,14 @@ def test_sql_messages_keep_a_system_turn():
     assert read_messages("sql", row) == ([system, {"role": "user", "content": "Q"}], "A")
 
 
-@pytest.mark.parametrize("word", """
-    inform request give_opinion confirm verify_attribute suggest request_explanation recommend request_attribute
-    name release_year exp_release_date developer esrb rating genres player_perspective platforms has_multiplayer
-    available_on_steam has_linux_release has_mac_release specifier""".split())
-def test_viggo_instruction_names_the_whole_vocabulary(word):
+def test_viggo_instruction_names_the_whole_vocabulary():
     """ViGGO's nine functions and fourteen attributes stand in the instruction, each as a word of its own."""
+    vocabulary = """
+        inform request give_opinion confirm verify_attribute suggest request_explanation recommend request_attribute
+        name release_year exp_release_date developer esrb rating genres player_perspective platforms has_multiplayer
+        available_on_steam has_linux_release has_mac_release specifier""".split()
     words = VIGGO_INSTRUCTION.replace(",", " ").replace(".", " ").split()
-    assert word in words
+    assert len(vocabulary) == 9 + 14 and not set(vocabulary) - set(words)
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
@@ -165,13 +164,13 @@ def test_viggo_instruction_names_the_whole_vocabulary(word):
      "<bos>[system]Today: 26 Jul 2024\n[end][user]{u}[end][assistant]"),
     (NO_SYSTEM, "<bos>[user]{s}\n\n{u}[end][assistant]", "<bos>[user]{u}[end][assistant]")],
     ids=["no template", "plain", "default system", "date line", "no system role"])
-@pytest.mark.parametrize("data_name", ROWS)
-def test_prompt_of_each_template(data_name, template, with_system, without):
+def test_prompt_of_each_template(template, with_system, without):
     """The rendered text, exactly: the instruction is never lost, and the prompt ends where the answer begins."""
     tokenizer = prepare_tokenizer(char_tokenizer(chat_template=template))
-    messages, _ = read_messages(data_name, ROWS[data_name])
-    want = (with_system if SYSTEMS[data_name] else without).format(s=SYSTEMS[data_name], u=USERS[data_name])
-    assert render_prompt(tokenizer, messages) == want
+    for data_name in ROWS:
+        messages, _ = read_messages(data_name, ROWS[data_name])
+        want = (with_system if SYSTEMS[data_name] else without).format(s=SYSTEMS[data_name], u=USERS[data_name])
+        assert render_prompt(tokenizer, messages) == want, data_name
 
 
 @pytest.mark.parametrize("system", [False, True])
@@ -312,55 +311,45 @@ def test_preparing_twice_gives_the_same(tmp_path):
 
 # --- where rows come from -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("data_name", ROWS)
-@pytest.mark.parametrize("kind", [".csv", ".json", ".jsonl", "saved"])
-def test_rows_of_every_format(tmp_path, data_name, kind):
-    """Each format gives back the rows that were written, split by split; newlines, quotes and commas included."""
-    other = {column: f"{value} \n\"more\", then" for column, value in ROWS[data_name].items()}
+def write_splits(folder, kind, splits):
+    """Writes {name of a split: its rows} as files of one kind, or as one save_to_disk folder (kind "saved")."""
     if kind == "saved":
-        DatasetDict({"train": Dataset.from_list([ROWS[data_name], other]),
-                     "test": Dataset.from_list([other])}).save_to_disk(str(tmp_path))
+        DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(str(folder))
     else:
-        write_rows(tmp_path / f"train{kind}", [ROWS[data_name], other])
-        write_rows(tmp_path / f"test{kind}", [other])
+        for name, rows in splits.items():
+            write_rows(folder / f"{name}{kind}", rows)
+
+
+@pytest.mark.parametrize("kind, data_name, name", pairwise(
+    kind=[".csv", ".json", ".jsonl", "saved"], data_name=ROWS, name=["test", "validation", "valid", "val", "dev"]))
+def test_rows_of_every_format(tmp_path, kind, data_name, name):
+    """Each format gives back the rows that were written; newlines, quotes and commas included.
+
+    Each usual name of held-out rows serves as the test split.
+    """
+    other = {column: f"{value} \n\"more\", then" for column, value in ROWS[data_name].items()}
+    write_splits(tmp_path, kind, {"train": [ROWS[data_name], other], name: [other]})
     assert load_rows(data_name, "train", str(tmp_path)).to_list() == [ROWS[data_name], other]
     assert load_rows(data_name, "test", str(tmp_path)).to_list() == [other]
 
 
-@pytest.mark.parametrize("text", ["None", "N/A", "null", "7", "3.50", "true", "2012-05-06"])
 @pytest.mark.parametrize("kind", [".csv", ".jsonl"])
-def test_text_stays_text(tmp_path, kind, text):
+def test_text_stays_text(tmp_path, kind):
     """An answer that looks like a missing value, a number, a truth value or a date is trained on as it is written."""
+    texts = ["None", "N/A", "null", "7", "3.50", "true", "2012-05-06"]
     tokenizer = char_tokenizer(chat_template="{{ messages[-1].content }}>")
-    write_rows(tmp_path / f"train{kind}", [{"instruction": "Say.", "input": "", "output": text}])
-    write_rows(tmp_path / f"test{kind}", [ALPACA])
-    row = prepare_dataset("alpaca", tokenizer, data_dir=str(tmp_path))[0]
-    assert row["input_ids"] == [*by_hand(f"Say.>{text}"), EOS]
+    for text in texts:              # each in a file of its own: no other answer says what the column holds
+        folder = tmp_path / text.replace("/", "")
+        write_splits(folder, kind, {"train": [{"instruction": "Say.", "input": "", "output": text}], "test": [ALPACA]})
+        row = prepare_dataset("alpaca", tokenizer, data_dir=str(folder))[0]
+        assert row["input_ids"] == [*by_hand(f"Say.>{text}"), EOS]
 
 
-@pytest.mark.parametrize("name", ["test", "validation", "valid", "val", "dev"])
-@pytest.mark.parametrize("saved", [False, True])
-def test_names_of_the_test_split(tmp_path, name, saved):
-    """Each usual name of held-out rows serves as the test split."""
-    train, test = numbered(6)[:5], numbered(6)[5:]
-    if saved:
-        DatasetDict({"train": Dataset.from_list(train), name: Dataset.from_list(test)}).save_to_disk(str(tmp_path))
-    else:
-        write_rows(tmp_path / "train.jsonl", train)
-        write_rows(tmp_path / f"{name}.jsonl", test)
-    assert load_rows("gsm8k", "test", str(tmp_path)).to_list() == test
-    assert load_rows("gsm8k", "train", str(tmp_path)).to_list() == train
-
-
-@pytest.mark.parametrize("saved", [False, True])
-def test_test_goes_before_validation(tmp_path, saved):
+@pytest.mark.parametrize("kind", [".json", "saved"])
+def test_test_goes_before_validation(tmp_path, kind):
     """Where both are there, the test rows are the test rows."""
     parts = {"validation": numbered(3)[:1], "test": numbered(3)[1:2], "train": numbered(3)[2:]}
-    if saved:
-        DatasetDict({k: Dataset.from_list(v) for k, v in parts.items()}).save_to_disk(str(tmp_path))
-    else:
-        for name, rows in parts.items():
-            write_rows(tmp_path / f"{name}.json", rows)
+    write_splits(tmp_path, kind, parts)
     assert load_rows("gsm8k", "test", str(tmp_path)).to_list() == parts["test"]
 
 
@@ -394,7 +383,7 @@ def hub(monkeypatch):
         row = {**ALPACA, **GSM8K, **SQL, **VIGGO}
         return Dataset.from_list([{**row, "question": f"Q{i}"} for i in range(load_dataset.count)])
     load_dataset.calls, load_dataset.count = [], 20
-    monkeypatch.setattr(data_print_save, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     return load_dataset
 
 
@@ -528,18 +517,20 @@ def test_load_tokenizer_takes_the_first_place_that_has_one(tmp_path):
     bare.mkdir()
     char_tokenizer(pad_token=None, chat_template="gptq {{ messages[0].content }}").save_pretrained(str(gptq))
     char_tokenizer(pad_token=None).save_pretrained(str(dense))
-    first = load_tokenizer(baseConfig(quantized_model_dir=str(gptq), pretrained=str(dense)))
+    first = load_tokenizer([str(gptq), str(dense)])
     assert (first.pad_token_id, first.chat_template) == (EOS, "gptq {{ messages[0].content }}")
-    second = load_tokenizer(baseConfig(quantized_model_dir=str(bare), pretrained=str(dense)))
-    assert (second.pad_token_id, second.chat_template) == (EOS, FALLBACK_CHAT_TEMPLATE)
-    assert encode_prompt(second, "ab\n<eos>") == [97, 98, 10, EOS]
-    with pytest.raises(UserError, match="--pretrained"):
-        load_tokenizer(baseConfig(quantized_model_dir=str(bare)))
+    for places in ([str(bare), str(dense)], [None, str(dense)]):
+        second = load_tokenizer(places)
+        assert (second.pad_token_id, second.chat_template) == (EOS, FALLBACK_CHAT_TEMPLATE)
+        assert encode_prompt(second, "ab\n<eos>") == [97, 98, 10, EOS]
+    for places in ([str(bare)], [str(bare), None]):
+        with pytest.raises(UserError, match=f"no tokenizer in {bare}; name the 16-bit model with --pretrained"):
+            load_tokenizer(places)
 
 
 def test_tiny_tokenizer_loses_nothing(tmp_path):
     """The demo's own tokenizer gives every training row back, character by character, between its marks."""
-    from runs.tiny_base import train_tokenizer
+    from tiny_base import train_tokenizer
     rows = [{"mr": f"inform(name[Zoë {i}], genres[a, b])", "ref": f"Zoë {i}  is\ta puzzle."} for i in range(9)]
     write_rows(tmp_path / "train.csv", rows)
     write_rows(tmp_path / "test.csv", rows[:1])

@@ -1,9 +1,12 @@
 """Scoring, generation and the saved results: against hand-made cases, published values and plain greedy decoding."""
 import json
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
 import torch
+from conftest import predictions
+from pairs import pairwise
 from test_data import (
     ANSWERS,
     BOS,
@@ -22,10 +25,10 @@ from test_data import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evalGSV
-from data_print_save import prepare_dataset
+from data_print_save import load_rows, prepare_dataset
 from evalGSV import answer_loss, confidence_interval, evalgsv, generate, is_correct
 from LoTA import UserError
-from LoTA_QAF_main import baseConfig, evalConfig
+from LoTA.settings import baseConfig, evalConfig
 
 # --- scoring ------------------------------------------------------------------------------------------------------
 
@@ -33,49 +36,55 @@ MR = "inform(name[Tin Road], release_year[2011], genres[puzzle, racing])"
 ESRB = "inform(name[Tin Road], esrb[E 10+ (for Everyone 10 and Older)])"
 
 
-@pytest.mark.parametrize("pred, label", [
+GSM8K_RIGHT = [
     ("2 + 3 = 5\n#### 5", "5 pens.\n#### 5"), ("#### 1,234", "#### 1234"), ("#### 1234", "It is so.\n#### 1,234"),
     ("#### $5.", "#### 5"), ("#### $1,234,567.50", "#### 1234567.5"), ("#### 5.0", "#### 5"), ("####5", "#### 5"),
     ("####   5  \n", "#### 5"), ("#### 6\n#### 5", "#### 5"), ("#### 5\nThat is all.", "#### 5"),
-    ("#### -3", "#### -3"), ("#### 0", "#### 0"), ("# 7 ## 8 #### 5", "#### 5")])
-def test_gsm8k_right(pred, label):
-    """The number after the last #### counts, however it is written and whatever stands before it."""
-    assert is_correct(pred, label, "gsm8k") is True
-
-
-@pytest.mark.parametrize("pred, label", [
+    ("#### -3", "#### -3"), ("#### 0", "#### 0"), ("# 7 ## 8 #### 5", "#### 5")]
+GSM8K_WRONG = [
     ("5", "#### 5"), ("The answer is 5.", "#### 5"), ("### 5", "#### 5"), ("# # # # 5", "#### 5"), ("", "#### 5"),
     ("####", "#### 5"), ("#### 6", "#### 5"), ("#### -5", "#### 5"), ("#### 15", "#### 5"), ("#### 51", "#### 5"),
     ("#### 5\n#### 6", "#### 5"), ("#### 5.1", "#### 5"), ("#### 0.5", "#### 5"), ("#### five", "#### 5"),
-    ("#### 5/2", "#### 5"), ("#### 1,234", "#### 234"), ("#### 1.234", "#### 1234"), ("####\n\n#### ", "#### 0")])
-def test_gsm8k_wrong(pred, label):
-    """No ####, another number, another sign, or a right number that is not the last."""
-    assert is_correct(pred, label, "gsm8k") is False
-
-
-@pytest.mark.parametrize("pred, label", [
+    ("#### 5/2", "#### 5"), ("#### 1,234", "#### 234"), ("#### 1.234", "#### 1234"), ("####\n\n#### ", "#### 0")]
+VIGGO_RIGHT = [
     (MR, MR), ("inform(genres[puzzle, racing], name[Tin Road], release_year[2011])", MR),
     ("inform(release_year[2011],genres[puzzle, racing],name[Tin Road])", MR), (f"  {MR}\n", MR),
     ("inform( name[Tin Road] ,  release_year[2011],  genres[puzzle, racing] )", MR), (ESRB, ESRB),
     ("inform(esrb[E 10+ (for Everyone 10 and Older)], name[Tin Road])", ESRB),
     ("request_attribute(esrb[], rating[])", "request_attribute(rating[], esrb[])"),
-    ("request(specifier[fast], esrb)", "request(esrb, specifier[fast])")])
-def test_viggo_right(pred, label):
-    """The order of the attributes and the white space between them do not count; commas in a value divide nothing."""
-    assert is_correct(pred, label, "viggo") is True
-
-
-@pytest.mark.parametrize("pred", [
+    ("request(specifier[fast], esrb)", "request(esrb, specifier[fast])")]
+VIGGO_WRONG = [
     "", "inform", "inform()", "garbage", "[[[(((,,,", "name[Tin Road], release_year[2011], genres[puzzle, racing]",
     "inform(name[Tin Road], release_year[2011])", MR.replace("inform", "recommend"), MR.replace("inform", "Inform"),
     MR.replace("2011", "2012"), MR.replace("Tin Road", "tin road"), MR.replace("Tin Road", "TinRoad"),
     MR.replace("release_year", "year"), MR.replace("puzzle, racing", "puzzle"),
     MR.replace("puzzle, racing", "racing, puzzle"), MR.replace("puzzle, racing", "puzzle], genres[racing"),
     MR.replace(")", ", esrb[T])"), MR.replace("(", "(name[Tin Road], "), f"{MR} {MR}", f"It is {MR}", f"{MR} and so on",
-    MR.replace("(", " "), "inform(name[racing], release_year[2011], genres[puzzle, Tin Road])"])
-def test_viggo_wrong(pred):
+    MR.replace("(", " "), "inform(name[racing], release_year[2011], genres[puzzle, Tin Road])"]
+
+
+def test_gsm8k_right():
+    """The number after the last #### counts, however it is written and whatever stands before it."""
+    for pred, label in GSM8K_RIGHT:
+        assert is_correct(pred, label, "gsm8k") is True, pred
+
+
+def test_gsm8k_wrong():
+    """No ####, another number, another sign, or a right number that is not the last."""
+    for pred, label in GSM8K_WRONG:
+        assert is_correct(pred, label, "gsm8k") is False, pred
+
+
+def test_viggo_right():
+    """The order of the attributes and the white space between them do not count. Commas in a value divide nothing."""
+    for pred, label in VIGGO_RIGHT:
+        assert is_correct(pred, label, "viggo") is True, pred
+
+
+def test_viggo_wrong():
     """Another function, a missing, additional, repeated or other attribute, another value, or text around it."""
-    assert is_correct(pred, MR, "viggo") is False
+    for pred in VIGGO_WRONG:
+        assert is_correct(pred, MR, "viggo") is False, pred
 
 
 def test_viggo_value_with_brackets_is_read_to_its_end():
@@ -83,21 +92,20 @@ def test_viggo_value_with_brackets_is_read_to_its_end():
     assert is_correct(ESRB.replace("Older)", "Older"), ESRB, "viggo") is False
 
 
-@pytest.mark.parametrize("pred, right", [
-    ("SELECT a FROM b WHERE c = \"D\"", True), ("  SELECT a FROM b WHERE c = \"D\"\n", True),
-    ("select a from b where c = \"D\"", False), ("SELECT a FROM b WHERE c = \"d\"", False),
-    ("SELECT a FROM b WHERE c = 'D'", False), ("SELECT a FROM b WHERE c = \"D\";", False),
-    ("SELECT  a FROM b WHERE c = \"D\"", False), ("SELECT a FROM b", False), ("", False),
-    ("SELECT a FROM b WHERE c = \"D\" SELECT", False)])
-def test_sql(pred, right):
+def test_sql():
     """The exact string: letter case, quotes, inner spaces and a semicolon all count."""
-    assert is_correct(pred, "SELECT a FROM b WHERE c = \"D\"", "sql") is right
+    label = "SELECT a FROM b WHERE c = \"D\""
+    for pred, right in ((label, True), (f"  {label}\n", True), (label.lower(), False), (label.replace("D", "d"), False),
+                        (label.replace('"', "'"), False), (f"{label};", False), (label.replace(" a", "  a"), False),
+                        ("SELECT a FROM b", False), ("", False), (f"{label} SELECT", False)):
+        assert is_correct(pred, label, "sql") is right, pred
 
 
-def test_scoring_of_an_unknown_set():
-    """There is no silent score."""
-    with pytest.raises(ValueError, match="alpaca"):
-        is_correct("a", "a", "alpaca")
+@pytest.mark.parametrize("data_name", ["alpaca", "squad"])
+def test_scoring_of_a_set_without_score(data_name):
+    """A set that is for training only, and one that is not there: no silent score."""
+    with pytest.raises(ValueError, match=f"no scoring for data set '{data_name}'"):
+        is_correct("a", "a", data_name)
 
 
 @pytest.mark.parametrize("correct, total, low, high", [
@@ -117,12 +125,12 @@ def test_wilson_interval_solves_its_equation(correct, total):
         assert (correct / total - end)**2 == pytest.approx(1.96**2 * end * (1 - end) / total, rel=1e-9)
 
 
-@pytest.mark.parametrize("total", [1, 7, 10, 20, 50, 100, 1083, 1319])
-def test_wilson_interval_is_of_shares(total):
+def test_wilson_interval_is_of_shares():
     """None and all correct give ends within 0 and 1, so that no "-0.00%" is printed."""
-    for correct in (0, total):
-        low, high = confidence_interval(correct, total)
-        assert 0 <= low < high <= 1
+    for total in (1, 7, 10, 20, 50, 100, 1083, 1319):
+        for correct in (0, total):
+            low, high = confidence_interval(correct, total)
+            assert 0 <= low < high <= 1, total
 
 
 # --- generation ---------------------------------------------------------------------------------------------------
@@ -161,12 +169,15 @@ def with_early_ends(model, likely):
     return model
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
-@pytest.mark.parametrize("max_new_tokens, likely, pad", [(1, 1, "<pad>"), (12, 1, "<pad>"), (12, 2.5, "<pad>"),
-                                                         (12, 2.5, "<eos>")])
+@pytest.mark.parametrize("batch_size, max_new_tokens, likely, pad", pairwise(
+    batch_size=[1, 2, 4, 100], max_new_tokens=[1, 12], likely=[1, 2.5], pad=["<pad>", "<eos>"],
+    exists=lambda batch_size, max_new_tokens, likely, pad: max_new_tokens > 1 or likely == 1,
+    also=[(4, 12, 2.5, "<eos>"), (2, 12, 2.5, "<pad>")]))
 def test_batched_answers_are_the_plain_greedy_ones(batch_size, max_new_tokens, likely, pad):
-    """Left-padded batches answer as each prompt does alone, in the order of the prompts, the longest of 300 tokens
-    too; max_new_tokens are generated unless the end token comes first."""
+    """Left-padded batches answer as each prompt does alone, in the order of the prompts.
+
+    One prompt has 300 tokens. max_new_tokens are generated unless the end token comes first.
+    """
     model, prompts = with_early_ends(tiny_model(), likely), mixed_prompts()
     tokenizer = char_tokenizer(pad_token=pad)
     new = [greedy_by_hand(model, by_hand(p), max_new_tokens) for p in prompts]
@@ -184,8 +195,10 @@ def test_batched_answers_are_the_plain_greedy_ones(batch_size, max_new_tokens, l
     {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 50}, {"max_length": 20}, {"max_new_tokens": 2},
     {"repetition_penalty": 1.5}], ids=lambda s: next(iter(s)))
 def test_greedy_whatever_the_model_brings(settings):
-    """Settings of the model's own generation_config (published models bring sampling and penalties) change nothing:
-    the answer is the plain greedy one, of the length that was asked for."""
+    """The model's own generation_config changes nothing, though published models bring sampling and penalties.
+
+    The answer is the plain greedy one, of the length that was asked for.
+    """
     model, tokenizer = tiny_model(), char_tokenizer()
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
@@ -318,16 +331,28 @@ def test_evalgsv_subsample(tmp_path, subsample, want):
     stub = Stub({prompt_of("gsm8k", f"What is {i}?"): f"#### {i}" for i in range(5)})
     base, evaluation = settings_of(tmp_path, "gsm8k", tmp_path / "data")
     results = evalgsv(stub, char_tokenizer(), base, evaluation, subsample=subsample)
-    assert [item["prediction"] for item in results["predictions"]] == [f"#### {i}" for i in range(want)]
+    assert predictions(results) == [f"#### {i}" for i in range(want)]
     assert (results["rows"], results["correct"], results["accuracy"]) == (want, want, 1.0)
     assert json.loads((tmp_path / "results" / "gsm8k.json").read_text())["rows"] == want
 
 
-@pytest.mark.parametrize("template", [None, NO_SYSTEM])
-@pytest.mark.parametrize("data_name", ["gsm8k", "sql", "viggo"])
+def test_evalgsv_of_rows_that_were_read_already(tmp_path):
+    """The rows that the caller passes are evaluated, and no data is read."""
+    write_rows(tmp_path / "data" / "test.jsonl", numbered(5))
+    write_rows(tmp_path / "data" / "train.jsonl", numbered(5))
+    rows = load_rows("gsm8k", "test", str(tmp_path / "data")).select([3, 1])
+    stub = Stub({prompt_of("gsm8k", f"What is {i}?"): f"#### {i}" for i in (1, 3)})
+    results = evalgsv(stub, char_tokenizer(), *settings_of(tmp_path, "gsm8k", "nowhere"), rows=rows)
+    assert predictions(results) == ["#### 3", "#### 1"]
+
+
+@pytest.mark.parametrize("template, data_name", [(None, "gsm8k"), (None, "sql"), (NO_SYSTEM, "gsm8k"),
+                                                 (NO_SYSTEM, "viggo")])
 def test_training_and_evaluation_ask_alike(tmp_path, data_name, template):
-    """The tokens that the model sees in evaluation are the masked ones of the same row in training, and the answer it
-    was trained on counts as correct."""
+    """The tokens that the model sees in evaluation are the masked ones of the same row in training.
+
+    The answer that it was trained on counts as correct.
+    """
     tokenizer = char_tokenizer(chat_template=template)
     row = prepared(tmp_path / "data", data_name, tokenizer, source_max_len=4096)[0]
     source = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
@@ -369,8 +394,7 @@ def test_evalgsv_with_a_real_model(tmp_path):
     model.train()
     results = evalgsv(model, tokenizer, base, evaluation)
     assert not model.training and "loss" not in results
-    evaluation.answer_loss = True
-    items = results["predictions"]
+    evaluation, items = replace(evaluation, answer_loss=True), results["predictions"]
     assert evalgsv(model, tokenizer, base, evaluation)["loss"] == answer_loss(
         model, tokenizer, [item["prompt"] for item in items], [item["label"] for item in items], 16)
     assert len(results["predictions"]) == 2

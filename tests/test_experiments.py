@@ -1,7 +1,9 @@
-"""The experiment scripts: the cut of the data, the lists of runs, a run from end to end, and the README's figures."""
+"""The experiment scripts: the cut of the data, the lists of runs, a run from end to end, the tables of the pages."""
+import argparse
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,13 +12,19 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
-import experiment
-import experiment_data
-import experiment_runs
-import experiment_table
+import compare
+import data
+import deploy
+import plan
 import pytest
+import run
+import tables
+import tiny_base
+import two_steps
 from conftest import ROOT, run_main
 
+from LoTA import UserError
+from LoTA.adapter_folder import LotaConfig
 from LoTA.folders import GPTQFolder
 
 TRAIN = ["--training_data_name", "viggo", "--lora_r", 8, "--max_steps", 3, "--train_batch_size", 8, "--dtype",
@@ -29,15 +37,18 @@ def rows_of(file):
 
 
 def test_the_cut_keeps_rows_apart(tmp_path):
-    """Half, 40 % and 10 %, no row in two parts; the second base has no row of three functions; test rows are only where
-    nothing is chosen. Turned: bases from the other half, and the meanings to be scored are in no other part."""
-    functions = ("inform", *experiment_data.LACKING)
+    """The parts are half, 40 % and 10 % of the rows, and no row is in two of them.
+
+    The second base has no row of three functions. Test rows are only where nothing is chosen. Turned, the bases have
+    the other half, and the meanings to be scored are in no other part.
+    """
+    functions = ("inform", *data.LACKING)
     train = [(f"{functions[i // 2 % 4]}(name[Game {i // 2}])", f"Text {i}.") for i in range(200)]
     test = [(f"inform(name[Test {i}])", f"Test {i}.") for i in range(7)]
     for name, rows in (("train", train), ("test", test)):
         with open(tmp_path / f"{name}.csv", "w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([("mr", "ref"), *rows])
-    run_main(experiment_data, "--data_dir", tmp_path, "--output", tmp_path / "cut")
+    run_main(data, "--data_dir", tmp_path, "--output", tmp_path / "cut")
     part = {name: rows_of(tmp_path / "cut" / name / "train.csv")
             for name in ("base_recovery", "base_task", "tune", "choose")}
     choosing = rows_of(tmp_path / "cut/choose/test.csv")
@@ -47,7 +58,7 @@ def test_the_cut_keeps_rows_apart(tmp_path):
     assert part["choose"] == part["tune"] and rows_of(tmp_path / "cut/tune/test.csv") == test
     assert not set(choosing) & set(test)
 
-    run_main(experiment_data, "--data_dir", tmp_path, "--output", tmp_path / "turned", "--turned")
+    run_main(data, "--data_dir", tmp_path, "--output", tmp_path / "turned", "--turned")
     turned = {name: rows_of(tmp_path / "turned" / name / "train.csv")
               for name in ("base_recovery", "base_task", "tune")}
     scored = rows_of(tmp_path / "turned/tune/test.csv")
@@ -61,13 +72,13 @@ def test_the_cut_keeps_rows_apart(tmp_path):
 
 
 def test_the_lists_of_runs(tmp_path):
-    """Stage test: every method, setting, number of bits and seed once, and scored on the test rows; choose: not."""
+    """Stage test has every method, setting, number of bits and seed once. It alone is scored on the test rows."""
     def listed(*arguments):
-        run_main(experiment_runs, "--work", tmp_path, "--output", tmp_path / "runs.json", *arguments)
+        run_main(plan, "--work", tmp_path, "--output", tmp_path / "runs.json", *arguments)
         return json.loads((tmp_path / "runs.json").read_text())
     runs = listed("--stage", "test", "--settings", "recovery", "task", "--bits", 2, 3, 4)
     assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) == 2 * (1 + 3 * (
-        1 + 3 * len(experiment_runs.CHOSEN["test"])))
+        1 + 3 * len(plan.CHOSEN["test"])))
     assert all(run["evaluate"][run["evaluate"].index("--data_dir") + 1] == str(tmp_path / "data/tune") for run in runs)
     confirming = listed("--stage", "confirm", "--settings", "recovery", "task", "--bits", 2, 3, 4)
     lota, baselines = ([run for run in confirming if ("LoTA" in run["name"]) == which] for which in (True, False))
@@ -78,17 +89,18 @@ def test_the_lists_of_runs(tmp_path):
         runs = listed("--stage", stage)
         assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 10
         assert str(tmp_path / "data/tune") not in sum((run["evaluate"] for run in runs), [])
-    elsewhere = {"offset_scale": "omega", "momentum": 0.0, "group": 32, "gradient_accumulation_steps": 1}
-    for varied, own in experiment_runs.CENTRE.items():          # a centre's own value changes nothing in it
-        for centre, value in own.items():
-            of, bits, _ = experiment_runs.CENTRES[centre]
-            settings = {**elsewhere, **experiment_runs.TRAIN, **experiment_runs.recipe(of, bits)}
+    defaults = {"offset_scale": "omega", "momentum": 0.0, "group": 32, "gradient_accumulation_steps": 1}
+    for varied, (settings_of, centres) in plan.VARIED.items():      # a centre's own value changes nothing in it
+        for centre, (own, *others) in centres.items():
+            name, bits, _ = plan.CENTRES[centre]
+            assert others and own not in others
             if varied != "trained beside A, B":
-                assert experiment_runs.VARIED[varied][0](value).items() <= settings.items()
+                settings = {**defaults, **plan.TRAIN, **plan.recipe(name, bits)}
+                assert settings_of(own).items() <= settings.items()
     runs = listed("--stage", "table1", "--model", "meta-llama/Llama-3.1-8B", "--bits", 4, 3, 2)
-    assert len(runs) == 4 * (1 + 3 * (1 + len(experiment_runs.TABLE1_METHODS)))
-    assert experiment_runs.named("LoRA, 0.001", ["LoRA"]) and not experiment_runs.named("QA-LoRA", ["LoRA"])
-    assert experiment_runs.named("LoTA, learned", ["GPTQ", "learned"])
+    assert len(runs) == 4 * (1 + 3 * (1 + len(plan.TABLE1_METHODS)))
+    assert plan.named("LoRA, 0.001", ["LoRA"]) and not plan.named("QA-LoRA", ["LoRA"])
+    assert plan.named("LoTA, full", ["GPTQ", "full"]) and plan.named("LoTA, full", ["learned"])
     published, = (run for run in runs if run["name"] == "viggo, 3 bits, LoTA, published")
     assert published["gptq"].endswith("gptq/int3_64_Llama-3.1-8B")
     assert published["train"][published["train"].index("--interval_point") + 1] == 56
@@ -96,8 +108,10 @@ def test_the_lists_of_runs(tmp_path):
 
 
 def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
-    """GPTQ, LoTA and LoRA in one list: a line each, LoTA merged and live; a second start runs what is missing only; a
-    run that fails leaves the others alone."""
+    """GPTQ, LoTA and LoRA in one list give a line each, and LoTA is scored merged and live.
+
+    A second start runs only what is missing. A run that fails leaves the others alone.
+    """
     gptq, results = str(quantize(2)), tmp_path / "results.jsonl"
     evaluate = ["--ft_dataset_name", "viggo", "--max_new_tokens", 24, "--eval_batch_size", 40, "--dtype", "float32",
                 "--answer_loss", True, "--data_dir", str(demo_data)]
@@ -110,7 +124,7 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     arguments = ("--runs", tmp_path / "runs.json", "--work", tmp_path / "work", "--results", results, "--jobs", 2)
     with pytest.raises(SystemExit, match="1 runs failed"):
-        run_main(experiment, *arguments)
+        run_main(run, *arguments)
     lines = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())}
     assert set(lines) == {"GPTQ", "LoTA, a", "LoRA"}
     assert all(line["rows"] == 40 and 0 <= line["accuracy"] <= 1 and line["loss"] > 0 for line in lines.values())
@@ -129,7 +143,7 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
     trained = (tmp_path / "work/adapters").glob("LoRA*/*/adapter_model.safetensors")
     times = [file.stat().st_mtime_ns for file in trained]
     with pytest.raises(SystemExit) as end:
-        run_main(experiment, *arguments)
+        run_main(run, *arguments)
     again = [json.loads(text) for text in results.read_text().splitlines()]
     assert end.value.code == 0 and len(times) == 1
     assert [file.stat().st_mtime_ns for file in (tmp_path / "work/adapters").glob("LoRA*/*/*.safetensors")] == times
@@ -141,24 +155,26 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
     runs[3]["train"] = [*runs[3]["train"], "--learning_rate", 1e-2]
     (tmp_path / "runs.json").write_text(json.dumps([runs[3]]))
     with pytest.raises(SystemExit) as end:
-        run_main(experiment, *arguments)
+        run_main(run, *arguments)
     changed = json.loads(results.read_text().splitlines()[-1])
     assert end.value.code == 0 and changed["name"] == "LoRA" and changed["loss"] != lora["loss"]
 
 
 def test_table_1_of_the_paper_at_a_small_size(demo_data, tmp_path):
-    """runs/table1_8b.sh from end to end: quantizes, runs every method, and adds a line for each. The settings are those
-    of 8B, but for a tiny model, two steps, and the demo's rows for ViGGO's."""
-    import tiny_base
-    # Not base_model: QA-LoRA's pooling wants every input to be whole groups of 64, and that one has 160.
+    """runs/table1_8b.sh from end to end: it quantizes, runs every method, and adds a line for each.
+
+    The settings are those of 8B, but the model is tiny, trains two steps, and has the demo's rows for ViGGO's.
+    """
+    # base_model does not serve here, because QA-LoRA needs whole groups of 64 inputs and it has layers of 160.
     run_main(tiny_base, "--data_name", "viggo", "--data_dir", demo_data, "--output", tmp_path / "tiny", "--hidden_size",
              64, "--intermediate_size", 128, "--layers", 1, "--heads", 2, "--vocab_size", 400, "--epochs", 1)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/viggo").symlink_to(demo_data)
-    activate = tmp_path / "env/bin/activate"        # the environment is the one that the tests run in
-    activate.parent.mkdir(parents=True)
-    activate.touch()
-    shutil.copy(ROOT / "requirements.txt", tmp_path / "env/requirements.installed")
+    # The script gets an environment that changes nothing, so that it runs in the one that the tests run in.
+    (tmp_path / "env/bin").mkdir(parents=True)
+    (tmp_path / "env/bin/activate").touch()
+    (tmp_path / "env/requirements.installed").write_text(
+        f"{ROOT}\n{(ROOT / 'requirements.txt').read_text()}{(ROOT / 'pyproject.toml').read_text()}")
     subprocess.run(["bash", ROOT / "runs/table1_8b.sh"], check=True, env={
         **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LOTA_ENV": str(tmp_path / "env"),
         "MODEL": str(tmp_path / "tiny"), "WORK": str(tmp_path / "work"), "DATA": str(tmp_path / "data"), "BITS": "2",
@@ -166,7 +182,7 @@ def test_table_1_of_the_paper_at_a_small_size(demo_data, tmp_path):
         "QUANTIZE": f"--calibration viggo --data_dir {demo_data} --samples 8",
         "EVALUATE": "--max_new_tokens 24 --dtype float32"})
     lines = [json.loads(line) for line in (tmp_path / "work/results.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["16-bit base", "GPTQ", *experiment_runs.TABLE1_METHODS]
+    assert [line["method"] for line in lines] == ["16-bit base", "GPTQ", *plan.TABLE1_METHODS]
     assert all(line["rows"] == 40 and line["loss"] > 0 for line in lines)
     assert [line["differ_from_live"] for line in lines if "differ_from_live" in line] == [0, 0, 0, 0]
     published = lines[4]["train"]
@@ -174,16 +190,18 @@ def test_table_1_of_the_paper_at_a_small_size(demo_data, tmp_path):
 
 
 def test_ctrl_c_ends_an_experiment(quantize, demo_data, tmp_path):
-    """Ctrl-C in a terminal reaches all processes: they end at once, none goes on with the next run. Also where this was
-    started with & by a script: its shell has had the signal ignored."""
+    """Ctrl-C in a terminal reaches all processes. They end at once, and none goes on with the next run.
+
+    It is so even where a script started the experiment with &, and its shell ignores the signal.
+    """
     runs = [{"name": f"LoTA, {i}", "seed": 1, "gptq": str(quantize(2)), "evaluate": [],
              "train": [*TRAIN, "--max_steps", 10_000, "--data_dir", str(demo_data), "--method", "lota"]}
             for i in range(3)]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process = subprocess.Popen([sys.executable, ROOT / "runs/experiment.py", "--runs", tmp_path / "runs.json", "--work",
+    process = subprocess.Popen([sys.executable, ROOT / "experiments/run.py", "--runs", tmp_path / "runs.json", "--work",
                                 tmp_path, "--results", tmp_path / "results.jsonl"], stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     signal.signal(signal.SIGINT, before)
     log = wait_for(lambda: next((tmp_path / "logs").glob("LoTA_0*.log"), None))
     wait_for(lambda: "step 1/10000" in log.read_text())
@@ -213,7 +231,14 @@ def line(method, bits, seed, accuracy, loss, setting="recovery", **more):
             "rows": 100, **more}
 
 
-def test_the_table_is_of_the_lines():
+def cells_of(text):
+    """The rows of a Markdown table, as lists of cells."""
+    rows = [row for row in text.splitlines() if row.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_long_table_is_of_the_lines():
     """Means and standard deviations of the seeds, by setting, bits and method, beside the paper's own figures."""
     three = (0.5, 0.53, 0.59)
     lines = [line("16-bit base", 16, 0, 0.7, 0.05), line("GPTQ", 2, 0, 0.4, 0.2),
@@ -221,43 +246,229 @@ def test_the_table_is_of_the_lines():
                     train_s=10.0 * i, differ_from_live=i, gptq_mb=1.25) for i, a in enumerate(three, 1)),
              line("LoTA, published", 3, 1, 0.9, 0.1, train=[], differ_from_live=0),
              line("QA-LoRA, 3e-3", 2, 1, 0.25, 0.3, "task", train=[], differ_from_live=0)]
-    text = experiment_table.table(lines, 12)
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
-    assert [row[:2] for row in rows[2:]] == [["16", "the base"], ["3", "LoTA, as published"], ["2", "GPTQ"],
-                                            ["2", "QA-LoRA"], ["2", "LoTA, as published"]]
+    text = tables.long_table(lines)
+    rows = cells_of(text)
+    assert [row[:2] for row in rows[2:]] == [["16", "the base"], ["3", "LoTA, published"], ["2", "GPTQ"],
+                                            ["2", "QA-LoRA"], ["2", "LoTA, published"]]
     accuracy = f"{100 * mean(three):.1f} ± {100 * stdev(three):.1f}"
-    assert rows[-1] == ["2", "LoTA, as published", accuracy, "0.200 ± 0.100", "", "", "2.000", "0.50", "1.50", "20",
+    assert rows[-1] == ["2", "LoTA, published", accuracy, "0.200 ± 0.100", "", "", "2.000", "0.50", "1.50", "20",
                         "*28.49*", "*41.98*"]
     assert rows[4][:3] + rows[4][6:9] == ["2", "GPTQ", "40.0", "", "", "1.25"]
     assert rows[-2][2:6] == ["", "", "25.0", "0.300"] and rows[-2][-2:] == ["*26.56*", "*37.18*"]
-    assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
-    narrow = experiment_table.table(lines, 7).splitlines()[2:7]
-    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in narrow] == [row[:7] for row in rows[2:]]
-    assert "Seeds 1, 2, 3" in text
+    assert cells_of(tables.long_table(lines, 7)) == [row[:7] for row in rows]
+    assert "Seeds 1, 2, 3: mean ± standard deviation. " in text
     assert "In the 5 runs that merge, 500 answers were given merged and live: 6 differ" in text
+    two = [line("LoRA", 2, seed, 0.5, 0.1, train=[]) for seed in (1, 2)]
+    assert "0.0 (2)" in tables.long_table(two) and "with (2) of two of them" in tables.long_table(two)
+
+
+def test_the_gap_recovered_is_a_share_of_loras_gain():
+    """A method half way between GPTQ and LoRA has recovered half of the gap, and one below GPTQ a negative share."""
+    plain = ["--residual", False]
+    lines = [line("16-bit base", 16, 0, 0.7, 0.05), line("GPTQ", 2, 0, 0.4, 0.4), line("GPTQ", 2, 0, 0.3, 0.4, "task"),
+             *(line("LoRA, 0.001", 2, seed, a, 0.2, train=[]) for seed, a in ((1, 0.55), (2, 0.65))),
+             line("LoRA, 0.001", 2, 1, 0.309, 0.1, "task", train=[]),           # a gain of 0.9 points is no gain
+             *(line("QA-LoRA", 2, seed, a, 0.35, train=[], merged_mb=1) for seed, a in ((1, 0.45), (2, 0.55))),
+             line("LoTA, scales", 2, 1, 0.35, 0.45, train=plain, merged_mb=1),
+             line("LoTA, scales", 2, 1, 0.9, 0.01, "task", train=plain, merged_mb=1),
+             line("LoTA, full", 3, 1, 0.5, 0.3, train=[], merged_mb=1)]         # LoRA was not run at 3 bits
+    header, _, *rows = cells_of(tables.results_table(lines))
+    assert len(header) == 7 and "Scored on 100 rows" in tables.results_table(lines)
+    assert rows == [["16", "the base", "70.0", "", "", "", ""],
+                    ["3", "LoTA, full", "50.0", "", "", "", "GPTQ and offsets"],
+                    ["2", "GPTQ", "40.0", "30.0", "0 / –", "0 / –", ""],
+                    ["2", "LoRA, its adapter kept", "60.0 ± 7.1 (2)", "30.9", "100 / –", "100 / –", "cannot merge"],
+                    ["2", "QA-LoRA", "50.0 ± 7.1 (2)", "", "50 / –", "25 / –", "GPTQ and offsets"],
+                    ["2", "LoTA, scales", "35.0", "90.0", "-25 / –", "-25 / –", "plain GPTQ"]]
+
+
+def test_old_names_of_recipes_are_read_as_new_ones():
+    """The committed lines say steps, grid and learned, the tables ternary, scales and full."""
+    assert tables.new_names("ablation, learned, 4 bits, task, steps 80") == "ablation, full, 4 bits, task, steps 80"
+    assert tables.new_names("LoTA, grid, 0.03") == "LoTA, scales, 0.03"
+    assert tables.new_names("LoTA, learned offset alone, 0.03") == "LoTA, learned offset alone, 0.03"
+    for name in ("test", "confirm", "choose"):
+        lines = tables.read_lines(tables.RESULTS / f"{name}.jsonl")
+        assert {tables.method_of(line) for line in lines} <= {tables.BASE, *tables.METHODS}
+    lines = tables.read_lines(tables.RESULTS / "ablation.jsonl")
+    assert {line["centre"] for line in lines} == set(plan.CENTRES)
+    assert {line["varied"] for line in lines if "varied" in line} == set(plan.VARIED)
 
 
 def test_the_figures_are_drawn_of_what_is_there(tmp_path, monkeypatch):
-    """Both figures from a few lines, whatever else is missing; every recipe and varied setting is in the ablation's."""
-    monkeypatch.setattr(experiment_table, "ROOT", tmp_path)
+    """Both figures from a few lines. The ablation's has every centre and every changed setting."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
     lines = [line("GPTQ", 2, 0, 0.4, 0.2), line("LoTA, published", 2, 1, 0.5, 0.19),
              line("LoRA", 2, 1, 0.6, 0.1, "task")]
-    experiment_table.draw_results(lines, tmp_path / "results.svg")
-    work = experiment_runs.ablation(experiment_runs.argparse.Namespace(work=tmp_path))
-    lines = [{**run, "loss": 0.1, "accuracy": 0.5} for run in work if run["name"] != "ablation, learned"]
-    experiment_table.draw_ablation(lines, tmp_path / "ablation.svg")
+    tables.draw_results(lines, tmp_path / "results.svg")
+    runs = plan.ablation(argparse.Namespace(work=tmp_path))
+    lines = [{**run, "loss": 0.1, "accuracy": 0.5} for run in runs if run["name"] != "ablation, full"]
+    tables.draw_ablation(lines, tmp_path / "ablation.svg")
     for file in ("results.svg", "ablation.svg"):
         assert (tmp_path / file).stat().st_size > 10_000
     drawn = (tmp_path / "ablation.svg").read_text()
-    for text in (*experiment_runs.VARIED, *experiment_runs.CENTRES):
+    for text in (*plan.VARIED, *plan.CENTRES):
         assert f"<!-- {text} -->" in drawn
 
 
-def test_the_readme_has_the_tables_of_the_committed_lines():
-    """No figure of the README's tables without a line of JSON behind it."""
-    readme = (ROOT / "README.md").read_text()
-    assert experiment_table.with_tables(readme) == readme
-    for name in experiment_table.TABLES:
-        lines = experiment_table.read_lines(experiment_table.RESULTS / name)
+def test_the_committed_figures_have_the_names_of_their_lines():
+    """A figure that was drawn before a recipe got its new name would show the old one."""
+    for file in ("experiments/results/results.svg", "experiments/results/confirm.svg"):
+        drawn, lines = (ROOT / file).read_text(), tables.read(tables.FIGURES[file].files[0])
+        for method in {tables.method_of(line) for line in lines}:
+            label = method if method == tables.BASE else tables.LABELS.get(method, method)
+            assert f"<!-- {label} -->" in drawn, f"{file} does not show {label}"
+    drawn = (ROOT / "experiments/results/ablation.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in (*plan.VARIED, *plan.CENTRES))
+
+
+@pytest.fixture
+def small_site(tmp_path, monkeypatch):
+    """A root with the committed data, an empty table in a page of docs/, and no other table or figure."""
+    for name in ("experiments", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("The first page.\n")
+    page = tmp_path / "docs/speed.md"
+    page.write_text("Before.\n\n<!-- table speed_layer: made somehow -->\nold\n<!-- end of table speed_layer -->\n\n"
+                    "After.\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "FIGURES", {})
+    return page
+
+
+def test_tables_are_written_between_their_marks(small_site, capsys):
+    """--check names a table that differs, and --write mends it and nothing else."""
+    with pytest.raises(SystemExit, match="^docs/speed.md: table speed_layer differs") as end:
+        run_main(tables, "--check")
+    assert end.value.code
+    run_main(tables, "--write")
+    text = small_site.read_text()
+    assert text.startswith("Before.\n\n<!-- table speed_layer: made by experiments/tables.py from "
+                           "benchmarks/results/layer_cpu.json -->\n| layer |")
+    assert text.endswith(".\n<!-- end of table speed_layer -->\n\nAfter.\n") and "old" not in text
+    with pytest.raises(SystemExit) as end:
+        run_main(tables, "--check")
+    assert end.value.code == 0 and small_site.read_text() == text
+    small_site.write_text(text.replace("| 1.35 |", "| 1.25 |"))       # a figure that was edited by hand
+    with pytest.raises(SystemExit, match="speed_layer differs"):
+        run_main(tables, "--check")
+    row, = (row for row in cells_of(tables.index_table()) if row[0] == "speed_layer")
+    assert row[2:] == ["docs/speed.md", "experiments/tables.py", "`benchmarks/results/layer_cpu.json`",
+                       "`python benchmarks/layer.py`"]
+    run_main(tables)
+    assert "<!-- table memory: made by" in capsys.readouterr().out
+
+
+def test_marks_that_are_wrong_are_refused(small_site):
+    """A mark without its partner, and a table that is not in the list."""
+    whole = small_site.read_text()
+    for wrong in (whole.replace("<!-- end of table speed_layer -->\n", ""), f"{whole}\n<!-- end of table test -->\n",
+                  whole + whole):
+        small_site.write_text(wrong)
+        with pytest.raises(UserError, match="^docs/speed.md: the marks of table (speed_layer|test) are not one pair"):
+            tables.differing()
+    small_site.write_text(whole.replace("speed_layer", "speed_layers"))
+    with pytest.raises(UserError, match="there is no table speed_layers, only results, "):
+        tables.differing()
+
+
+def test_the_pages_have_the_tables_of_the_committed_data():
+    """No figure of a page's tables without data behind it, and no table that stands in no page."""
+    assert [f"{page.name}: {name}" for page, name in tables.differing()] == []
+    assert {name for page in tables.pages() for name in tables.tables_in(page)} == set(tables.TABLES)
+    assert all(tables.pages_with(Path(file).name) for file in tables.FIGURES)
+
+
+def test_the_index_names_files_that_exist():
+    for entry in (*tables.TABLES.values(), *tables.FIGURES.values()):
+        for file in (*entry.files, *re.findall(r"\S+/\S+\.(?:sh|py)", entry.command.replace("NAME", "layer"))):
+            assert list(ROOT.glob(file)), file
+    assert all((ROOT / file).exists() and (ROOT / figure.script).exists() for file, figure in tables.FIGURES.items())
+
+
+def test_no_committed_run_differs_from_live():
+    for name in ("test", "confirm"):
+        lines = tables.read_lines(tables.RESULTS / f"{name}.jsonl")
         assert sum("differ_from_live" in line for line in lines) > 30
         assert all(line["differ_from_live"] == 0 for line in lines if "differ_from_live" in line)
+
+
+def mode_2(correct, predictions, **more):
+    """What a comparison reads of mode 2's JSON."""
+    return {"accuracy": correct / 4, "interval_95": [0.1, 0.9], "correct": correct, "rows": 4,
+            "predictions": [{"prediction": text} for text in predictions], **more}
+
+
+def test_a_comparison_reads_the_newest_results_of_its_adapter(tmp_path):
+    """Older files and those of another adapter are left alone, and a kind without a file is named."""
+    for age, (name, correct) in enumerate((("base_16bit_viggo_1", 0), ("base_16bit_viggo_2", 4), ("x_gptq_viggo_1", 2),
+                                           ("A_live_viggo_1", 3), ("B_live_viggo_1", 1))):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"correct": correct}))
+        os.utime(file, (age, age))
+    with pytest.raises(UserError, match="no results of mode 2 for: merged"):
+        compare.read_results(tmp_path, "adapter/A")
+    (tmp_path / "A_merged_viggo_1.json").write_text(json.dumps({"correct": 3}))
+    found = compare.read_results(tmp_path, "adapter/A")
+    assert {kind: results["correct"] for kind, results in found.items()} == {"16bit": 4, "gptq": 2, "live": 3,
+                                                                            "merged": 3}
+
+
+def test_two_comparisons_make_one_table():
+    """The 16-bit and the GPTQ model, which both have, are one row each."""
+    results = {"16bit": mode_2(4, "abcd"), "gptq": mode_2(1, "xxxx"), "live": mode_2(3, "abcx"),
+               "merged": mode_2(3, "abcy", moved={"all": 0.00125})}
+    first, second = (compare.comparison(results, LotaConfig(omega=omega, rank=16, bits=2), difference, 20.0, 3, "abc")
+                     for omega, difference in ((12.0, 1e-5), (8.0, 2e-5)))
+    text = tables.comparison_table(first, json.loads(json.dumps(second)))
+    rows = cells_of(text)
+    assert [row[0] for row in rows[2:]] == ["16-bit model", "GPTQ model, 2 bits", "LoTA, ω = 0.75 r, live",
+                                            "LoTA, ω = 0.75 r, merged", "LoTA, ω = 0.5 r, live",
+                                            "LoTA, ω = 0.5 r, merged"]
+    assert rows[3][1:] == ["25.0", "10.0 to 90.0", "1 of 4", ""] and rows[-1][-2:] == ["3 of 4", "0.1250"]
+    assert "2 of 8 answers differ. The largest difference of a logit is 2.0e-05" in text and "commit abc." in text
+    assert compare.names_of(LotaConfig(method="QA-LoRA", rank=8, bits=4))["live"] == "QA-LoRA, live"
+
+
+def test_runs_holds_shell_scripts_that_name_what_exists():
+    """Everything that runs/*.sh calls is there. The parse of bash finds what no other test starts."""
+    scripts = sorted((ROOT / "runs").iterdir())
+    assert all(script.suffix == ".sh" for script in scripts)
+    called = set()
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+        called |= set(re.findall(r"\bpython (\S+\.py)", script.read_text()))
+    assert all((ROOT / file).exists() for file in called)
+    assert {Path(module.__file__) for module in (compare, data, deploy, plan, run, tiny_base)} <= {
+        ROOT / file for file in called}
+    assert two_steps.RANK == plan.RANK
+
+
+def test_an_environment_is_made_again_when_its_requirements_change(tmp_path):
+    """runs/environment.sh installs requirements and project once, and again after a change of either file."""
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    calls, python = tmp_path / "calls.txt", tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\necho "$*" >> {calls}\n')         # says what it was asked, and does nothing
+    python.chmod(0o755)
+    (python.parent / "activate").touch()
+
+    def installs():
+        """What sourcing the script makes pip install; and PYTHONPATH afterwards."""
+        calls.write_text("")
+        environment = {name: value for name, value in os.environ.items() if name not in ("LOTA_ENV", "PYTHONPATH")}
+        out = subprocess.run(["bash", "-euo", "pipefail", "-c", 'source runs/environment.sh; echo "$PYTHONPATH"'],
+                             cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+        assert out.splitlines()[-1] == str(tmp_path)
+        return [call.split()[-2:] for call in calls.read_text().splitlines() if "install" in call]
+    everything = [["-r", "requirements.txt"], ["-e", "."]]
+    assert installs() == everything and installs() == []
+    for name in ("requirements.txt", "pyproject.toml"):
+        with open(tmp_path / name, "a") as f:
+            f.write("# a change\n")
+        assert installs() == everything and installs() == []
+    (tmp_path / ".venv/requirements.installed").write_text("half\n")
+    assert installs() == everything

@@ -1,54 +1,52 @@
 """LoTA.export: each format opened by the engines it is for, and compared with the merged model by the oracle."""
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 
 import oracle
 import pytest
 import torch
-from conftest import LAYERS, PREFIX, ROOT, write_adapter, write_gptq
+from conftest import LAYERS, ROOT
 from gptqmodel import GPTQModel
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.utils.backend import BACKEND
 from peft import PeftModel
+from random_gptq import write_gptq, write_lota_adapter
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
-from LoTA import UserError, export, gguf_file
+from LoTA import UserError
 from LoTA.adapter import LTA, load_gptq, load_live
-from LoTA.folders import AdapterTensors, GPTQFolder, LotaConfig, MergedFolder
+from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.export import FORMATS, gguf
+from LoTA.export.run import export
+from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.lota_merge import merge_folders
+from LoTA.storage import sha256
 
 RANK = 8
 
 
+def merge(adapter, gptq, output):
+    """merge_folders() by the folders' paths."""
+    return merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
+
+
 @pytest.fixture(scope="module")
 def merged(quantize, tmp_path_factory):
-    """A function (bits, residual) -> a merged folder of the tiny model with a random adapter."""
-    made = {}
-
+    """A function (bits, residual) -> a merged folder of the tiny model with a random adapter. Each is made once."""
+    @cache
     def merged(bits, residual=True):
-        if (bits, residual) not in made:
-            folder = tmp_path_factory.mktemp("merged")
-            gptq = quantize(bits)
-            source = GPTQFolder(gptq)
-            generator = torch.Generator().manual_seed(bits)
-            tensors = {}
-            for module in source.modules:
-                rows, cols = source.shape(f"{module}.g_idx")[0], source.shape(f"{module}.scales")[1]
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randint(-1, 2, (RANK, rows), generator=generator)
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randint(-1, 2, (cols, RANK), generator=generator)
-            (folder / "adapter").mkdir()
-            save_file({k: v.float() for k, v in tensors.items()}, folder / "adapter/adapter_model.safetensors")
-            (folder / "adapter/adapter_config.json").write_text(json.dumps({"r": RANK, "peft_type": "LORA"}))
-            LotaConfig(omega=4.0, residual=residual, rank=RANK, bits=bits, pretrained="some/base", data_set="viggo",
-                       quantized_model_dir=str(gptq), fingerprint=source.fingerprint()).save(folder / "adapter")
-            merge_folders(folder / "adapter", gptq, folder / "merged")
-            made[bits, residual] = folder / "merged"
-        return made[bits, residual]
+        folder, gptq = tmp_path_factory.mktemp("merged"), quantize(bits)
+        adapter = write_lota_adapter(folder / "adapter", gptq, rank=RANK, omega=4.0, residual=residual, seed=bits,
+                                     pretrained="some/base", data_set="viggo")
+        merge(adapter, gptq, folder / "merged")
+        return folder / "merged"
     return merged
 
 
@@ -63,6 +61,7 @@ def logits(model, inputs):
     return torch.cat([model(input_ids=i).logits.float() for i in inputs], 1)
 
 
+@cache
 def live_logits(folder):
     """Logits of the merged folder, opened by LTA in float32."""
     return logits(LTA(path=str(folder)).load(dtype=torch.float32).model, ids(folder))
@@ -71,21 +70,21 @@ def live_logits(folder):
 def oracle_weight(model, module):
     """s * (W_int - z + mu) in float64, unpacked by the oracle; [in, out]."""
     g_idx, scales = model.tensor(f"{module}.g_idx").long(), model.tensor(f"{module}.scales").double()
-    codes = oracle.unpack_columns(model.tensor(f"{module}.qweight"), model.bits, len(g_idx))
+    integers = oracle.unpack_columns(model.tensor(f"{module}.qweight"), model.bits, len(g_idx))
     zeros = oracle.unpack_columns(model.tensor(f"{module}.qzeros").t().contiguous(), model.bits, scales.shape[1]).t()
     if model.checkpoint_format == "gptq":
         zeros = (zeros + 1) % 2**model.bits
     offset = model.offset(module)
     mu = torch.zeros_like(scales) if offset is None else offset.double()
-    return scales[g_idx] * (codes - zeros[g_idx] + mu[g_idx])
+    return scales[g_idx] * (integers - zeros[g_idx] + mu[g_idx])
 
 
 # --- gptq ---------------------------------------------------------------------------------------------------------
 
 def test_gptq_is_a_plain_checkpoint(merged, tmp_path):
-    """Without offsets: no file of ours is needed; transformers and two of GPTQModel's kernels give the same logits."""
+    """Without offsets no file of ours is needed. transformers and two of GPTQModel's kernels give the same logits."""
     folder, out = merged(4, residual=False), tmp_path / "out"
-    export.export(folder, "gptq", out, verify=True)
+    export(folder, "gptq", out, verify=True)
     assert not (out / "lota").exists()
     assert json.loads((out / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq"
     inputs, want = ids(out), live_logits(folder)
@@ -94,13 +93,15 @@ def test_gptq_is_a_plain_checkpoint(merged, tmp_path):
         torch.testing.assert_close(logits(model, inputs), want, rtol=0.1, atol=0.1)
     plain = load_gptq(out, dtype=torch.float32).model
     torch.testing.assert_close(logits(plain, inputs), want, rtol=1e-4, atol=2e-4)
-    model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", dtype=torch.bfloat16)
+    # The plain kernel, because GPTQModel's choice on a CPU would be compiled first, for minutes.
+    model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", dtype=torch.bfloat16,
+                                                 quantization_config=GPTQConfig(bits=4, backend="gptq_torch"))
     torch.testing.assert_close(logits(model, inputs), want, rtol=0.1, atol=0.1)
 
 
 def test_offsets_do_not_fit_gptq(merged, tmp_path):
     with pytest.raises(UserError, match="peft, gguf or dense"):
-        export.export(merged(4), "gptq", tmp_path / "out")
+        export(merged(4), "gptq", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -109,7 +110,7 @@ def test_offsets_do_not_fit_gptq(merged, tmp_path):
 def test_peft_adds_the_offset(merged, tmp_path):
     """PEFT on the plain GPTQ model, and GPTQModel's Lora, give the merged model's logits; without the adapter not."""
     folder, out = merged(4), tmp_path / "out"
-    export.export(folder, "peft", out, verify=True)
+    export(folder, "peft", out, verify=True)
     config = json.loads((out / "adapter/adapter_config.json").read_text())
     model = MergedFolder(folder)
     ranks = {m: model.shape(f"{m}.scales")[0] for m in model.modules}
@@ -129,9 +130,9 @@ def test_peft_adds_the_offset(merged, tmp_path):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_dense_weights_are_the_oracles(merged, tmp_path, bits, monkeypatch):
     """In small shards with an index; transformers opens them without GPTQModel and gives the merged model's logits."""
-    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr("LoTA.export.dense.SHARD_BYTES", 100_000)
     folder, out = merged(bits), tmp_path / "out"
-    export.export(folder, "dense", out, torch.float32, verify=True)
+    export(folder, "dense", out, torch.float32, verify=True)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 3 and "quantization_config" not in json.loads((out / "config.json").read_text())
     model = MergedFolder(folder)
@@ -145,7 +146,7 @@ def test_dense_weights_are_the_oracles(merged, tmp_path, bits, monkeypatch):
 
 def test_dense_takes_the_models_dtype(merged, tmp_path):
     folder = merged(4)
-    export.export(folder, "dense", tmp_path / "out", verify=True)
+    export(folder, "dense", tmp_path / "out", verify=True)
     own = json.loads((folder / "config.json").read_text())["dtype"]
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert {str(t.dtype) for n, t in tensors.items() if "proj" in n} == {f"torch.{own}"}
@@ -156,11 +157,13 @@ def test_dense_takes_the_models_dtype(merged, tmp_path):
 
 @pytest.mark.parametrize("bits, residual", [(2, True), (3, True), (4, True), (4, False)])
 def test_gguf_in_transformers(merged, tmp_path, bits, residual):
-    """transformers dequantizes the file to the oracle's weights but for float16's rounding of the minimum, in its own
-    order of rows, and its tokenizer and logits are the merged model's."""
+    """transformers reads the oracle's weights out of the file, but for float16's rounding of the minimum.
+
+    Its order of rows, its tokenizer and its logits are the merged model's.
+    """
     folder, out = merged(bits, residual), tmp_path / "out"
-    export.export(folder, "gguf", out, verify=True)
-    model = AutoModelForCausalLM.from_pretrained(out, gguf_file=export.GGUF_FILE, dtype=torch.float32)
+    export(folder, "gguf", out, verify=True)
+    model = AutoModelForCausalLM.from_pretrained(out, gguf_file=gguf.GGUF_FILE, dtype=torch.float32)
     source = MergedFolder(folder)
     for module in source.modules:
         scales, g_idx = source.tensor(f"{module}.scales").double(), source.tensor(f"{module}.g_idx").long()
@@ -168,7 +171,7 @@ def test_gguf_in_transformers(merged, tmp_path, bits, residual):
         bound = 2.0**-11 * scales[g_idx] * 2 * (2**bits + RANK) + 1e-6
         assert ((weight - want).abs() <= bound).all()
     torch.testing.assert_close(logits(model, ids(folder)), live_logits(folder), rtol=2e-2, atol=2e-2)
-    tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=export.GGUF_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(out, gguf_file=gguf.GGUF_FILE)
     text = "inform(name[Portal 2], rating[good])"
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
 
@@ -177,11 +180,11 @@ def test_gguf_in_transformers(merged, tmp_path, bits, residual):
 def test_the_order_of_rotary_rows(heads, rows):
     """Row j of a head's first half and row j of its second become neighbours; the inverse brings them back."""
     before = torch.arange(rows)
-    after = gguf_file.permute(before, heads)
+    after = gguf.permute(before, heads)
     half = rows // heads // 2
     want = [head * 2 * half + j + part * half for head in range(heads) for j in range(half) for part in (0, 1)]
     assert after.tolist() == want
-    assert torch.equal(gguf_file.permute(after, heads, inverse=True), before)
+    assert torch.equal(gguf.permute(after, heads, inverse=True), before)
 
 
 def test_rope_factors_are_transformers():
@@ -193,9 +196,9 @@ def test_rope_factors_are_transformers():
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / 500000.0 ** (torch.arange(0, 128, 2).double() / 128)
-    torch.testing.assert_close(torch.from_numpy(gguf_file.rope_factors(config)).double(), plain / scaled.double(),
+    torch.testing.assert_close(torch.from_numpy(gguf.rope_factors(config)).double(), plain / scaled.double(),
                                rtol=1e-5, atol=0)
-    assert gguf_file.rope_factors(LlamaConfig()) is None
+    assert gguf.rope_factors(LlamaConfig()) is None
 
 
 @pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python: runs/deploy.sh installs it")
@@ -203,8 +206,8 @@ def test_gguf_in_llama_cpp(merged, tmp_path):
     """llama.cpp reads the file: the same tokens, and logits within its 8-bit rounding of the activations."""
     from llama_cpp import Llama
     folder, out = merged(4), tmp_path / "out"
-    export.export(folder, "gguf", out)
-    model = Llama(str(out / export.GGUF_FILE), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    export(folder, "gguf", out)
+    model = Llama(str(out / gguf.GGUF_FILE), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
     text = "inform(name[Portal 2], rating[good])"
     tokens = model.tokenize(text.encode(), add_bos=False, special=True)
     assert tokens == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
@@ -222,10 +225,11 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low
 @pytest.mark.parametrize("kind, extra", [("llama", {}), ("llama", {"rope_parameters": LLAMA3_ROPE}), ("mistral", {}),
                                          ("qwen2", {}), ("qwen3", {"head_dim": 32})])
 def test_architectures_in_llama_cpp(kind, extra, base_model, tmp_path):
-    """A random model of each architecture, with grouped queries: llama.cpp's logits on 100 tokens are those that
-    transformers computes from the dense export, to its 8-bit rounding of the activations."""
-    import shutil
+    """A random model of each architecture, with grouped queries.
 
+    llama.cpp's logits on 100 tokens are those that transformers computes from the dense export, but for llama.cpp's
+    8-bit rounding of the activations.
+    """
     from llama_cpp import Llama
     from transformers import AutoConfig
     torch.manual_seed(0)
@@ -234,37 +238,22 @@ def test_architectures_in_llama_cpp(kind, extra, base_model, tmp_path):
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 256,
         "tie_word_embeddings": False, "initializer_range": 0.3, **extra})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    tensors, folder = {}, tmp_path / "gptq"
-    for name, tensor in model.state_dict().items():
-        module, _, kind_of = name.rpartition(".")
-        if not (module.endswith("_proj") and kind_of == "weight"):
-            tensors[name] = tensor + 0.3 * torch.randn_like(tensor)
-            continue
-        (cols, rows), groups = tensor.shape, tensor.shape[1] // 32
-        tensors |= {f"{module}.qweight": oracle.pack_columns(torch.randint(0, 16, (rows, cols)), 4),
-                    f"{module}.qzeros": oracle.pack_columns(torch.randint(6, 9, (cols, groups)), 4).t().contiguous(),
-                    f"{module}.scales": (torch.rand(groups, cols) * 0.02 + 0.01).half(),
-                    f"{module}.g_idx": (torch.arange(rows) // 32).int()}
-    shutil.copytree(base_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
-    quantization = {"bits": 4, "group_size": 32, "quant_method": "gptq", "checkpoint_format": "gptq_v2", "sym": False}
-    (folder / "quantize_config.json").write_text(json.dumps(quantization))
-    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "quantization_config": quantization,
-                                                    "dtype": "float32"}))
-    adapter, source = tmp_path / "adapter", GPTQFolder(folder)
-    adapter.mkdir()
-    save_file({f"{PREFIX}{m}.lora_{k}.weight": torch.randint(-1, 2, (RANK, source.shape(f"{m}.g_idx")[0])
-                                                             if k == "A" else (source.shape(f"{m}.scales")[1], RANK))
-               .float() for m in source.modules for k in "AB"}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"r": RANK, "peft_type": "LORA"}))
-    LotaConfig(omega=4.0, rank=RANK, quantized_model_dir=str(folder)).save(adapter)
+    tensors = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    layers = {name.removesuffix(".weight"): tuple(reversed(t.shape)) for name, t in tensors.items()
+              if name.endswith("_proj.weight")}
+    folder = write_gptq(tmp_path / "gptq", layers, checkpoint_format="gptq_v2", zeros=(6, 8), scales=(0.01, 0.03),
+                        other_tensors={name: t + 0.3 * torch.randn_like(t) for name, t in tensors.items()
+                                       if name.removesuffix(".weight") not in layers},
+                        config={**config.to_dict(), "dtype": "float32"})
+    shutil.copytree(base_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"),
+                    dirs_exist_ok=True)
+    adapter = write_lota_adapter(tmp_path / "adapter", folder, rank=RANK, omega=4.0)
     for format in ("dense", "gguf"):
-        export.export(adapter, format, tmp_path / format, verify=True)
+        export(adapter, format, tmp_path / format, verify=True)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     tokens = torch.randint(5, vocabulary, (100,)).tolist()
     want = logits(dense, [torch.tensor([tokens])])[0]
-    llama = Llama(str(tmp_path / "gguf" / export.GGUF_FILE), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    llama = Llama(str(tmp_path / "gguf" / gguf.GGUF_FILE), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
     llama.eval(tokens)
     got = torch.tensor(llama.scores[:len(tokens)])
     # Without the reordered rows, or with other rotary frequencies, single tokens fall below 0.1.
@@ -275,15 +264,14 @@ def test_architectures_in_llama_cpp(kind, extra, base_model, tmp_path):
 # --- what formats refuse ------------------------------------------------------------------------------------------
 
 def tiny_merged(tmp_path, **settings):
-    gptq = write_gptq(tmp_path / "gptq", **settings)
-    adapter = write_adapter(tmp_path / "adapter", gptq)
-    merge_folders(adapter, gptq, tmp_path / "merged")
+    gptq = write_gptq(tmp_path / "gptq", LAYERS, **settings)
+    merge(write_lota_adapter(tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
     return tmp_path / "merged"
 
 
 def test_gguf_refuses_8_bits(merged, tmp_path):
     with pytest.raises(UserError, match="up to 4 bits"):
-        export.export(merged(8), "gguf", tmp_path / "out")
+        export(merged(8), "gguf", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -292,8 +280,8 @@ def test_blocks_across_groups_are_refused(tmp_path):
     for name, settings in (("desc_act", {"desc_act": True}), ("16", {"group_size": 16})):
         folder = tiny_merged(tmp_path / name, **settings)
         with pytest.raises(UserError, match="different groups"):
-            gguf_file.check_blocks(MergedFolder(folder), next(iter(LAYERS)))
-        export.export(folder, "peft", tmp_path / name / "out", verify=True)
+            gguf.check_blocks(MergedFolder(folder), next(iter(LAYERS)))
+        export(folder, "peft", tmp_path / name / "out", verify=True)
 
 
 def test_sharded_models(tmp_path):
@@ -301,7 +289,7 @@ def test_sharded_models(tmp_path):
     folders = {shards: tiny_merged(tmp_path / str(shards), shards=shards) for shards in (1, 3)}
     for shards, folder in folders.items():
         for format in ("dense", "peft"):
-            export.export(folder, format, tmp_path / f"{format}{shards}", verify=True)
+            export(folder, format, tmp_path / f"{format}{shards}", verify=True)
     assert len(list((tmp_path / "peft3").glob("model-*-of-00003.safetensors"))) == 3
     for file in ("dense{}/model.safetensors", "peft{}/adapter/adapter_model.safetensors"):
         one, three = (load_file(tmp_path / file.format(shards)) for shards in (1, 3))
@@ -309,35 +297,34 @@ def test_sharded_models(tmp_path):
 
 
 def test_other_architectures_and_tokenizers_are_refused(merged, tmp_path):
-    import shutil
     folder = tmp_path / "model"
     shutil.copytree(merged(4), folder)
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(UserError, match="knows llama"):
-        export.export(folder, "gguf", tmp_path / "out")
+        export(folder, "gguf", tmp_path / "out")
     (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {
         "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}))
     with pytest.raises(UserError, match="rotary"):
-        export.export(folder, "gguf", tmp_path / "out")
+        export(folder, "gguf", tmp_path / "out")
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="byte-level"):
-        export.export(folder, "gguf", tmp_path / "out")
+        export(folder, "gguf", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2"])
 def test_pre_tokenizers(name):
     """The three that llama.cpp names; Llama 3's and Qwen 2's cut numbers differently."""
-    pattern = {v: k for k, v in gguf_file.PRE_TOKENIZERS.items()}[name]
+    pattern = {v: k for k, v in gguf.PRE_TOKENIZERS.items()}[name]
     steps = [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": pattern is None}]
     if pattern:
         steps.insert(0, {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"})
     content = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
-    assert gguf_file.pre_tokenizer_name(content) == name
+    assert gguf.pre_tokenizer_name(content) == name
 
 
 # --- verification, whole folders, cards ---------------------------------------------------------------------------
@@ -346,8 +333,8 @@ def test_pre_tokenizers(name):
 def test_the_verification_catches_damage(merged, tmp_path, format):
     """One byte changed in the middle of any file of weights."""
     folder, out = merged(4, residual=format != "gptq"), tmp_path / "out"
-    export.export(folder, format, out)
-    model, check = MergedFolder(folder), export.FORMATS[format][1]
+    export(folder, format, out)
+    model, check = MergedFolder(folder), FORMATS[format].load().check
     check(model, out)
     for file in [f for f in out.rglob("*") if f.suffix in (".safetensors", ".gguf")]:
         content = bytearray(file.read_bytes())
@@ -366,9 +353,9 @@ def test_an_interrupted_export_leaves_nothing(merged, tmp_path, format, monkeypa
     """Stopped while the card is written, after all weights: no folder, no temporary one."""
     def stop(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr("LoTA.model_card.write_model_card", stop)
+    monkeypatch.setattr("LoTA.export.run.write_model_card", stop)
     with pytest.raises(KeyboardInterrupt):
-        export.export(merged(4), format, tmp_path / "out")
+        export(merged(4), format, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -376,19 +363,22 @@ def test_a_folder_of_others_is_not_replaced(merged, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("data")
     with pytest.raises(UserError, match="was not made by this project"):
-        export.export(merged(4), "dense", tmp_path / "out")
+        export(merged(4), "dense", tmp_path / "out")
     assert (tmp_path / "out/precious").read_text() == "data"
-    export.export(merged(4), "peft", tmp_path / "ours")
-    export.export(merged(4), "dense", tmp_path / "ours")            # our own export is
+    export(merged(4), "peft", tmp_path / "ours")
+    export(merged(4), "dense", tmp_path / "ours")            # our own export is
     assert not (tmp_path / "ours/adapter").exists()
 
 
 def test_the_model_card(merged, tmp_path):
-    """Where it comes from, what moved, its evaluation, how to load it; and the checksum of every file but its own."""
+    """Where it comes from, what moved, its evaluation, and how to load it.
+
+    lota_export.json has the checksum of every file but its own.
+    """
     evaluation = {"data_set": "viggo", "accuracy": 0.5, "interval_95": [0.4, 0.6], "correct": 20, "rows": 40}
     for format, line in (("peft", "PeftModel.from_pretrained"), ("gguf", 'gguf_file="model-q4_1.gguf"'),
                          ("dense", "vllm serve out"), ("gptq", "GPTQModel.load(\"out\")")):
-        export.export(merged(4, format != "gptq"), format, tmp_path / "out", evaluation=evaluation, verify=True)
+        export(merged(4, format != "gptq"), format, tmp_path / "out", evaluation=evaluation, verify=True)
         card = (tmp_path / "out/README.md").read_text()
         moved = MergedFolder(merged(4, format != "gptq")).lota.training["moved"]["all"]
         for text in (line, "base_model: some/base", "| Omega | 4.0 |", "| Training data | viggo |", f"{moved:.4%}",
@@ -397,7 +387,27 @@ def test_the_model_card(merged, tmp_path):
         record = json.loads((tmp_path / "out/lota_export.json").read_text())
         files = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file()}
         assert set(record["sha256"]) == files - {"lota_export.json"} and record["verified"]
-        assert record["sha256"]["README.md"] == export.sha256(tmp_path / "out/README.md")
+        assert record["sha256"]["README.md"] == sha256(tmp_path / "out/README.md")
+
+
+def test_a_source_that_is_no_model_is_refused(merged, tmp_path):
+    for format in FORMATS:
+        with pytest.raises(UserError, match="neither a merged folder nor an adapter folder"):
+            export(tmp_path, format, tmp_path / "out")
+    with pytest.raises(UserError, match="--format must be one of gptq, peft, gguf, dense, not 'zip'"):
+        export(merged(4), "zip", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_open_already(merged, quantize, tmp_path):
+    """export() takes a MergedFolder or an AdapterFolder too. `gptq` goes before the model that an adapter names."""
+    adapter = shutil.copytree(merged(4).parent / "adapter", tmp_path / "adapter")
+    LotaConfig(**{**vars(LotaConfig.load(adapter)), "quantized_model_dir": "gone"}).save(adapter)
+    export(MergedFolder(merged(4)), "dense", tmp_path / "one")
+    export(AdapterFolder(adapter), "dense", tmp_path / "two", gptq=quantize(4))
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    record = json.loads((tmp_path / "one/lota_export.json").read_text())
+    assert record["source"] == str(merged(4).resolve())
 
 
 def test_the_command(merged, tmp_path):
@@ -428,18 +438,18 @@ def trained_with_peft(gptq, folder, **extra):
 
 
 def test_qalora_merges_into_offsets(quantize, tmp_path):
-    """Its merged logits are its live logits, no integer moves, and it exports like LoTA; folders.py reads its name."""
+    """Its merged logits are its live logits, no integer moves, and it exports like LoTA."""
     gptq = quantize(4)
     want = trained_with_peft(gptq, tmp_path / "adapter", use_qalora=True, qalora_group_size=32)
-    moved = merge_folders(tmp_path / "adapter", gptq, tmp_path / "merged")
+    moved = merge(tmp_path / "adapter", gptq, tmp_path / "merged")
     assert moved["all"] == 0
     inputs = ids(gptq)
     assert (logits(load_gptq(gptq, dtype=torch.float32).model, inputs) - want).abs().max() > 0.05
     merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
     torch.testing.assert_close(logits(merged, inputs), want, rtol=1e-4, atol=2e-4)
-    torch.testing.assert_close(logits(load_live(tmp_path / "adapter", gptq, dtype=torch.float32), inputs), want,
+    torch.testing.assert_close(logits(load_live(AdapterFolder(tmp_path / "adapter"), gptq, dtype=torch.float32), inputs), want,
                                rtol=1e-4, atol=2e-4)
-    export.export(tmp_path / "adapter", "dense", tmp_path / "dense", torch.float32, verify=True)
+    export(tmp_path / "adapter", "dense", tmp_path / "dense", torch.float32, verify=True)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(logits(dense, inputs), want, rtol=1e-4, atol=2e-4)
 
@@ -447,7 +457,7 @@ def test_qalora_merges_into_offsets(quantize, tmp_path):
 def test_qalora_with_other_groups_is_refused(quantize, tmp_path):
     trained_with_peft(quantize(4), tmp_path / "adapter", use_qalora=True, qalora_group_size=16)
     with pytest.raises(UserError, match="does not fit|only with equal groups"):
-        merge_folders(tmp_path / "adapter", quantize(4), tmp_path / "merged")
+        merge(tmp_path / "adapter", quantize(4), tmp_path / "merged")
 
 
 def test_lora_becomes_dense_only(quantize, tmp_path):
@@ -455,11 +465,10 @@ def test_lora_becomes_dense_only(quantize, tmp_path):
     gptq = quantize(4)
     want = trained_with_peft(gptq, tmp_path / "adapter")
     for format in ("gptq", "peft", "gguf"):
-        with pytest.raises(UserError, match="no low-bit grid holds; --format dense"):
-            export.export(tmp_path / "adapter", format, tmp_path / "out")
+        with pytest.raises(UserError, match="no low-bit grid holds; --format dense writes"):
+            export(tmp_path / "adapter", format, tmp_path / "out")
     with pytest.raises(UserError, match="--format dense"):
-        merge_folders(tmp_path / "adapter", gptq, tmp_path / "out")
-    export.export(tmp_path / "adapter", "dense", tmp_path / "out", torch.float32, verify=True)
+        merge(tmp_path / "adapter", gptq, tmp_path / "out")
+    export(tmp_path / "adapter", "dense", tmp_path / "out", torch.float32, verify=True)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(logits(dense, ids(gptq)), want, rtol=1e-4, atol=2e-4)
-    assert AdapterTensors(tmp_path / "adapter").modules

@@ -5,13 +5,17 @@ import oracle
 import pytest
 import torch
 from conftest import run_main
+from pairs import pairwise
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from LoTA import UserError, lota_merge
-from LoTA.adapter import LTA, load_gptq
-from LoTA.folders import GPTQFolder, LotaConfig, MergedFolder
+from LoTA import UserError
+from LoTA.adapter import LTA, load_gptq, load_live
+from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
+from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import CustomLoraLinear, register
-from LoTA.ternary import Groups, Threshold
+from LoTA.lota_merge import merge_folders
+from LoTA.packed import Groups
+from LoTA.ternary import Threshold, dequantize
 
 RANK, OMEGA = 8, 2.0
 MODELS = [(2,), (3, "--desc_act"), (4, "--sym"), (8,)]
@@ -19,6 +23,7 @@ MODELS = [(2,), (3, "--desc_act"), (4, "--sym"), (8,)]
 
 @pytest.fixture(params=MODELS, ids=lambda p: "-".join(map(str, p)))
 def gptq(request, quantize):
+    """A GPTQ model of every number of bits. One has shuffled groups, one a symmetric grid."""
     return quantize(*request.param)
 
 
@@ -46,8 +51,13 @@ def save(model, folder, gptq, residual=True):
     return folder
 
 
+def merge(adapter, gptq, output):
+    """merge_folders() by the folders' paths."""
+    return merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
+
+
 def layers(model):
-    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
+    return {name.removeprefix(PREFIX): m for name, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
 
 
 def logits(model):
@@ -59,11 +69,10 @@ def logits(model):
 
 def test_our_unpacking_is_gptqmodels(gptq):
     """s (W_int - z) of every layer, from disk and from the live module, equals GPTQModel's dequantization."""
-    from LoTA.ternary import dequantize
     model, folder = load(gptq), GPTQFolder(gptq)
     for name in folder.modules:
         want = model.get_submodule(name).dequantize_weight().float()
-        torch.testing.assert_close(dequantize(folder.grid(name)), want, rtol=1e-6, atol=0)
+        torch.testing.assert_close(folder.weight(name), want, rtol=1e-6, atol=0)
 
 
 def test_the_first_forward_is_the_quantized_model(gptq):
@@ -81,7 +90,7 @@ def test_layer_against_the_oracle(gptq):
     for name, layer in layers(model).items():
         bits, qweight, g_idx = folder.bits, folder.tensor(f"{name}.qweight"), folder.tensor(f"{name}.g_idx")
         weight_int = oracle.unpack_columns(qweight, bits, len(g_idx))
-        zeros = layer.grid().zeros                                          # checked by test_our_unpacking
+        zeros = layer.packed().zeros                # checked by test_our_unpacking_is_gptqmodels
         x, grad = torch.randn(2, 5, len(g_idx), requires_grad=True), torch.randn(2, 5, qweight.shape[1])
         y = layer(x)
         y.backward(grad)
@@ -93,7 +102,7 @@ def test_layer_against_the_oracle(gptq):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
         with torch.no_grad():
-            torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)   # the way of evaluation
+            torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)       # as evaluation computes it
 
 
 def test_evaluation_sees_a_changed_adapter(quantize):
@@ -109,12 +118,17 @@ def test_evaluation_sees_a_changed_adapter(quantize):
     assert (before - after).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_live_equals_merged(gptq, tmp_path, residual):
-    """Integers bit for bit (the merge verifies itself), packed so that GPTQModel reads them; logits to rounding."""
+@pytest.mark.parametrize("flags, residual", pairwise(flags=MODELS, residual=[True, False], exists=lambda flags, residual: (
+    residual or flags[0] in (2, 3))))
+def test_live_equals_merged(quantize, tmp_path, flags, residual):
+    """The merged integers are the live layers', packed so that GPTQModel reads them. Logits are equal to rounding.
+
+    The merge verifies itself too.
+    """
+    gptq = quantize(*flags)
     model = with_adapter(gptq, residual)
     adapter = save(model, tmp_path / "adapter", gptq, residual)
-    moved = lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+    moved = merge(adapter, gptq, tmp_path / "merged")
     assert 0 < moved["all"] < 1
     merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
     want, got = logits(model), logits(merged)
@@ -122,21 +136,24 @@ def test_live_equals_merged(gptq, tmp_path, residual):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
     folder = MergedFolder(tmp_path / "merged")
     for name, layer in layers(model).items():
-        grid = folder.grid(name)
+        packed = folder.packed(name)
         module = merged.get_submodule(name)
-        plain = module.dequantize_weight() / grid.scales.float()[grid.groups.g_idx] + grid.zeros[grid.groups.g_idx]
-        assert torch.equal(plain.round().to(torch.uint8), grid.weight_int)
+        plain = module.dequantize_weight() / packed.scales.float()[packed.groups.g_idx] + packed.zeros[
+            packed.groups.g_idx]
+        assert torch.equal(plain.round().to(torch.uint8), packed.weight_int)
         assert (module.adapter is not None) == residual
-        before, after, _ = layer.merged_grids()
-        assert torch.equal(after.qweight, grid.qweight)
-        assert torch.equal(before.qweight, GPTQFolder(gptq).grid(name).qweight)
+        before, after, mu = layer.merged_in_memory()
+        assert torch.equal(after.qweight, packed.qweight)
+        assert torch.equal(before.qweight, GPTQFolder(gptq).packed(name).qweight)
+        assert (mu is None) == (not residual) and (mu is None or torch.equal(mu, folder.offset(name)))
+        assert torch.equal(layer.adapted_weight(torch.float32), dequantize(packed, folder.offset(name)))
 
 
 def test_lta_on_an_adapter_is_the_merged_folder(quantize, tmp_path):
     """path may be the adapter itself: same logits, bit for bit, and its base is found in lota_config.json."""
     gptq = quantize(2)
     adapter = save(with_adapter(gptq), tmp_path / "adapter", gptq)
-    lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+    merge(adapter, gptq, tmp_path / "merged")
     one = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
     two = LTA(rank=RANK, threshold=OMEGA, residual=True, path=str(adapter)).load(dtype=torch.float32).model
     assert torch.equal(logits(one), logits(two))
@@ -151,7 +168,7 @@ def test_merged_on_gptqmodels_kernels_in_16_bit(quantize, tmp_path, backend):
     """4 bits in bfloat16 on the plain kernel, and on one that repacks the integers for torch's int4 operator."""
     gptq = quantize(4, "--sym")
     model = with_adapter(gptq)
-    lota_merge.merge_folders(save(model, tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+    merge(save(model, tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
     merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.bfloat16, backend=backend).model
     want = logits(model)
     tolerance = 0.03 * want.abs().max()
@@ -164,7 +181,7 @@ def test_a_merged_folder_with_offsets_is_refused_by_stock_tools(quantize, tmp_pa
     from gptqmodel import GPTQModel
     from transformers import AutoModelForCausalLM
     gptq = quantize(2)
-    lota_merge.merge_folders(save(with_adapter(gptq), tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+    merge(save(with_adapter(gptq), tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
     with pytest.raises(ValueError, match="lota_gptq"):
         GPTQModel.load(str(tmp_path / "merged"), device="cpu")
     with pytest.raises(ValueError, match="lota_gptq"):
@@ -173,27 +190,30 @@ def test_a_merged_folder_with_offsets_is_refused_by_stock_tools(quantize, tmp_pa
 
 def test_a_merged_folder_without_offsets_is_opened_by_stock_tools(quantize, tmp_path):
     """transformers and GPTQModel read it as any GPTQ model and compute what the live model computes."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GPTQConfig
     gptq = quantize(2)
     model = with_adapter(gptq, residual=False)
-    lota_merge.merge_folders(save(model, tmp_path / "adapter", gptq, False), gptq, tmp_path / "merged")
+    merge(save(model, tmp_path / "adapter", gptq, False), gptq, tmp_path / "merged")
     want = logits(model)
     torch.testing.assert_close(logits(load(tmp_path / "merged")), want, rtol=1e-4, atol=2e-4)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu", dtype=torch.float16)
+    # The plain kernel, because GPTQModel's choice on a CPU would be compiled first, for minutes.
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu", dtype=torch.float16,
+                                                 quantization_config=GPTQConfig(bits=2, backend="gptq_torch"))
     assert (logits(stock).float() - want).abs().max() < 0.01 * want.abs().max()        # float16's rounding
 
 
-def test_adapter_survives_saving_and_loading(quantize, tmp_path):
+def test_an_adapter_survives_saving_and_loading(quantize, tmp_path):
+    """PEFT reads it with a registered config; load_live() does that for us."""
     gptq = quantize(2)
     model = with_adapter(gptq)
     adapter = save(model, tmp_path / "adapter", gptq)
     config = register(LoraConfig.from_pretrained(adapter), Threshold(OMEGA, OMEGA))
     again = PeftModel.from_pretrained(load(gptq), adapter, config=config).eval()
     assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(load_live(AdapterFolder(adapter), gptq, dtype=torch.float32)), logits(model))
 
 
-@pytest.mark.parametrize("shape", [(5, 70), (2, 3, 70), (1, 70)])
-@pytest.mark.parametrize("order", ["ordered", "shuffled", "uneven"])
+@pytest.mark.parametrize("shape, order", [((5, 70), "ordered"), ((2, 3, 70), "shuffled"), ((1, 70), "uneven")])
 def test_apply_adds_group_sums_times_offset(shape, order):
     """x @ (s mu)[g_idx], by the dense matrix that it stands for; the last group is short."""
     torch.manual_seed(0)

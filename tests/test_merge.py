@@ -7,26 +7,51 @@ import sys
 
 import pytest
 import torch
-from conftest import LAYERS, PREFIX, ROOT, write_adapter, write_gptq
+from conftest import LAYERS, ROOT
 from oracle import merge as oracle_merge
 from oracle import unpack_columns
+from pairs import pairwise
+from random_gptq import write_gptq, write_lota_adapter
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from LoTA import UserError, lota_merge
-from LoTA.folders import GPTQFolder, MergedFolder, overwrite_tensor, whole_folder
-from LoTA.ternary import Grid
+from LoTA.adapter_folder import PREFIX, AdapterFolder
+from LoTA.folders import GPTQFolder, MergedFolder
+from LoTA.packed import PackedLayer
+from LoTA.storage import overwrite_tensor, whole_folder
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("desc_act", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_merge_is_the_oracles(tmp_path, bits, desc_act, shards):
-    """Integers equal, mu to float32 rounding, every other tensor and file as it was."""
-    gptq = write_gptq(tmp_path / "gptq", bits, desc_act=desc_act, shards=shards)
-    adapter = write_adapter(tmp_path / "adapter", gptq)
-    moved = lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+def merge(adapter, gptq, output):
+    """merge_folders() by the folders' paths."""
+    return lota_merge.merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
+
+
+@pytest.fixture
+def gptq(tmp_path):
+    """A random GPTQ model of 4 bits."""
+    return write_gptq(tmp_path / "gptq", LAYERS)
+
+
+@pytest.fixture
+def adapter(tmp_path, gptq):
+    """A random adapter of rank 8 with omega 3 for it."""
+    return write_lota_adapter(tmp_path / "adapter", gptq)
+
+
+# --- what it computes ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits, group_size, desc_act, shards, checkpoint_format", pairwise(
+    bits=[2, 3, 4, 8], group_size=[32, -1], desc_act=[False, True], shards=[1, 3],
+    checkpoint_format=["gptq", "gptq_v2"]))
+def test_merge_is_the_oracles(tmp_path, bits, group_size, desc_act, shards, checkpoint_format):
+    """The integers are equal, mu is to float32 rounding, and every other tensor and file is as it was."""
+    gptq = write_gptq(tmp_path / "gptq", LAYERS, bits, group_size, desc_act=desc_act, shards=shards,
+                      checkpoint_format=checkpoint_format)
+    adapter = write_lota_adapter(tmp_path / "adapter", gptq)
+    moved = merge(adapter, gptq, tmp_path / "merged")
     source, merged = GPTQFolder(gptq), MergedFolder(tmp_path / "merged")
+    assert merged.checkpoint_format == checkpoint_format
     matrices = load_file(adapter / "adapter_model.safetensors")
     changed = total = 0
     for name, (rows, _) in LAYERS.items():
@@ -46,99 +71,185 @@ def test_merge_is_the_oracles(tmp_path, bits, desc_act, shards):
     assert all((tmp_path / "merged" / f.name).exists() for f in gptq.iterdir())
 
 
-def test_originals_are_not_touched(tmp_path):
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq)
+def test_originals_are_not_touched(gptq, adapter, tmp_path):
     before = {f: f.read_bytes() for folder in (gptq, adapter) for f in folder.iterdir()}
-    lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+    merge(adapter, gptq, tmp_path / "merged")
     assert {f: f.read_bytes() for folder in (gptq, adapter) for f in folder.iterdir()} == before
 
 
-def test_without_offset_it_is_a_plain_gptq_folder(tmp_path):
+def test_without_offset_it_is_a_plain_gptq_folder(gptq, tmp_path):
     """Config files byte for byte as they were, no offsets file."""
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq, residual=False)
-    lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+    adapter = write_lota_adapter(tmp_path / "adapter", gptq, residual=False)
+    merge(adapter, gptq, tmp_path / "merged")
     for name in ("quantize_config.json", "config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (gptq / name).read_bytes()
     assert not list(tmp_path.glob("merged/lota/*.safetensors"))
 
 
-def test_with_offset_both_config_files_name_our_format(tmp_path):
-    gptq = write_gptq(tmp_path / "gptq")
-    lota_merge.merge_folders(write_adapter(tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+def test_with_offset_both_config_files_name_our_format(gptq, adapter, tmp_path):
+    merge(adapter, gptq, tmp_path / "merged")
     config = json.loads((tmp_path / "merged/config.json").read_text())["quantization_config"]
     assert config["checkpoint_format"] == "lota_gptq"
     assert json.loads((tmp_path / "merged/quantize_config.json").read_text())["checkpoint_format"] == "lota_gptq"
 
 
-def test_another_gptq_model_is_refused_by_its_fingerprint(tmp_path):
+@pytest.mark.parametrize("residual", [True, False])
+def test_learned_scales_become_the_checkpoints_own(tmp_path, residual):
+    """The merged scales are s * (1 + change) in float16. Integers, zeros and offsets are those of the merge without.
+
+    Without an offset the folder is a plain GPTQ checkpoint.
+    """
+    gptq = write_gptq(tmp_path / "gptq", LAYERS, 3, shards=2)
+    plain = write_lota_adapter(tmp_path / "plain", gptq, residual=residual)
+    learned = write_lota_adapter(tmp_path / "learned", gptq, residual=residual, learned_scales=True)
+    tensors, folders = load_file(learned / "adapter_model.safetensors"), []
+    for adapter in (plain, learned):
+        folders.append(tmp_path / f"merged_{adapter.name}")
+        assert merge(adapter, gptq, folders[-1])["all"] > 0
+    before, (plain, learned) = GPTQFolder(gptq), map(MergedFolder, folders)
+    for name in before.modules:
+        change = tensors[f"{PREFIX}{name}.lora_scale"].double()
+        want = (before.tensor(f"{name}.scales").double() * (1 + change)).half()
+        got = learned.tensor(f"{name}.scales")
+        assert got.dtype == torch.float16 and torch.allclose(got.double(), want.double(), rtol=1e-3)
+        assert not torch.equal(got, plain.tensor(f"{name}.scales"))
+        for t in ("qweight", "qzeros", "g_idx"):
+            assert torch.equal(learned.tensor(f"{name}.{t}"), plain.tensor(f"{name}.{t}"))
+        assert not residual or torch.equal(learned.offset(name), plain.offset(name))
+    config = json.loads((folders[1] / "quantize_config.json").read_text())
+    assert config["checkpoint_format"] == ("lota_gptq" if residual else "gptq")
+
+
+def test_a_learned_offset_takes_the_place_of_eq_4s(gptq, adapter, tmp_path):
+    learned = write_lota_adapter(tmp_path / "learned", gptq, offset_scale="learned")
+    for folder in (adapter, learned):
+        merge(folder, gptq, tmp_path / f"merged_{folder.name}")
+    merged, tensors = MergedFolder(tmp_path / "merged_learned"), load_file(learned / "adapter_model.safetensors")
+    for name in LAYERS:
+        assert torch.equal(merged.offset(name), tensors[f"{PREFIX}{name}.lora_offset"])
+        assert not torch.equal(merged.offset(name), MergedFolder(tmp_path / "merged_adapter").offset(name))
+
+
+def test_a_layer_without_adapter_stays(gptq, tmp_path):
+    """Its integers are the source's, and it has no offset."""
+    adapted, other = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
+    adapter = write_lota_adapter(tmp_path / "adapter", gptq, [adapted])
+    assert set(merge(adapter, gptq, tmp_path / "merged")) == {"down_proj", "all"}
+    source, merged = GPTQFolder(gptq), MergedFolder(tmp_path / "merged")
+    assert merged.offset_modules() == [adapted] and merged.offset(other) is None
+    assert torch.equal(merged.tensor(f"{other}.qweight"), source.tensor(f"{other}.qweight"))
+    assert not torch.equal(merged.tensor(f"{adapted}.qweight"), source.tensor(f"{adapted}.qweight"))
+
+
+def test_adapters_of_the_published_scripts_are_read_by_their_name(gptq, adapter, tmp_path):
+    """No lota_config.json: bits, omega and method come from the folder's name."""
+    named = write_lota_adapter(tmp_path / "8B_int4_LoTA_3_0.950_0.999_alpaca_1234_20480_05_101112", gptq,
+                               with_config=False)
+    merge(adapter, gptq, tmp_path / "one")
+    merge(named, gptq, tmp_path / "two")
+    one, two = MergedFolder(tmp_path / "one"), MergedFolder(tmp_path / "two")
+    assert (two.lota.method, two.lota.omega, two.lota.bits, two.lota.data_set) == ("LoTA", 3.0, 4, "alpaca")
+    assert one.fingerprint() == two.fingerprint() != GPTQFolder(gptq).fingerprint()
+    wrong_bits = write_lota_adapter(tmp_path / "8B_int2_LoTA_3_0.950_0.999_alpaca_1_2_3", gptq, with_config=False)
+    with pytest.raises(UserError, match="2 bits"):
+        merge(wrong_bits, gptq, tmp_path / "three")
+
+
+def test_zeros_of_the_packed_layer_are_the_files(tmp_path):
+    """The format "gptq" stores zeros minus one, "gptq_v2" as they are."""
+    name = "model.layers.0.self_attn.q_proj"
+    for form, plus in (("gptq", 1), ("gptq_v2", 0)):
+        folder = GPTQFolder(write_gptq(tmp_path / form, LAYERS, checkpoint_format=form))
+        tensors = [folder.tensor(f"{name}.{t}") for t in ("qweight", "qzeros", "scales", "g_idx")]
+        stored = unpack_columns(tensors[1].t().contiguous(), 4, 48).t()
+        assert torch.equal(PackedLayer(*tensors, 4, form).zeros.long(), stored + plus)
+        assert torch.equal(folder.packed(name).zeros.long(), stored + plus)
+
+
+# --- what it refuses ----------------------------------------------------------------------------------------------
+
+def test_another_gptq_model_is_refused_by_its_fingerprint(gptq, adapter, tmp_path):
     """One integer of one layer differs: same shapes, same names, another model."""
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq)
     other = shutil.copytree(gptq, tmp_path / "other")
     name = "model.layers.0.mlp.down_proj.qweight"
     qweight = GPTQFolder(other).tensor(name)
     qweight[0, 0] ^= 1
     overwrite_tensor(other / "model.safetensors", name, qweight)
     with pytest.raises(UserError, match="fingerprint"):
-        lota_merge.merge_folders(adapter, other, tmp_path / "merged")
+        merge(adapter, other, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path):
-    gptq = write_gptq(tmp_path / "gptq", bits=4)
-    adapter = write_adapter(tmp_path / "adapter", gptq)
+def test_what_does_not_belong_together_is_refused(gptq, adapter, tmp_path):
     with pytest.raises(UserError, match="trained on 4 bits"):
-        lota_merge.merge_folders(adapter, write_gptq(tmp_path / "other", bits=2), tmp_path / "m")
+        merge(adapter, write_gptq(tmp_path / "other_bits", LAYERS, 2), tmp_path / "m")
+    with pytest.raises(UserError, match="trained on 32 rows in a group"):
+        merge(adapter, write_gptq(tmp_path / "other_groups", LAYERS, 4, 16), tmp_path / "m")
+    with pytest.raises(UserError, match="no quantized layer there"):
+        merge(adapter, write_gptq(tmp_path / "other_layers", {"layer": (64, 48)}), tmp_path / "m")
+    with pytest.raises(UserError, match="is 96 x 48, its adapter 64 x 48 of rank 8"):
+        merge(adapter, write_gptq(tmp_path / "other_shape", dict.fromkeys(LAYERS, (96, 48)) | {
+            "model.layers.0.mlp.down_proj": (80, 64)}), tmp_path / "m")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
     with pytest.raises(UserError, match="rank"):
-        lota_merge.merge_folders(adapter, gptq, tmp_path / "m")
+        merge(adapter, gptq, tmp_path / "m")
     with pytest.raises(UserError, match="not an adapter folder"):
-        lota_merge.merge_folders(gptq, gptq, tmp_path / "m")
+        merge(gptq, gptq, tmp_path / "m")
     with pytest.raises(UserError, match="not a model folder"):
-        lota_merge.merge_folders(write_adapter(tmp_path / "a2", gptq), tmp_path, tmp_path / "m")
+        merge(write_lota_adapter(tmp_path / "a2", gptq), tmp_path, tmp_path / "m")
 
 
-def test_merging_into_a_merged_folder_is_refused(tmp_path):
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq, residual=False)
-    lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+def test_merging_into_a_merged_folder_is_refused(gptq, tmp_path):
+    adapter = write_lota_adapter(tmp_path / "adapter", gptq, residual=False)
+    merge(adapter, gptq, tmp_path / "merged")
     with pytest.raises(UserError, match="merged LoTA folder"):
-        lota_merge.merge_folders(adapter, tmp_path / "merged", tmp_path / "again")
+        merge(adapter, tmp_path / "merged", tmp_path / "again")
 
 
-def test_an_adapter_that_is_not_ternary_is_refused(tmp_path):
-    from safetensors.torch import save_file
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq)
+def test_an_adapter_that_is_not_ternary_is_refused(gptq, adapter, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = 0.5
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(UserError, match="not ternary"):
-        lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+        merge(adapter, gptq, tmp_path / "merged")
 
 
-def test_an_output_folder_that_is_not_ours_is_refused_and_ours_is_replaced(tmp_path):
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq)
+def test_an_output_folder_that_is_not_ours_is_refused_and_ours_is_replaced(gptq, adapter, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not made by this project"):
-        lota_merge.merge_folders(adapter, gptq, theirs)
+        merge(adapter, gptq, theirs)
     assert (theirs / "thesis.txt").read_text() == "years of work"
     for _ in range(2):
-        lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+        merge(adapter, gptq, tmp_path / "merged")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "gptq", "merged", "theirs"]
 
 
-def test_a_failure_in_the_middle_leaves_the_old_folder_and_no_rest(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change, message", [
+    ({"bits": 5}, "5 bits"), ({"quant_method": "awq"}, "not a GPTQ model"),
+    ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"), ({"pack_dtype": "int8"}, "pack_dtype"),
+    ({"dynamic": {"lm_head": {}}}, "dynamic")])
+def test_folders_of_other_kinds_are_refused(gptq, change, message):
+    config = json.loads((gptq / "quantize_config.json").read_text())
+    (gptq / "quantize_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=message):
+        GPTQFolder(gptq)
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    gptq = write_gptq(tmp_path / "gptq", LAYERS, shards=2)
+    (gptq / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
+        GPTQFolder(gptq)
+
+
+# --- what it leaves behind ----------------------------------------------------------------------------------------
+
+def test_a_failure_in_the_middle_leaves_the_old_folder_and_no_rest(gptq, adapter, tmp_path, monkeypatch):
     """As when the disk is full: the second layer's write fails."""
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq)
-    lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+    merge(adapter, gptq, tmp_path / "merged")
     before = {f: f.read_bytes() for f in (tmp_path / "merged").rglob("*") if f.is_file()}
     calls = []
 
@@ -148,98 +259,36 @@ def test_a_failure_in_the_middle_leaves_the_old_folder_and_no_rest(tmp_path, mon
             raise OSError(28, "No space left on device")
     monkeypatch.setattr(lota_merge, "overwrite_tensor", full)
     with pytest.raises(OSError, match="No space left"):
-        lota_merge.merge_folders(adapter, gptq, tmp_path / "merged")
+        merge(adapter, gptq, tmp_path / "merged")
     assert {f: f.read_bytes() for f in (tmp_path / "merged").rglob("*") if f.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "gptq", "merged"]
 
 
 @pytest.mark.parametrize("damage, message", [
-    ("integer", "differ"), ("offset", "differ"), ("scales", "must not touch"), ("learned scales", "differ")])
-def test_the_verification_catches_damage(tmp_path, damage, message):
+    ("integer", "differ"), ("offset", "differ"), ("learned offset", "differ"), ("scales", "must not touch"),
+    ("learned scales", "differ")])
+def test_the_verification_catches_damage(gptq, tmp_path, damage, message):
     """A merged folder with one number changed does not pass."""
-    from safetensors.torch import save_file
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq, learned_scales=damage == "learned scales")
-    folder = tmp_path / "merged"
-    lota_merge.merge_folders(adapter, gptq, folder)
-    name = "model.layers.0.mlp.down_proj"
-    source, merged = GPTQFolder(gptq), MergedFolder(folder)
-    config, tensors = merged.lota, lota_merge.AdapterTensors(adapter)
-    merge_layer = lota_merge.layer_merger(adapter, config, tensors)
-    lota_merge.verify_folders(tensors, source, merged, merge_layer)
+    adapter = AdapterFolder(write_lota_adapter(tmp_path / "adapter", gptq, learned_scales=damage == "learned scales",
+                                               offset_scale="learned" if damage == "learned offset" else "omega"))
+    folder, source, name = tmp_path / "merged", GPTQFolder(gptq), "model.layers.0.mlp.down_proj"
+    lota_merge.merge_folders(adapter, source, folder)
+    merged, merge_layer = MergedFolder(folder), lota_merge.layer_merger(adapter)
+    lota_merge.verify_folders(adapter, source, merged, merge_layer)
     if damage == "integer":
         qweight = merged.tensor(f"{name}.qweight")
         qweight[3, 3] ^= 1
         overwrite_tensor(folder / "model.safetensors", f"{name}.qweight", qweight)
-    elif damage == "offset":
-        offsets = load_file(folder / "lota/offsets.safetensors")
-        offsets[f"{name}.offset"][0, 0] += 1e-3
-        save_file(offsets, folder / "lota/offsets.safetensors")
+    elif damage.endswith("offset"):
+        offset = merged.offset(name)
+        offset[0, 0] += 1e-3
+        overwrite_tensor(folder / "lota/offsets.safetensors", f"{name}.offset", offset)
     else:
-        everything = load_file(folder / "model.safetensors")
-        everything[f"{name}.scales"][0, 0] *= 2
-        save_file(everything, folder / "model.safetensors")
+        scales = merged.tensor(f"{name}.scales")
+        scales[0, 0] *= 2
+        overwrite_tensor(folder / "model.safetensors", f"{name}.scales", scales)
     with pytest.raises(RuntimeError, match=message):
-        lota_merge.verify_folders(tensors, source, MergedFolder(folder), merge_layer)
-
-
-@pytest.mark.parametrize("residual", [True, False])
-def test_learned_scales_become_the_checkpoints_own(tmp_path, residual):
-    """The merged scales are s * (1 + change) in float16; integers, zeros and offsets those of the merge without them;
-    without an offset the folder is a plain GPTQ checkpoint."""
-    gptq = write_gptq(tmp_path / "gptq", bits=3, shards=2)
-    folders = []
-    for learned in (True, False):
-        adapter = write_adapter(tmp_path / f"adapter_{learned}", gptq, residual=residual, learned_scales=learned)
-        folders.append(tmp_path / f"merged_{learned}")
-        shares = lota_merge.merge_folders(adapter, gptq, folders[-1])
-        assert shares["all"] > 0
-    learned, plain = map(MergedFolder, folders)
-    changes = load_file(tmp_path / "adapter_True/adapter_model.safetensors")
-    for name in plain.modules:
-        change = changes[f"{PREFIX}{name}.lora_scale"].double()
-        want = (GPTQFolder(gptq).tensor(f"{name}.scales").double() * (1 + change)).half()
-        got = learned.tensor(f"{name}.scales")
-        assert got.dtype == torch.float16 and torch.allclose(got.double(), want.double(), rtol=1e-3)
-        assert not torch.equal(got, plain.tensor(f"{name}.scales"))
-        for t in ("qweight", "qzeros", "g_idx"):
-            assert torch.equal(learned.tensor(f"{name}.{t}"), plain.tensor(f"{name}.{t}"))
-        assert not residual or torch.equal(learned.offset(name), plain.offset(name))
-    config = json.loads((folders[0] / "quantize_config.json").read_text())
-    assert config["checkpoint_format"] == ("lota_gptq" if residual else "gptq")
-
-
-def test_published_scripts_adapter_loads_by_its_name_alone(tmp_path):
-    """No lota_config.json: bits, omega and method come from the folder's name."""
-    gptq = write_gptq(tmp_path / "gptq", bits=4)
-    with_config = write_adapter(tmp_path / "with_config", gptq, omega=3)
-    named = write_adapter(tmp_path / "8B_int4_LoTA_3_0.950_0.999_alpaca_1234_20480_05_101112", gptq, with_config=False)
-    lota_merge.merge_folders(with_config, gptq, tmp_path / "one")
-    lota_merge.merge_folders(named, gptq, tmp_path / "two")
-    one, two = MergedFolder(tmp_path / "one"), MergedFolder(tmp_path / "two")
-    assert (two.lota.method, two.lota.omega, two.lota.bits, two.lota.data_set) == ("LoTA", 3.0, 4, "alpaca")
-    assert one.fingerprint() == two.fingerprint() != GPTQFolder(gptq).fingerprint()
-    wrong_bits = write_adapter(tmp_path / "8B_int2_LoTA_3_0.950_0.999_alpaca_1_2_3", gptq, with_config=False)
-    with pytest.raises(UserError, match="2 bits"):
-        lota_merge.merge_folders(wrong_bits, gptq, tmp_path / "three")
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"bits": 5}, "5 bits"), ({"quant_method": "awq"}, "not a GPTQ model"),
-    ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'")])
-def test_folders_of_other_kinds_are_refused(tmp_path, change, message):
-    gptq = write_gptq(tmp_path / "gptq")
-    config = json.loads((gptq / "quantize_config.json").read_text())
-    (gptq / "quantize_config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(UserError, match=message):
-        GPTQFolder(gptq)
-
-
-def test_a_missing_shard_is_refused(tmp_path):
-    gptq = write_gptq(tmp_path / "gptq", shards=2)
-    (gptq / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
-        GPTQFolder(gptq)
+        lota_merge.verify_folders(adapter, source, MergedFolder(folder), merge_layer)
 
 
 def test_whole_folder_replaces_only_at_the_end(tmp_path):
@@ -254,11 +303,8 @@ def test_whole_folder_replaces_only_at_the_end(tmp_path):
     assert (target / "marker").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_command_line(tmp_path):
-    """It runs alone, finds the GPTQ folder in the adapter, prints the share moved; mistakes are one line, status 1."""
-    gptq = write_gptq(tmp_path / "gptq")
-    adapter = write_adapter(tmp_path / "adapter", gptq)
-
+def test_the_command(adapter, tmp_path):
+    """It finds the GPTQ folder in the adapter and prints the share moved. A mistake is one line and status 1."""
     def run(*arguments):
         return subprocess.run([sys.executable, "-m", "LoTA.lota_merge", *map(str, arguments)], cwd=ROOT, text=True,
                               capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
@@ -269,14 +315,3 @@ def test_command_line(tmp_path):
     failed = run("--adapter", tmp_path / "nowhere", "--output", tmp_path / "merged2")
     assert failed.returncode == 1 and failed.stdout == "" and "Traceback" not in failed.stderr
     assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
-
-
-def test_zeros_and_scales_of_the_grid_are_the_files(tmp_path):
-    """Grid reads the "gptq" format's zeros as stored plus one."""
-    for form, plus in (("gptq", 1), ("gptq_v2", 0)):
-        gptq = GPTQFolder(write_gptq(tmp_path / form, bits=4, checkpoint_format=form))
-        name = "model.layers.0.self_attn.q_proj"
-        tensors = [gptq.tensor(f"{name}.{t}") for t in ("qweight", "qzeros", "scales", "g_idx")]
-        grid = Grid(*tensors, 4, form)
-        stored = unpack_columns(tensors[1].t().contiguous(), 4, 48).t()
-        assert torch.equal(grid.zeros.long(), stored + plus)

@@ -15,7 +15,7 @@ def values_of(params):
     return [param.values for param in params]
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (7, 4), (4, 7, 3), (2, 7, 2), (4, 7, 3, 3, 2), (2, 5, 2, 2), (1, 6, 3, 1, 2)])
+@pytest.mark.parametrize("sizes", [(2, 2), (7, 4), (4, 7, 3), (4, 7, 3, 3, 2), (2, 5, 2, 2), (1, 6, 3, 1, 2)])
 def test_every_pair_occurs(sizes):
     """All pairs of the full product are there. With three or more parameters that take a choice the cases are fewer."""
     parameters = {f"p{i}": range(size) for i, size in enumerate(sizes)}
@@ -38,6 +38,7 @@ def test_what_does_not_exist_is_left_out(sizes):
 
 def test_further_cases_and_ids():
     """A case of `also` comes last, and once. An id names every value."""
-    params = pairwise(bits=(2, 3), dtype=(torch.float32,), kappa=(None,), also=[(2, torch.float32, None), (8, None, 1.0)])
+    also = [(2, torch.float32, None), (8, None, 1.0)]
+    params = pairwise(bits=(2, 3), dtype=(torch.float32,), kappa=(None,), also=also)
     assert [param.id for param in params] == ["bits=2, dtype=float32, kappa=None", "bits=3, dtype=float32, kappa=None",
                                               "bits=8, dtype=None, kappa=1.0"]

@@ -1,63 +1,66 @@
-"""LoTA.ternary against the float64 oracle: integers equal, floats to the rounding of their dtype."""
+"""LoTA.ternary and LoTA.packed against the float64 oracle: integers equal, floats to the rounding of their dtype."""
 from dataclasses import dataclass, replace
 from functools import cache
 
 import oracle
 import pytest
 import torch
+from pairs import pairwise
 
-from LoTA import ternary
+from LoTA import SUPPORTED_BITS, packed, ternary
+from LoTA.packed import Groups, PackedLayer
+from LoTA.packing import pack_rows
 from LoTA.ternary import (
-    Grid,
-    Groups,
     TernaryLinear,
     Threshold,
     adapted_weight,
     adapter_gradients,
     check_settings,
     dequantize,
+    is_merge,
     merge,
     offset_factor,
     ternarize_,
     ternary_step,
 )
 
-BITS = (2, 3, 4, 8)
 RANK, COLS = 8, 12
-LAYOUTS = {                     # rows of each group; shuffled: as desc_act leaves them
+LAYOUTS = {                     # (rows of each group, whether their order is shuffled, as desc_act leaves it)
     "even": ([16] * 4, False),
     "one group": ([24], False),
     "short last": ([16, 16, 8], False),
     "shuffled": ([16] * 4, True),
-    "shuffled, short last": ([16, 16, 8], True),
+    "shuffled short last": ([16, 16, 8], True),
     "uneven": ([5, 16, 9], False),
-    "uneven, shuffled": ([5, 16, 16, 9], True),
+    "uneven shuffled": ([5, 16, 16, 9], True),
 }
-KAPPAS = {"kappa = omega": 2.0, "kappa = 1": 1.0, "no offset": None}
+KAPPAS = (2.0, 1.0, None)       # omega's value, the paper's 1, and no offset
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}       # half an ulp, relative
+ROADS = {"dense": -1, "sparse": 2}      # the SPARSE_SHARE that makes LoTA.ternary compute every weight, or the few
 
 
-def make_grid(weight_int, zeros, scales, g_idx, bits):
-    """A ternary.Grid, packed by the oracle, of unpacked integers."""
-    return Grid(oracle.pack_columns(weight_int, bits), oracle.pack_columns(zeros.t(), bits).t().contiguous(), scales,
-                g_idx, bits, "gptq_v2")
+@pytest.fixture(params=ROADS)
+def road(request, monkeypatch):
+    """The road that LoTA.ternary takes: "dense" computes every weight, "sparse" only those that can step."""
+    monkeypatch.setattr(ternary, "SPARSE_SHARE", ROADS[request.param])
+    return request.param
+
+
+def make_packed(weight_int, zeros, scales, g_idx, bits):
+    """A PackedLayer of unpacked integers [in, out] and zero points [groups, out], packed by the oracle."""
+    return PackedLayer(oracle.pack_columns(weight_int, bits), oracle.pack_columns(zeros.t(), bits).t().contiguous(),
+                       scales, g_idx, bits, "gptq_v2")
 
 
 def merged(*arguments):
-    """merge() with the integers unpacked: (W_int' [in, out], mu)."""
-    grid, mu = merge(*arguments)
-    return grid.weight_int, mu
-
-
-@pytest.fixture(params=[0, 2], ids=["every weight", "few weights"])
-def both_ways(request, monkeypatch):
-    """Runs a test on the road that looks at every weight, and on the one that seeks out those that step."""
-    monkeypatch.setattr(ternary, "FEW", request.param)
+    """merge() with its integers unpacked: (W_int' [in, out], mu)."""
+    layer, mu = merge(*arguments)
+    return layer.weight_int, mu
 
 
 @dataclass
 class Case:
-    """One layer and adapter, as the oracle's arguments."""
+    """One layer and its adapter, unpacked, as the oracle takes them."""
     A: torch.Tensor
     B: torch.Tensor
     weight_int: torch.Tensor
@@ -68,22 +71,33 @@ class Case:
     omega: float
     kappa: float | None
 
-    def grid(self):
-        return make_grid(self.weight_int, self.zeros, self.scales, self.g_idx, self.bits)
+    def packed(self):
+        return make_packed(self.weight_int, self.zeros, self.scales, self.g_idx, self.bits)
 
     def threshold(self):
         return Threshold(self.omega, self.kappa)
 
+    def arguments(self):
+        """What the functions of LoTA.ternary take: A, B, the packed layer and the threshold."""
+        return self.A, self.B, self.packed(), self.threshold()
+
     def layer(self):
+        """What the functions of the oracle take after A and B."""
         return self.weight_int, self.scales, self.zeros, self.g_idx, self.bits, self.omega, self.kappa
 
     def scales_of_rows(self):
         return self.scales.double()[self.g_idx.long()]
 
+    def blocked(self):
+        """(blocked at the grid's top, blocked at 0), bool [in, out]: the steps that would leave the grid."""
+        delta_w = oracle.delta_w(self.A, self.B)
+        return ((delta_w > self.omega) & (self.weight_int == 2**self.bits - 1),
+                (delta_w < -self.omega) & (self.weight_int == 0))
+
 
 @cache
 def make_case(bits=4, layout="even", kappa=2.0, omega=2.0, seed=0):
-    """A layer with a third of its weights at the ends of the grid, so that both ends block steps, and ties at omega."""
+    """A random layer. A third of its weights lie at the grid's ends, so that both ends block steps."""
     generator = torch.Generator().manual_seed(seed + 100 * bits)
     sizes, shuffled = LAYOUTS[layout]
     g_idx = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).int()
@@ -98,18 +112,15 @@ def make_case(bits=4, layout="even", kappa=2.0, omega=2.0, seed=0):
     scales = (torch.rand(len(sizes), COLS, generator=generator) * 0.02 + 0.002).half()
     zeros = torch.randint(0, maxq + 1, (len(sizes), COLS), generator=generator).to(torch.uint8)
     case = Case(A, B, weight_int, scales, zeros, g_idx, bits, omega, kappa)
-    aux = oracle.delta_w(A, B)
-    assert ((aux > omega) & (weight_int == maxq)).any() and ((aux < -omega) & (weight_int == 0)).any()
-    step = oracle.ternary_step(aux, weight_int, omega, bits)
+    assert all(blocked.any() for blocked in case.blocked())
+    step = oracle.ternary_step(oracle.delta_w(A, B), weight_int, omega, bits)
     assert (step == 1).any() and (step == -1).any()
     return case
 
 
-all_cases = [pytest.param(dict(bits=bits, layout=layout, kappa=kappa), id=f"{bits} bits, {layout}, {name}")
-             for bits in BITS for layout in LAYOUTS for name, kappa in KAPPAS.items()]
-some_cases = [pytest.param(dict(bits=bits, layout=layout, kappa=kappa), id=f"{bits} bits, {layout}, kappa {kappa}")
-              for bits, layout, kappa in [(2, "shuffled, short last", 2.0), (3, "even", 1.0), (4, "short last", 2.0),
-                                          (4, "uneven, shuffled", 1.0), (8, "shuffled", None), (2, "uneven", 2.0)]]
+some_cases = pytest.mark.parametrize("bits, layout, kappa", [
+    (2, "shuffled short last", 2.0), (3, "even", 1.0), (4, "short last", 2.0), (4, "uneven shuffled", 1.0),
+    (8, "shuffled", None), (2, "uneven", 2.0)])
 
 
 def within(got, want, bound):
@@ -120,7 +131,10 @@ def within(got, want, bound):
 
 
 def weight_bound(case, dtype):
-    """Rounding of s * (W_int - z + W^ + mu), computed in float32 and stored in `dtype`; mu is at most RANK."""
+    """(W' in float64, its rounding error): the terms are computed in float32, the sum is rounded to `dtype`.
+
+    Each term of s * (W_int - z + W^ + mu) is at most 2**bits or RANK times s.
+    """
     exact = oracle.adapted_weight(case.A, case.B, *case.layer())
     terms = case.scales_of_rows() * (2**(case.bits + 1) + 2 * RANK)
     return exact, 4 * UNIT[torch.float32] * terms + UNIT[dtype] * exact.abs() * 1.01
@@ -129,23 +143,23 @@ def weight_bound(case, dtype):
 # --- worked by hand -----------------------------------------------------------------------------------------------
 
 def test_one_weight_by_hand():
-    """Numbers worked by hand from the equations, for the code and the oracle alike: Eq. 3, Eq. 4, W' and merging.
+    """Numbers worked by hand from the equations, for the code and the oracle alike.
 
-    2 bits, omega = kappa = 2, one group of four rows, one column, s = 0.5, z = 1, dW = 3, 3, -3, 2 on W_int = 1, 3, 2,
-    0: the first goes up, the second is blocked, the third goes down, the fourth is at omega and stays.
-    Offset matrix 1, 3, -1, 2, mean 1.25, mu 0.625; W' = 0.5 * (W_int' - 1 + 0.625).
+    2 bits, omega = kappa = 2, one group of four rows, one column, s = 0.5, z = 1.
+    Eq. 3: dW = 3, 3, -3, 2 on W_int = 1, 3, 2, 0. The first goes up. The second is at the grid's top and stays. The
+    third goes down. The fourth is at omega and stays.
+    Eq. 4: the offset matrix is 1, 3, -1, 2, its mean is 1.25, so mu = 0.625. W' = 0.5 * (W_int' - 1 + 0.625).
     """
     A = torch.tensor([[1, 1, 1], [1, 1, 1], [-1, -1, -1], [1, 1, 0]]).float()
     case = Case(A, torch.ones(3, 1), torch.tensor([[1], [3], [2], [0]], dtype=torch.uint8),
                 torch.tensor([[0.5]]), torch.tensor([[1]]), torch.zeros(4, dtype=torch.int32), 2, 2.0, 2.0)
-    integers, mu = merged(case.A, case.B, case.grid(), case.threshold())
+    integers, mu = merged(*case.arguments())
     assert integers.flatten().tolist() == [2, 3, 1, 0] and mu.flatten().tolist() == [0.625]
     by_hand = torch.tensor([[0.8125], [1.3125], [0.3125], [-0.1875]])
-    assert torch.equal(adapted_weight(case.A, case.B, case.grid(), case.threshold()), by_hand)
+    assert torch.equal(adapted_weight(*case.arguments()), by_hand)
     assert torch.equal(oracle.adapted_weight(case.A, case.B, *case.layer()).float(), by_hand)
-    # x = 1, 0, 0, 2 and dL/dy = 1: H = s x = 0.5, 0, 0, 1, group sum 1.5, over kappa n = 8: 0.1875 for every row.
-    grad_A, grad_B, *_ = adapter_gradients(torch.tensor([[1.0, 0, 0, 2]]), torch.ones(1, 1), case.A, case.B,
-                                           case.grid(), case.threshold())
+    # x = 1, 0, 0, 2 and dL/dy = 1: H = s x = 0.5, 0, 0, 1. Its sum 1.5 over kappa n = 8 adds 0.1875 to every row.
+    grad_A, grad_B, *_ = adapter_gradients(torch.tensor([[1.0, 0, 0, 2]]), torch.ones(1, 1), *case.arguments())
     assert torch.equal(grad_A, torch.tensor([[0.6875], [0.1875], [0.1875], [1.1875]]).expand(4, 3))
     assert grad_B.flatten().tolist() == [1.875, 1.875, 0.6875]
 
@@ -154,9 +168,9 @@ def test_one_weight_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ternarize(dtype):
-    """In place, the oracle's values, all three of them, in the dtype it came in."""
+    """In place: the oracle's values, all three of them, in the dtype of the weight."""
     weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    if dtype == torch.bfloat16:     # the threshold is rounded to bfloat16: keep the values clear of it
+    if dtype == torch.bfloat16:     # the threshold is rounded to bfloat16, so no value may lie near it
         delta = 0.75 * weight.double().abs().mean()
         weight[(weight.abs().double() / delta - 1).abs() < 0.02] = 0
     want = oracle.ternarized(weight)
@@ -166,12 +180,12 @@ def test_ternarize(dtype):
 
 
 def test_ternarize_is_strict():
-    """Entries equal to the threshold become 0: mean|w| = 2, so delta = 1.5, by hand."""
+    """Entries equal to the threshold become 0. By hand: mean|w| = 2, so delta = 1.5."""
     assert ternarize_(torch.tensor([1.5, -1.5, 2.0, -3.0])).tolist() == [0, 0, 1, -1]
 
 
 def test_check_settings():
-    """omega in the open interval (0, r); rank times rows of a group up to 2**24; the message names what is wrong."""
+    """omega lies in the open interval (0, r). Rank times rows of a group goes up to 2**24. The error says which."""
     for rank, omega, largest in ((8, 0.01, 16), (8, 7.99, 16), (64, 48.0, 2**18)):
         check_settings(rank, omega, largest)
     for omega in (0, -1.0, 8, 9.5, float("nan")):
@@ -181,20 +195,21 @@ def test_check_settings():
         check_settings(64, 48.0, 2**18 + 1)
 
 
-@pytest.mark.parametrize("block_entries", [1, 2 * 16 * COLS, 1 << 18])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, block_entries", pairwise(layout=LAYOUTS, block_entries=(1, 2 * 16 * COLS, 1 << 18)))
 def test_groups(layout, block_entries, monkeypatch):
-    """Sizes, sums and blocks: every row comes once, in a block of whole groups of one size, within BLOCK_ENTRIES."""
-    monkeypatch.setitem(ternary.BLOCK_ENTRIES, "cpu", block_entries)
+    """Sizes, sums and blocks. A block is whole groups of one size within BLOCK_ENTRIES, and every row comes once."""
+    monkeypatch.setitem(packed.BLOCK_ENTRIES, "cpu", block_entries)
     sizes, shuffled = LAYOUTS[layout]
     g_idx = make_case(layout=layout).g_idx
     groups = Groups(g_idx, len(sizes))
     assert groups.count == len(sizes) and groups.sizes.tolist() == sizes and groups.largest == max(sizes)
     assert (groups.order is not None) == shuffled
+    assert groups.starts.tolist() == [sum(sizes[:g]) for g in range(len(sizes) + 1)]
 
     x = torch.randint(-9, 10, (len(g_idx), 5), generator=torch.Generator().manual_seed(1))
     sums = torch.stack([x[g_idx == g].sum(0) for g in range(len(sizes))])
     assert torch.equal(groups.sum(x), sums) and torch.equal(groups.sum(x.float()), sums.float())
+    assert torch.equal(groups.sum_columns(x.t().float()), sums.t().float())
 
     seen, expected_first, blocks = [], 0, list(groups.blocks(COLS))
     for rows, first, last, size in blocks:
@@ -214,157 +229,184 @@ def test_groups(layout, block_entries, monkeypatch):
 
 @pytest.mark.parametrize("g_idx, count", [([0, 0, 2, 2], 3), ([0, 1, 2], 2), ([0, 0, 1], 3)])
 def test_groups_refuses_what_the_scales_do_not_have(g_idx, count):
-    """A group without rows, or rows without a group, is an error and no division by zero later."""
+    """A group without rows is an error, and so are rows without a group. Neither divides by zero later."""
     with pytest.raises(ValueError, match="g_idx"):
         Groups(torch.tensor(g_idx), count)
 
 
 def test_groups_to_returns_itself():
-    """to() moves in place and returns the same object, its indices unchanged."""
+    """to() moves in place and returns the same object, whose indices stay."""
     groups = Groups(make_case(layout="shuffled").g_idx, 4)
     order = groups.order.clone()
     assert groups.to("cpu") is groups and torch.equal(groups.order, order)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("omega", [0.5, 2.0, 2.25, 6.0])
+@pytest.mark.parametrize("omega, dtype", pairwise(
+    omega=(0.5, 2.0, 2.25, 6.0), dtype=(torch.float32, torch.bfloat16, torch.float64)))
 def test_ternary_step(omega, dtype):
-    """Every integer from -r to r: the oracle's step away from the grid's ends, in float32; 0 at |dW| = omega."""
-    aux = torch.arange(-RANK, RANK + 1).to(dtype)[:, None]
-    step = ternary_step(aux.clone(), omega)
+    """Every integer from -r to r, away from the grid's ends: the oracle's step, in float32. It is 0 at |dW| = omega."""
+    delta_w = torch.arange(-RANK, RANK + 1).to(dtype)[:, None]
+    step = ternary_step(delta_w.clone(), omega)
     assert step.dtype == torch.float32
-    assert torch.equal(step.double(), oracle.ternary_step(aux, torch.ones_like(aux), omega, 2))
+    assert torch.equal(step.double(), oracle.ternary_step(delta_w, torch.ones_like(delta_w), omega, 2))
     if omega == int(omega):
-        assert not step[aux.abs() == omega].any() and bool(step[aux.abs() == omega + 1].all())
+        assert not step[delta_w.abs() == omega].any() and bool(step[delta_w.abs() == omega + 1].all())
 
 
-@pytest.mark.parametrize("kappa", [1.0, 2.25, 5.6])
-@pytest.mark.parametrize("omega", [2.25, 5.6])
+@pytest.mark.parametrize("omega, kappa", pairwise(omega=(2.25, 5.6), kappa=(1.0, 2.25, 5.6)))
 def test_offset_factor(omega, kappa):
     """(sum dW - omega sum W^) / (kappa n) to float32 rounding, with groups of unequal size."""
     generator = torch.Generator().manual_seed(2)
-    aux_sum = torch.randint(-900, 900, (3, 7), generator=generator)
+    delta_w_sum = torch.randint(-900, 900, (3, 7), generator=generator)
     step_sum = torch.randint(-16, 17, (3, 7), generator=generator)
     sizes = torch.tensor([16, 16, 5])
-    got = offset_factor(aux_sum.float(), step_sum.float(), sizes, Threshold(omega, kappa))
-    want = (aux_sum.double() - omega * step_sum.double()) / (kappa * sizes[:, None])
-    within(got, want, 4 * UNIT[torch.float32] * (aux_sum.abs() + omega * step_sum.abs()) / (kappa * sizes[:, None]))
+    got = offset_factor(delta_w_sum.float(), step_sum.float(), sizes, Threshold(omega, kappa))
+    want = (delta_w_sum.double() - omega * step_sum.double()) / (kappa * sizes[:, None])
+    size_of_terms = (delta_w_sum.abs() + omega * step_sum.abs()) / (kappa * sizes[:, None])
+    within(got, want, 4 * UNIT[torch.float32] * size_of_terms)
 
 
 # --- merging and the adapted weight -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("settings", all_cases)
-def test_merge(settings, both_ways):
-    """The integers equal the oracle's, on the grid; mu to a few ulps (its numerator is exact); inputs untouched."""
-    case = make_case(**settings)
-    before = case.weight_int.clone()
-    integers, mu = merged(case.A, case.B, case.grid(), case.threshold())
-    want_integers, want_mu = oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx, case.bits,
-                                          case.omega, case.kappa)
+@pytest.mark.parametrize("bits, layout, kappa, road", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, road=ROADS), indirect=["road"])
+def test_merge(bits, layout, kappa, road):
+    """The integers equal the oracle's. mu is the oracle's to a few ulps, because its numerator is exact.
+
+    The layer that was merged into keeps its integers.
+    """
+    case = make_case(bits, layout, kappa)
+    layer = case.packed()
+    before = layer.qweight.clone()
+    integers, mu = merged(case.A, case.B, layer, case.threshold())
+    want_integers, want_mu = oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx, bits, case.omega,
+                                          kappa)
     assert integers.dtype == torch.uint8 and torch.equal(integers.long(), want_integers)
-    assert integers.max() <= 2**case.bits - 1 and torch.equal(case.weight_int, before)
-    if case.kappa is None:
+    assert integers.max() <= 2**bits - 1 and torch.equal(layer.qweight, before)
+    if kappa is None:
         assert mu is None
     else:
         assert mu.dtype == torch.float32 and bool(want_mu.any())
         within(mu, want_mu, 4 * UNIT[torch.float32] * want_mu.abs())
 
 
-@pytest.mark.parametrize("dtype", list(UNIT))
-@pytest.mark.parametrize("settings", all_cases)
-def test_adapted_weight(settings, dtype, both_ways):
+@pytest.mark.parametrize("bits, layout, kappa, dtype, road", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS), indirect=["road"])
+def test_adapted_weight(bits, layout, kappa, dtype, road):
     """W' is the oracle's, to float32 rounding of its terms and one rounding to `dtype`."""
-    case = make_case(**settings)
-    got = adapted_weight(case.A, case.B, case.grid(), case.threshold(), dtype)
+    case = make_case(bits, layout, kappa)
+    got = adapted_weight(*case.arguments(), dtype)
     assert got.dtype == dtype
     within(got, *weight_bound(case, dtype))
 
 
 @pytest.mark.parametrize("omega", [1.7, 3.0, 5.6])
-def test_other_thresholds(omega, both_ways):
-    """omega that float32 cannot hold, and one that only large |dW| pass: the integers and W' are still the oracle's."""
-    case = make_case(4, "shuffled, short last", omega, 2.0, seed=5)
-    case = replace(case, omega=omega)
-    integers, _ = merged(case.A, case.B, case.grid(), case.threshold())
+def test_other_thresholds(omega, road):
+    """float32 cannot hold 1.7 and 5.6, and only large |dW| pass 5.6: the integers and W' are still the oracle's."""
+    case = replace(make_case(4, "shuffled short last", omega, 2.0, seed=5), omega=omega)
+    integers, _ = merged(*case.arguments())
     assert torch.equal(integers.long(), oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx,
                                                      case.bits, omega, omega)[0])
     assert not torch.equal(integers, case.weight_int)
-    within(adapted_weight(case.A, case.B, case.grid(), case.threshold()), *weight_bound(case, torch.float32))
+    within(adapted_weight(*case.arguments()), *weight_bound(case, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", list(UNIT))
-@pytest.mark.parametrize("settings", all_cases)
-def test_merging_is_lossless(settings, dtype, both_ways):
-    """The merged layer's weight is the adapted weight bit for bit, in each dtype, and not the layer's weight before."""
-    case = make_case(**settings)
-    after, mu = merge(case.A, case.B, case.grid(), case.threshold())
-    adapted = adapted_weight(case.A, case.B, case.grid(), case.threshold(), dtype)
+@pytest.mark.parametrize("bits, layout, kappa, dtype, road", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS), indirect=["road"])
+def test_merging_is_lossless(bits, layout, kappa, dtype, road):
+    """The merged layer's weight is the adapted weight bit for bit, and it is not the weight of the layer before."""
+    case = make_case(bits, layout, kappa)
+    after, mu = merge(*case.arguments())
+    adapted = adapted_weight(*case.arguments(), dtype)
     assert torch.equal(dequantize(after, mu, dtype), adapted)
-    assert not torch.equal(dequantize(case.grid(), mu, dtype), adapted)
+    assert not torch.equal(dequantize(case.packed(), mu, dtype), adapted)
 
 
-@pytest.mark.parametrize("dtype", list(UNIT))
-@pytest.mark.parametrize("settings", all_cases)
-def test_no_adapter_is_the_quantized_layer(settings, dtype, both_ways):
+@some_cases
+def test_is_merge(bits, layout, kappa, road):
+    """It knows a merge by every bit: not one integer may be off by one, and no entry of mu by an ulp."""
+    case = make_case(bits, layout, kappa)
+    after, mu = merge(*case.arguments())
+
+    def accepts(layer, offset):
+        return is_merge(case.A, case.B, case.packed(), layer, offset, case.threshold())
+
+    assert accepts(after, mu) and not accepts(case.packed(), mu)
+    for row, col in ((0, 0), (-1, -1)):
+        integers = after.weight_int.clone()
+        integers[row, col] += 1 if integers[row, col] == 0 else -1
+        qweight = pack_rows(integers, bits)[:after.qweight.shape[0]]
+        assert not accepts(after.with_integers(qweight), mu)
+    if mu is None:
+        assert not accepts(after, torch.zeros(case.scales.shape))
+    else:
+        other = mu.clone()
+        other[-1, -1] = torch.nextafter(other[-1, -1], torch.tensor(torch.inf))
+        assert not accepts(after, other) and not accepts(after, None)
+
+
+@pytest.mark.parametrize("bits, layout, kappa, dtype, road", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS), indirect=["road"])
+def test_no_adapter_is_the_quantized_layer(bits, layout, kappa, dtype, road):
     """With B = 0 the adapted weight and the output are exactly those of s (W_int - z), rounded once to `dtype`.
 
-    s has 11 bits and W_int - z at most 9, so the product is exact in float32 and there is one right answer.
+    s has 11 bits and W_int - z has at most 9, so the product is exact in float32 and there is one right answer.
     """
-    case = make_case(**settings)
+    case = make_case(bits, layout, kappa)
     rows = case.g_idx.long()
     quantized = (case.scales_of_rows() * (case.weight_int.double() - case.zeros.double()[rows])).to(dtype)
     B = torch.zeros_like(case.B)
-    assert torch.equal(adapted_weight(case.A, B, case.grid(), case.threshold(), dtype), quantized)
-    assert torch.equal(dequantize(case.grid(), None, dtype), quantized)
+    assert torch.equal(adapted_weight(case.A, B, case.packed(), case.threshold(), dtype), quantized)
+    assert torch.equal(dequantize(case.packed(), None, dtype), quantized)
     x = torch.randn(3, len(rows), generator=torch.Generator().manual_seed(3)).to(dtype)
-    assert torch.equal(TernaryLinear.apply(x, case.A, B, case.grid, case.threshold()), x @ quantized)
+    assert torch.equal(TernaryLinear.apply(x, case.A, B, case.packed, case.threshold()), x @ quantized)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_both_ends_of_the_grid_block(bits, both_ways):
-    """A weight at an end that would step off it stays, and mu takes all of its dW; several are counted at each end."""
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_both_ends_of_the_grid_block(bits, road):
+    """A weight stays where its step would leave the grid, and mu takes all of its dW. Each end blocks several."""
     case = make_case(bits, "even", 2.0)
-    aux, maxq = oracle.delta_w(case.A, case.B), 2**bits - 1
-    integers, mu = merged(case.A, case.B, case.grid(), case.threshold())
-    top, bottom = (aux > 2) & (case.weight_int == maxq), (aux < -2) & (case.weight_int == 0)
+    delta_w, maxq = oracle.delta_w(case.A, case.B), 2**bits - 1
+    integers, mu = merged(*case.arguments())
+    top, bottom = case.blocked()
     assert int(top.sum()) > 5 and int(bottom.sum()) > 5
     assert bool((integers[top] == maxq).all()) and bool((integers[bottom] == 0).all())
-    free = (aux.abs() > 2) & ~top & ~bottom
-    assert torch.equal(integers.int() - case.weight_int.int(), (aux.sign() * free).int())
-    kept = torch.where(free, aux - 2 * aux.sign(), aux)
+    free = (delta_w.abs() > 2) & ~top & ~bottom
+    assert torch.equal(integers.int() - case.weight_int.int(), (delta_w.sign() * free).int())
+    kept = torch.where(free, delta_w - 2 * delta_w.sign(), delta_w)
     assert torch.equal(mu.double(), kept.view(4, 16, COLS).mean(1) / 2)      # sixteenths: exact in float32
 
 
 @pytest.mark.parametrize("omega", [1.0, 2.0, 3.0])
-def test_the_threshold_is_strict(omega, both_ways):
-    """Where |dW| is omega exactly nothing moves; a threshold just below would move these weights."""
+def test_the_threshold_is_strict(omega, road):
+    """Where |dW| is omega exactly nothing moves. A threshold just below omega would move these weights."""
     case = replace(make_case(4, "shuffled", None), omega=omega)
     ties = (oracle.delta_w(case.A, case.B).abs() == omega) & (case.weight_int > 0) & (case.weight_int < 15)
     assert int(ties.sum()) > 10
-    moved = merged(case.A, case.B, case.grid(), case.threshold())[0] != case.weight_int
+    moved = merged(*case.arguments())[0] != case.weight_int
     assert not moved[ties].any() and bool(moved.any())
-    moved = merged(case.A, case.B, case.grid(), Threshold(omega - 0.01, None))[0] != case.weight_int
+    moved = merged(case.A, case.B, case.packed(), Threshold(omega - 0.01, None))[0] != case.weight_int
     assert bool(moved[ties].all())
 
 
-@pytest.mark.parametrize("block_entries", [1, 2 * 16 * COLS])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_blocks_change_no_bit(layout, block_entries, both_ways, monkeypatch):
-    """Weights, integers and mu are the same bits however the rows are cut; gradients to float32 rounding."""
+@pytest.mark.parametrize("layout, block_entries, road", pairwise(
+    layout=LAYOUTS, block_entries=(1, 2 * 16 * COLS), road=ROADS), indirect=["road"])
+def test_blocks_change_no_bit(layout, block_entries, road, monkeypatch):
+    """However the rows are cut, weights, integers and mu are the same bits, and gradients agree to float32 rounding."""
     case = make_case(3, layout, 2.0)
     generator = torch.Generator().manual_seed(4)
     x, grad = torch.randn(5, len(case.g_idx), generator=generator), torch.randn(5, COLS, generator=generator)
 
     def results():
-        after, mu = merge(case.A, case.B, case.grid(), case.threshold())
-        weight = adapted_weight(case.A, case.B, case.grid(), case.threshold())
+        after, mu = merge(*case.arguments())
+        weight = adapted_weight(*case.arguments())
         return ((weight, after.qweight, mu, dequantize(after, mu)),
-                adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold(), weight))
+                adapter_gradients(x, grad, *case.arguments(), weight))
 
     whole, whole_gradients = results()
-    monkeypatch.setitem(ternary.BLOCK_ENTRIES, "cpu", block_entries)
+    monkeypatch.setitem(packed.BLOCK_ENTRIES, "cpu", block_entries)
     if len(LAYOUTS[layout][0]) > 1:
-        assert len(list(case.grid().groups.blocks(COLS))) > 1
+        assert len(list(case.packed().groups.blocks(COLS))) > 1
     cut, cut_gradients = results()
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
     for a, b in zip(whole_gradients, cut_gradients, strict=True):
@@ -374,7 +416,7 @@ def test_blocks_change_no_bit(layout, block_entries, both_ways, monkeypatch):
 # --- forward and backward -----------------------------------------------------------------------------------------
 
 def gradient_bounds(case, x, grad, unit):
-    """What rounding may do: `unit` times the sums of the absolute values of all that is added, a few times over."""
+    """(for A, for B): `unit` times the sum of the absolute values of all that is added up."""
     size_H = case.scales_of_rows() * (x.double().abs().t() @ grad.double().abs())
     size = size_H
     if case.kappa is not None:
@@ -382,18 +424,21 @@ def gradient_bounds(case, x, grad, unit):
     return unit * size @ case.B.double().abs().t(), unit * case.A.double().abs().t() @ size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["2 dims", "3 dims"])
-@pytest.mark.parametrize("settings", all_cases)
-def test_forward_and_gradients(settings, shape, dtype, monkeypatch):
-    """y and the gradients of x, A and B against float64 autograd through the straight-through form, in two blocks."""
-    monkeypatch.setitem(ternary.BLOCK_ENTRIES, "cpu", 2 * 16 * COLS)
-    case = make_case(**settings)
+@pytest.mark.parametrize("bits, layout, kappa, dtype, leading, road", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=(torch.float32, torch.bfloat16),
+    leading=((5,), (2, 3)), road=ROADS), indirect=["road"])
+def test_forward_and_gradients(bits, layout, kappa, dtype, leading, road, monkeypatch):
+    """y and the gradients of x [*leading, in], A and B, in blocks of at most two groups.
+
+    The oracle takes them by float64 autograd through the straight-through form.
+    """
+    monkeypatch.setitem(packed.BLOCK_ENTRIES, "cpu", 2 * 16 * COLS)
+    case = make_case(bits, layout, kappa)
     generator = torch.Generator().manual_seed(6)
-    x = torch.randn(*shape, len(case.g_idx), generator=generator).to(dtype).requires_grad_()
-    grad = torch.randn(*shape, COLS, generator=generator).to(dtype)
+    x = torch.randn(*leading, len(case.g_idx), generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(*leading, COLS, generator=generator).to(dtype)
     A, B = case.A.clone().requires_grad_(), case.B.clone().requires_grad_()
-    y = TernaryLinear.apply(x, A, B, case.grid, case.threshold())
+    y = TernaryLinear.apply(x, A, B, case.packed, case.threshold())
     y.backward(grad)
 
     flat_x, flat_grad = x.detach().flatten(0, -2), grad.flatten(0, -2)
@@ -411,18 +456,17 @@ def test_forward_and_gradients(settings, shape, dtype, monkeypatch):
     within(B.grad, want_B, bound_B)
 
 
-@pytest.mark.parametrize("settings", some_cases)
-def test_gradients_do_not_stop_at_the_grids_ends(settings):
-    """Straight-through everywhere: with x and dL/dy that touch one blocked weight only, its gradient is not 0."""
-    case = make_case(**settings)
-    aux = oracle.delta_w(case.A, case.B)
-    blocked = ((aux > 2) & (case.weight_int == 2**case.bits - 1)) | ((aux < -2) & (case.weight_int == 0))
-    i, j = blocked.nonzero()[0].tolist()
-    x, grad = torch.zeros(1, len(aux)), torch.zeros(1, COLS)
+@some_cases
+def test_gradients_do_not_stop_at_the_grids_ends(bits, layout, kappa):
+    """The step is straight-through everywhere: x and dL/dy touch one blocked weight only, and its gradient is not 0."""
+    case = make_case(bits, layout, kappa)
+    top, bottom = case.blocked()
+    i, j = (top | bottom).nonzero()[0].tolist()
+    x, grad = torch.zeros(1, len(case.g_idx)), torch.zeros(1, COLS)
     x[0, i], grad[0, j] = 1.0, 1.0
-    grad_A, *_ = adapter_gradients(x, grad, case.A, case.B, case.grid(), case.threshold())
+    grad_A, *_ = adapter_gradients(x, grad, *case.arguments())
     group = int(case.g_idx[i])
-    per_row = 0 if case.kappa is None else 1 / (case.kappa * int((case.g_idx == group).sum()))
+    per_row = 0 if kappa is None else 1 / (kappa * int((case.g_idx == group).sum()))
     want = float(case.scales[group, j]) * (1 + per_row) * case.B[:, j]
     assert bool(want.any())
     torch.testing.assert_close(grad_A[i], want, rtol=1e-6, atol=0)
@@ -430,31 +474,31 @@ def test_gradients_do_not_stop_at_the_grids_ends(settings):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_in_bfloat16(dtype):
-    """Adapters kept in bfloat16 hold -1, 0, 1 exactly: same output; gradients are those in float32, rounded once."""
-    case = make_case(4, "shuffled, short last", 2.0)
+    """bfloat16 holds -1, 0, 1 exactly: the output is the same, and gradients are those in float32, rounded once."""
+    case = make_case(4, "shuffled short last", 2.0)
     x = torch.randn(5, len(case.g_idx), generator=torch.Generator().manual_seed(7)).to(dtype)
     results = []
     for adapter_dtype in (torch.float32, torch.bfloat16):
         A, B = (t.detach().to(adapter_dtype, copy=True).requires_grad_() for t in (case.A, case.B))
-        y = TernaryLinear.apply(x, A, B, case.grid, case.threshold())
+        y = TernaryLinear.apply(x, A, B, case.packed, case.threshold())
         y.float().square().sum().backward()
         assert A.grad.dtype == B.grad.dtype == adapter_dtype
         results.append((y, A.grad.bfloat16(), B.grad.bfloat16()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_few_steps_in_bfloat16_are_exact_at_any_rank(both_ways):
-    """Adapters in bfloat16 with |dW| beyond 256, where bfloat16 stops counting by one: 299 and 301 around omega 300."""
+def test_adapters_in_bfloat16_are_exact_at_any_rank(road):
+    """|dW| = 299 and 301 around omega = 300, though bfloat16 itself stops counting by one at 256."""
     A, B = torch.ones(2, 301).bfloat16(), torch.ones(301, 1).bfloat16()
     A[1, :2] = 0
-    grid = make_grid(torch.tensor([[1], [1]]), torch.zeros(1, 1).int(), torch.ones(1, 1), torch.zeros(2).int(), 4)
-    assert merged(A, B, grid, Threshold(300.0, None))[0].flatten().tolist() == [2, 1]
-    assert merged(A, B, grid, Threshold(298.0, None))[0].flatten().tolist() == [2, 2]
+    layer = make_packed(torch.tensor([[1], [1]]), torch.zeros(1, 1).int(), torch.ones(1, 1), torch.zeros(2).int(), 4)
+    assert merged(A, B, layer, Threshold(300.0, None))[0].flatten().tolist() == [2, 1]
+    assert merged(A, B, layer, Threshold(298.0, None))[0].flatten().tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("needed", ["x", "A", "B"])
 def test_only_the_gradients_asked_for(needed):
-    """Each gradient is the same bits when it is the only one asked for, and the others stay None."""
+    """A gradient that is asked for alone is the same bits as with the others, and the others stay None."""
     case = make_case(4, "short last", 2.0)
     x = torch.randn(5, len(case.g_idx), generator=torch.Generator().manual_seed(8))
 
@@ -462,7 +506,7 @@ def test_only_the_gradients_asked_for(needed):
         leaves = {"x": x.clone(), "A": case.A.clone(), "B": case.B.clone()}
         for name in names:
             leaves[name].requires_grad_()
-        TernaryLinear.apply(*leaves.values(), case.grid, case.threshold()).square().sum().backward()
+        TernaryLinear.apply(*leaves.values(), case.packed, case.threshold()).square().sum().backward()
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     alone, together = gradients([needed]), gradients(["x", "A", "B"])
@@ -471,88 +515,101 @@ def test_only_the_gradients_asked_for(needed):
 
 
 def test_nothing_of_the_weights_size_is_kept():
-    """Saved for the backward: x and the adapters, nothing else; the grid is loaded anew for the backward."""
+    """Only x and the adapters are saved for the backward. The packed layer is loaded anew there."""
     case = make_case(4, "even", 2.0)
     loads = []
 
-    def load_grid():
+    def load_packed():
         loads.append(1)
-        return case.grid()
+        return case.packed()
 
     x, A, B = (t.clone().requires_grad_() for t in (torch.randn(2, len(case.g_idx)), case.A, case.B))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = TernaryLinear.apply(x, A, B, load_grid, case.threshold())
+        y = TernaryLinear.apply(x, A, B, load_packed, case.threshold())
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, A, B)} and len(saved) == 3
     assert max(t.numel() for t in saved) < len(case.g_idx) * COLS
     kept = vars(y.grad_fn).values()
-    assert load_grid in kept and not any(isinstance(value, torch.Tensor | Grid) for value in kept)
+    assert load_packed in kept and not any(isinstance(value, torch.Tensor | PackedLayer) for value in kept)
     assert len(loads) == 1
     y.sum().backward()
     assert len(loads) == 2
 
 
-def test_sums_of_a_large_group_are_exact(both_ways):
-    """One group of 70,000 8-bit weights near the grid's top: the sum of W_int passes 2**24, where float32 stops
-    counting by one, and mu, whose numerator the module promises to be exact, is still the oracle's."""
+def test_sums_of_a_large_group_are_exact(road):
+    """One group of 70,000 8-bit weights near the grid's top: mu, whose numerator must be exact, is the oracle's.
+
+    The sum of W_int passes 2**24, where float32 stops counting by one.
+    """
     rows = 70_000
     check_settings(3, 1.0, rows)
     generator = torch.Generator().manual_seed(9)
     A = torch.randint(-1, 2, (rows, 3), generator=generator).float()
     weight_int = torch.randint(250, 256, (rows, 2), generator=generator).to(torch.uint8)
     B = torch.tensor([[1.0, -1], [1, -1], [1, 0]])
-    grid = make_grid(weight_int, torch.zeros(1, 2).int(), torch.ones(1, 2), torch.zeros(rows).int(), 8)
-    _, mu = merge(A, B, grid, Threshold(1.0, 1.0))
-    aux = oracle.delta_w(A, B)
-    step = torch.where((aux > 1) & (weight_int < 255), 1.0, 0.0) - torch.where((aux < -1) & (weight_int > 0), 1.0, 0.0)
+    layer = make_packed(weight_int, torch.zeros(1, 2).int(), torch.ones(1, 2), torch.zeros(rows).int(), 8)
+    _, mu = merge(A, B, layer, Threshold(1.0, 1.0))
+    delta_w = oracle.delta_w(A, B)
+    step = oracle.ternary_step(delta_w, weight_int, 1.0, 8)
     assert weight_int.long().sum(0).min() > 2**24
-    want = (aux - step).mean(0, keepdim=True)
+    want = (delta_w - step).mean(0, keepdim=True)
     within(mu, want, 4 * UNIT[torch.float32] * want.abs())
 
 
+def test_product_dtype(monkeypatch):
+    """bfloat16, which counts up to 256, multiplies up to that rank where the hardware has it. Else float32 does."""
+    for device, capabilities, fast in (("cuda", {}, True), ("cpu", {}, False), ("cpu", {"avx512_bf16": True}, True),
+                                       ("cpu", {"amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        for rank, want in ((256, torch.bfloat16 if fast else torch.float32), (257, torch.float32)):
+            assert ternary.product_dtype(rank, torch.device(device)) == want
+
+
 @pytest.mark.parametrize("rank", [256, 257, 600])
-def test_products_at_the_edge_of_bfloat16(rank, both_ways):
-    """|dW| = r itself, just below and above omega: exact where bfloat16 multiplies (r <= 256) and beyond."""
-    assert ternary.product_dtype(257, torch.device("cpu")) == torch.float32
-    lora_A = torch.ones(16, rank)
-    lora_A[1, 0] = lora_A[3, 0] = 0             # dW = r - 1
-    lora_A[2:4] *= -1
-    grid = make_grid(torch.ones(16, 4).int(), torch.zeros(1, 4).int(), torch.ones(1, 4), torch.zeros(16).int(), 2)
-    integers, _ = merged(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.0, None))
-    assert integers[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
-    integers, _ = merged(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 0.25, None))
-    assert integers[:, 0].tolist() == [2, 1, 0, 1] + [2] * 12
-    integers, _ = merged(lora_A, torch.ones(rank, 4), grid, Threshold(rank - 1.25, None))
-    assert integers[:, 0].tolist() == [2, 2, 0, 0] + [2] * 12
+def test_products_at_the_edge_of_bfloat16(rank, road):
+    """|dW| = r and r - 1 on both sides of omega: exact up to r = 256, where bfloat16 may multiply, and beyond."""
+    A = torch.ones(16, rank)
+    A[1, 0] = A[3, 0] = 0                       # dW = r - 1
+    A[2:4] *= -1
+    layer = make_packed(torch.ones(16, 4).int(), torch.zeros(1, 4).int(), torch.ones(1, 4), torch.zeros(16).int(), 2)
+    for omega, first in ((rank - 1.0, [2, 1, 0, 1]), (rank - 0.25, [2, 1, 0, 1]), (rank - 1.25, [2, 2, 0, 0])):
+        integers, _ = merged(A, torch.ones(rank, 4), layer, Threshold(omega, None))
+        assert integers[:, 0].tolist() == first + [2] * 12
 
 
-@pytest.mark.parametrize("settings", some_cases)
-def test_a_learned_offset_and_learned_scales(settings, both_ways):
-    """mu and a change of the scales as parameters of their own: W', y and the gradients of x, A, B, mu and the change,
-    against float64 autograd, straight-through for the rounding of the scales to float16."""
-    case = replace(make_case(**settings), kappa=None)
+# --- a learned offset and learned scales --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits, layout, road", pairwise(bits=SUPPORTED_BITS, layout=LAYOUTS, road=ROADS),
+                         indirect=["road"])
+def test_a_learned_offset_and_learned_scales(bits, layout, road):
+    """mu and scale_change as parameters: W', y and all five gradients are those of float64 autograd.
+
+    The rounding of the scales to float16 is straight-through.
+    """
+    case = make_case(bits, layout, None)
     generator = torch.Generator().manual_seed(10)
     mu = torch.randn(case.scales.shape, generator=generator)
     change = 0.3 * torch.randn(case.scales.shape, generator=generator)
     change[0, 0] = -1                           # a scale of 0 becomes float16's smallest number
     x, grad = (torch.randn(5, n, generator=generator) for n in (len(case.g_idx), COLS))
     leaves = [t.clone().requires_grad_() for t in (x, case.A, case.B, mu, change)]
-    y = TernaryLinear.apply(*leaves[:3], lambda: case.grid().rescaled(change), case.threshold(), ternary, *leaves[3:])
+    y = TernaryLinear.apply(*leaves[:3], lambda: case.packed().rescaled(change), case.threshold(), ternary, *leaves[3:])
     y.backward(grad)
+
     wide = [t.double().requires_grad_() for t in (x, case.A, case.B, mu, change)]
-    aux = wide[1] @ wide[2]
-    step = oracle.ternary_step(aux.detach(), case.weight_int, case.omega, case.bits)
+    delta_w = wide[1] @ wide[2]
+    step = oracle.ternary_step(delta_w.detach(), case.weight_int, case.omega, bits)
     scales = case.scales.double() * (1 + wide[4])
     rounded = (case.scales.float() * (1 + change)).half().double()
     assert rounded[0, 0] == 0
     rounded[0, 0] = 2**-24
-    assert torch.equal(case.grid().rescaled(change).scales.double(), rounded)
-    want = wide[0] @ oracle.weight(case.weight_int, aux + (step - aux).detach(), wide[3],
+    assert torch.equal(case.packed().rescaled(change).scales.double(), rounded)
+    want = wide[0] @ oracle.weight(case.weight_int, delta_w + (step - delta_w).detach(), wide[3],
                                    scales + (rounded - scales).detach(), case.zeros, case.g_idx)
     want.backward(grad.double())
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     for leaf, other in zip(leaves, wide, strict=True):
         torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-5 * float(other.grad.abs().max()))
-    after, none = merge(case.A, case.B, case.grid(), case.threshold())
-    assert none is None and torch.equal(dequantize(after, mu), adapted_weight(
-        case.A, case.B, case.grid(), case.threshold(), learned=mu))
+    after, none = merge(*case.arguments())
+    assert none is None
+    assert torch.equal(dequantize(after, mu), adapted_weight(*case.arguments(), learned_offset=mu))

@@ -15,12 +15,12 @@ class Format:
     module: the name of the module that has
         write(model, folder, dtype)  writes the model into the folder. Raises UserError where the format cannot hold it.
         check(model, folder, dtype)  reads the folder back. Raises RuntimeError where it differs from the model.
-      Both get the merged model's folder (LoTA.folders.MergedFolder), the output folder, and the torch dtype of dense
-      weights or None.
+      model: a LoTA.folders.MergedFolder, or a LoraFolder where holds_lora. folder: the output folder. dtype: the torch
+      dtype of dense weights, or None.
     summary: what the format is and what it rounds, for --help.
     rounding: the same for the model card.
     loading: the lines of Python that load it, for the model card. {name} is the folder's name.
-    holds_lora: whether it can hold a LoRA adapter's sum, whose weights are no integers any more.
+    holds_lora: whether it can hold the dequantized weights plus a LoRA, which are off the grid.
     library: the model card's library_name.
     """
     module: str
@@ -55,8 +55,8 @@ model = GPTQModel.load("{name}")
 """),
     "peft": Format(
         module="LoTA.export.peft_adapter",
-        summary="the same, and the offset as a LoRA in the subfolder adapter, whose rank is the number of groups, in "
-                "float32; nothing is rounded",
+        summary="a plain GPTQ checkpoint, and in its subfolder adapter the offset as a float32 LoRA whose rank is the "
+                "number of groups; nothing is rounded",
         rounding="Nothing is rounded: the integers are the merged ones, and `adapter/` holds the offset of every group "
                  "in float32, as a LoRA whose rank is the number of groups.",
         loading="""\
@@ -74,8 +74,8 @@ model = GPTQModel.load("{name}", adapter=Lora(path="{name}/adapter", rank=rank))
 """),
     "gguf": Format(
         module="LoTA.export.gguf",
-        summary="Q4_1 blocks for llama.cpp, for 2 to 4 bits: d * integer + m; the integers are kept, and m = s * "
-                "(mu - z) is rounded to float16",
+        summary="Q4_1 blocks for llama.cpp, for 2 to 4 bits: d * integer + m; the integers are kept, and d = s and "
+                "m = s * (mu - z) are float16",
         rounding="Every integer is the merged model's. A block's scale is the group's; its minimum, s (mu - z), "
                  "is rounded to float16. llama.cpp rounds the activations to 8 bits, as with every quantized model.",
         loading="""\

@@ -19,10 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m LoTA.export", description=f"{__doc__}\n{formats}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="MERGED", help="a merged folder, or an adapter folder")
-    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--format", required=True, choices=FORMATS, help="one of the formats above")
     parser.add_argument("--output", required=True, help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of dense weights [the model's own]")
-    parser.add_argument("--results", help="a results file of mode 2, to be quoted in the model card")
+    parser.add_argument("--dtype", choices=DTYPES, help="the dtype of --format dense [the model's own]")
+    parser.add_argument("--results", help="a results file of --ft_dataset_name, to be quoted in the model card")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare it, tensor by tensor")
     args = parser.parse_args()
     import torch

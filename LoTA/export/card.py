@@ -3,12 +3,15 @@ from pathlib import Path
 
 from LoTA.export import Format
 from LoTA.folders import LoraFolder, MergedFolder
-from LoTA.storage import final_name
 
 
-def write_model_card(folder: Path, model: MergedFolder | LoraFolder, format: Format,
+def write_model_card(folder: Path, name: str, model: MergedFolder | LoraFolder, format: Format,
                      evaluation: dict | None = None) -> None:
-    """Writes README.md into `folder`. evaluation: the content of a results file of mode 2, or None."""
+    """Writes README.md into `folder`.
+
+    name: what the folder will be called. evaluation: the content of a results file of mode 2, or None. Results of
+    lm-eval are not quoted.
+    """
     config = model.lota
     base = config.pretrained or config.quantized_model_dir or "unknown"
     base_name = Path(base).name
@@ -18,7 +21,7 @@ def write_model_card(folder: Path, model: MergedFolder | LoraFolder, format: For
             ("Base model", public_base),
             ("Quantization", f"GPTQ, {model.bits} bits, group size {model.group_size}"),
             ("Rank", config.rank), ("Omega", config.omega),
-            ("Offset", "yes" if config.residual else "no"),
+            ("Offset", "yes" if config.residual and config.method != "LoRA" else "no"),
             ("Training data", config.data_set), ("Optimizer steps", config.training.get("steps")),
             ("Seed", config.seed)]
     moved = (config.training.get("moved") or {}).get("all")
@@ -31,8 +34,8 @@ def write_model_card(folder: Path, model: MergedFolder | LoraFolder, format: For
                      f"{evaluation['rows']} rows"))
     lines = ["---", f"library_name: {format.library}", f"base_model: {public_base}", "tags:", "- lota-qaf", "- gptq",
              "---", "", f"# {base_name}, {model.bits} bits, fine-tuned with {config.method}", "",
-             "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value is not None), "",
+             "| | |", "|---|---|", *(f"| {title} | {value} |" for title, value in rows if value is not None), "",
              format.rounding, "", "## Load it", "", "```python",
-             format.loading.format(name=final_name(folder)).rstrip(), "```", "",
+             format.loading.format(name=name).rstrip(), "```", "",
              "The SHA-256 of every file is in `lota_export.json`.", ""]
     (folder / "README.md").write_text("\n".join(lines))

@@ -16,7 +16,7 @@ SHARD_BYTES = 5 * 10**9
 
 def dense_tensors(model: GPTQFolder, dtype: torch.dtype | None) -> dict[
         str, tuple[torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """{name: (dtype, shape, a function that returns the tensor)}. dtype None is the model's own."""
+    """{name: (dtype, shape, a function that returns the tensor)}. dtype None is config.json's, else bfloat16."""
     dtype = dtype or AutoConfig.from_pretrained(model.path).dtype or torch.bfloat16
     tensors = {}
     for name in sorted(model.file_of):
@@ -62,7 +62,7 @@ def write(model: GPTQFolder, folder: Path, dtype: torch.dtype | None = None) -> 
 
 
 def check(model: GPTQFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Compares every tensor."""
+    """Compares every tensor. Raises RuntimeError where one differs."""
     tensors, seen = dense_tensors(model, dtype), set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as written:

@@ -1,7 +1,8 @@
 """A GGUF file for llama.cpp: every quantized weight in Q4_1 blocks, its integer unchanged.
 
 A Q4_1 block is 32 weights of one output: d and m in float16, then 32 integers of 4 bits, w = d * integer + m. With
-d = s and m = s * (mu - z) it holds the offset, which GPTQ's integer zero points cannot. Other tensors keep their dtype.
+d = s and m = s * (mu - z) it holds the offset, which GPTQ's integer zero points cannot. Other matrices keep their
+dtype.
 Block layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and block_q4_1 in ggml-common.h.
 The `gguf` package names the tensors and writes the header.
 """
@@ -78,7 +79,7 @@ def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -
     """Reads the file back.
 
     Raises RuntimeError unless the integers are the merged ones, d and m are s and s * (mu - z) in float16, and all
-    other tensors are the model's own.
+    other tensors are what other_tensor() makes of the model's own.
     """
     file = folder / GGUF_FILE
     config = AutoConfig.from_pretrained(model.path)
@@ -124,7 +125,7 @@ def check_blocks(model: MergedFolder, module: str) -> None:
 
 
 def block_values(packed: PackedLayer, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d, m) float16 [out, in / 32]: s and s * (mu - z) of every block."""
+    """(d, m) float16 [out, in / 32]: s and s * (mu - z) of every block. Raises UserError where one exceeds float16."""
     scales, shift = packed.scales.float(), -packed.zeros.float()
     shift = scales * (shift if offset is None else shift + offset)
     if float(torch.stack([scales.abs().max(), shift.abs().max()]).max()) > torch.finfo(torch.float16).max:

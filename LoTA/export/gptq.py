@@ -24,7 +24,7 @@ def write_integers(model: MergedFolder, folder: Path) -> None:
 
 
 def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Opens the folder as any GPTQ checkpoint and compares every tensor."""
+    """Opens the folder as any GPTQ checkpoint and compares every tensor. Raises RuntimeError where one differs."""
     written = GPTQFolder(folder)
     if set(written.file_of) != set(model.file_of) or written.checkpoint_format == LOTA_FORMAT:
         raise RuntimeError(f"{folder} does not hold the merged model's tensors")

@@ -14,7 +14,7 @@ from LoTA.storage import create_safetensors, overwrite_tensor
 
 
 def write(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes both. Raises UserError where the model has no offsets, and so needs no adapter.
+    """Writes the checkpoint and the adapter. Raises UserError where the model has no offsets, and so needs no adapter.
 
     The LoRA adds x @ indicator @ (s * mu). The indicator [in, groups] says which group a row is in, whatever the order
     of the rows, so desc_act needs nothing more.
@@ -49,7 +49,7 @@ def offset_as_lora(model: MergedFolder, module: str) -> tuple[torch.Tensor, torc
 
 
 def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Compares every tensor of the checkpoint and of the adapter."""
+    """Compares every tensor of the checkpoint and of the adapter. Raises RuntimeError where one differs."""
     gptq.check(model, folder)
     adapter = AdapterFolder(folder / "adapter")
     if adapter.modules != model.offset_modules():

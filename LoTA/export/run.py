@@ -16,46 +16,50 @@ from LoTA.lota_merge import merge_folders
 from LoTA.storage import check_output_folder, sha256, whole_folder, write_json
 
 
-def export(source: str | Path, format: str, output: str | Path, dtype: torch.dtype | None = None,
-           evaluation: dict | None = None, verify: bool = False) -> None:
+def export(source: str | Path | MergedFolder | AdapterFolder, format: str, output: str | Path,
+           dtype: torch.dtype | None = None, evaluation: dict | None = None, verify: bool = False,
+           gptq: str | Path | None = None) -> None:
     """Writes `source`, a merged folder or an adapter folder, in `format` to the folder `output`.
 
     dtype: of dense weights; None takes the model's own. evaluation: results of mode 2, quoted in the model card.
     verify: reads everything back and compares it with the source.
+    gptq: the GPTQ model of an adapter; None takes the one that the adapter names.
     Raises UserError where the format cannot hold the model, RuntimeError where the verification fails.
     """
     if format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, not '{format}'")
     check_output_folder(output, MARKER)
     module = FORMATS[format].load()
-    with opened(source, format) as model, whole_folder(output, MARKER) as folder:
+    with opened(source, format, gptq) as model, whole_folder(output, MARKER) as folder:
         module.write(model, folder, dtype)
         if verify:
             module.check(model, folder, dtype)
-        write_model_card(folder, model, FORMATS[format], evaluation)
+        write_model_card(folder, Path(output).name, model, FORMATS[format], evaluation)
         checksums = {str(file.relative_to(folder)): sha256(file)
                      for file in sorted(folder.rglob("*")) if file.is_file()}
-        write_json(folder / MARKER, {"format": format, "source": str(Path(source).resolve()), "verified": verify,
-                                     "sha256": checksums})
+        origin = Path(getattr(source, "path", source)).resolve()
+        write_json(folder / MARKER, {"format": format, "source": str(origin), "verified": verify, "sha256": checksums})
 
 
 @contextmanager
-def opened(source: str | Path, format: str) -> Iterator[MergedFolder | LoraFolder]:
-    """The model to export: a merged folder, an adapter folder merged for the occasion, or a LoraFolder."""
-    if is_merged(source):
-        yield MergedFolder(source)
+def opened(source: str | Path | MergedFolder | AdapterFolder, format: str,
+           gptq: str | Path | None = None) -> Iterator[MergedFolder | LoraFolder]:
+    """The model to export: a merged folder, an adapter merged into a temporary folder, or a LoraFolder."""
+    if isinstance(source, str | Path):
+        if not is_merged(source) and not (Path(source) / "adapter_config.json").exists():
+            raise UserError(f"{source} is neither a merged folder nor an adapter folder")
+        source = MergedFolder(source) if is_merged(source) else AdapterFolder(source)
+    if isinstance(source, MergedFolder):
+        yield source
         return
-    if not (Path(source) / "adapter_config.json").exists():
-        raise UserError(f"{source} is neither a merged folder nor an adapter folder")
-    adapter = AdapterFolder(source)
-    gptq = adapter.config.quantized_model_dir
+    adapter, gptq = source, gptq or source.config.quantized_model_dir
     if gptq is None:
-        raise UserError(f"{source} does not name its GPTQ model; merge it first: python -m LoTA.lota_merge")
+        raise UserError(f"{adapter.path} does not name its GPTQ model; merge it first: python -m LoTA.lota_merge")
     if adapter.config.method == "LoRA":
         if not FORMATS[format].holds_lora:
             able = " or ".join(name for name, entry in FORMATS.items() if entry.holds_lora)
-            raise UserError(f"{source} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
-                            f"which no low-bit grid holds; --format {able} writes the sum in 16 bits")
+            raise UserError(f"{adapter.path} is a LoRA adapter: it moves every weight by another amount, which no "
+                            f"low-bit grid holds; --format {able} writes the dequantized sum")
         model = LoraFolder(gptq, adapter)
         adapter.check_match(model)
         yield model
