@@ -313,9 +313,9 @@ def memory_script() -> ModuleType:
 
 def index_table() -> str:
     """Where every table and figure stands, and what it comes from: TABLES and FIGURES as a table."""
-    rows = [[name, entry.shows, ", ".join(pages_with(f"<!-- table {name}:")), SCRIPT, entry.files, entry.command]
+    rows = [[name, entry.shows, ", ".join(pages_with_table(name)), SCRIPT, entry.files, entry.command]
             for name, entry in TABLES.items()]
-    rows += [[f"[{Path(file).name}](../{file})", figure.shows, ", ".join(pages_with(Path(file).name)),
+    rows += [[f"[{Path(file).name}](../{file})", figure.shows, ", ".join(pages_with_figure(file)),
               figure.script, figure.files, figure.command] for file, figure in FIGURES.items()]
     return markdown(["table or figure", "shows", "stands in", "made by", "from", "command that measures again"],
                     [[*cells, ", ".join(f"`{file}`" for file in files) or "–", f"`{command}`" if command else "–"]
@@ -483,7 +483,7 @@ FIGURES = {             # {file: its figure}
         "one setting changed at a time", ("experiments/results/ablation.jsonl",),
         "bash runs/experiment.sh DATA ablation", draw=draw_ablation),
     "benchmarks/results/performance_cpu.svg": Figure(
-        "time and memory on a CPU", ("benchmarks/results/*_cpu.json",), "python benchmarks/NAME.py, for each NAME_cpu",
+        "time and memory on a CPU", ("benchmarks/results/*_cpu.json",), "python benchmarks/NAME.py",
         "benchmarks/plot.py"),
     "docs/picture.svg": Figure("the method on one small layer", (), script="docs/picture.py")}
 
@@ -498,9 +498,15 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def pages_with(text: str) -> list[str]:
-    """The names of the pages in which a text stands."""
-    return [str(page.relative_to(ROOT)) for page in pages() if text in page.read_text()]
+def pages_with_table(name: str) -> list[str]:
+    """The pages that have the marks of a table."""
+    return [str(page.relative_to(ROOT)) for page in pages() if f"<!-- table {name}:" in page.read_text()]
+
+
+def pages_with_figure(file: str) -> list[str]:
+    """The pages that show a figure. A link to it, as the index has it, does not count."""
+    shown = re.compile(rf"!\[[^\]]*\]\([^)]*{re.escape(Path(file).name)}\)")
+    return [str(page.relative_to(ROOT)) for page in pages() if shown.search(page.read_text())]
 
 
 def tables_in(page: Path) -> dict[str, str]:

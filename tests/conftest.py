@@ -63,8 +63,8 @@ def base_model(tmp_path_factory, demo_data):
     import tiny_base
     folder = tmp_path_factory.mktemp("base")
     run_main(tiny_base, "--data_name", "viggo", "--data_dir", demo_data, "--output", folder, "--hidden_size", 64,
-             "--intermediate_size", 160, "--layers", 2, "--heads", 2, "--vocab_size", 400, "--epochs", 10,
-             "--batch_size", 16, "--learning_rate", 2e-3)
+             "--intermediate_size", 160, "--layers", 2, "--heads", 2, "--vocab_size", 400, "--epochs", 4,
+             "--batch_size", 16, "--learning_rate", 8e-3)
     return folder
 
 

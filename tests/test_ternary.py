@@ -35,6 +35,9 @@ LAYOUTS = {                     # (rows of each group, whether their order is sh
     "uneven shuffled": ([5, 16, 16, 9], True),
 }
 KAPPAS = (2.0, 1.0, None)       # omega's value, the paper's 1, and no offset
+# Eq. 4's mean over a group depends on three things together: groups of unequal size, kappa and the road. So the dense
+# road, which pairwise() chooses less often, takes these pairs as further cases.
+UNEQUAL = [(layout, kappa) for layout, (sizes, _) in LAYOUTS.items() if len(set(sizes)) > 1 for kappa in (2.0, 1.0)]
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}       # half an ulp, relative
 ROADS = {"dense": -1, "sparse": 2}      # the SPARSE_SHARE that makes LoTA.ternary compute every weight, or the few
 
@@ -269,7 +272,8 @@ def test_offset_factor(omega, kappa):
 # --- merging and the adapted weight -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits, layout, kappa, road", pairwise(
-    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, road=ROADS), indirect=["road"])
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, road=ROADS, also=[(3, *pair, "dense") for pair in UNEQUAL]),
+                         indirect=["road"])
 def test_merge(bits, layout, kappa, road):
     """The integers equal the oracle's. mu is the oracle's to a few ulps, because its numerator is exact.
 
@@ -291,7 +295,8 @@ def test_merge(bits, layout, kappa, road):
 
 
 @pytest.mark.parametrize("bits, layout, kappa, dtype, road", pairwise(
-    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS), indirect=["road"])
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS,
+    also=[(3, *pair, torch.bfloat16, "dense") for pair in UNEQUAL]), indirect=["road"])
 def test_adapted_weight(bits, layout, kappa, dtype, road):
     """W' is the oracle's, to float32 rounding of its terms and one rounding to `dtype`."""
     case = make_case(bits, layout, kappa)
@@ -425,8 +430,8 @@ def gradient_bounds(case, x, grad, unit):
 
 
 @pytest.mark.parametrize("bits, layout, kappa, dtype, leading, road", pairwise(
-    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=(torch.float32, torch.bfloat16),
-    leading=((5,), (2, 3)), road=ROADS), indirect=["road"])
+    bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=(torch.float32, torch.bfloat16), leading=((5,), (2, 3)),
+    road=ROADS, also=[(3, *pair, torch.float32, (5,), "dense") for pair in UNEQUAL]), indirect=["road"])
 def test_forward_and_gradients(bits, layout, kappa, dtype, leading, road, monkeypatch):
     """y and the gradients of x [*leading, in], A and B, in blocks of at most two groups.
 
