@@ -22,7 +22,7 @@ from LoTA.folders import GPTQFolder
 from LoTA.layer import CustomLoraLinear
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
-from LoTA.trainer import record_of_run, training_arguments
+from LoTA.trainer import config_of_run, training_arguments
 from LoTA_QAF_main import parse_args, ternary_optimizer
 
 GROUP_SIZE, RANK, TOKENS = 32, 8, 12
@@ -74,7 +74,7 @@ def measure_training(gptq: Path, method: str, work: Path) -> dict[str, int]:
                                     "--max_steps", "1", *flags])
     folder = GPTQFolder(gptq)
     base, training = settings.complete_training(base, training, folder)
-    model = load_for_training(base, record_of_run(base, training, folder), folder).train()
+    model = load_for_training(base, config_of_run(base, training, folder), folder).train()
     optimizer = (Trainer(model=model, args=training_arguments(base, training, work / "run")).create_optimizer()
                  if method == "LoRA" else ternary_optimizer(model, base, training))
     _loss(model).backward()

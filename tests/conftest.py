@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -46,6 +47,17 @@ def parse(*arguments):
 def predictions(results):
     """The generated texts in a results file."""
     return [item["prediction"] for item in results["predictions"]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports():
+    """Takes what was imported out of the garbage collector's sight.
+
+    GPTQModel calls gc.collect() several times while it loads a model. With all libraries in sight that is most of the
+    time that a tiny model takes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

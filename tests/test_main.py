@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -535,9 +536,12 @@ def test_mistakes_found_while_training_begins(train, flags, message, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (("--ft_dataset_name", "viggo", "--backend", "abacus", "--dtype", "bfloat16"), "--backend abacus"),
-    (("--ft_dataset_name", "none", "--tasks", "no_such_task"), "no_such_task"),
+    (("--ft_dataset_name", "none", "--tasks", "mmlu,no_such_task"), "knows no task named no_such_task;"),
     (("--ft_dataset_name", "sql"), "do not look like 'sql'")])
-def test_mistakes_found_before_evaluation(evaluate, gptq_2bit, flags, message, tmp_path):
+def test_mistakes_found_before_evaluation(evaluate, gptq_2bit, flags, message, tmp_path, monkeypatch):
+    """A UserError that names what is wrong, and nothing is written."""
+    # lm-eval takes seconds to list its tasks. test_lm_eval_on_a_local_task has the real list.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path: SimpleNamespace(all_tasks=["mmlu"]))
     with pytest.raises(UserError, match=message):
         evaluate(tmp_path, "--quantized_model_dir", gptq_2bit, *flags)
     assert not list(tmp_path.iterdir())
