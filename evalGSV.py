@@ -4,7 +4,6 @@ Touches a transformers model, data through data_print_save, and writes JSON file
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -142,8 +141,6 @@ class LmEvalTasks:
 def find_lm_eval_tasks(eval_args: evalConfig) -> LmEvalTasks | None:
     """The tasks in --tasks, or None. Raises UserError where lm-eval does not know a name."""
     names = split_names(eval_args.tasks)
-    if eval_args.include_path and not Path(eval_args.include_path).is_dir():
-        raise UserError(f"--include_path {eval_args.include_path} is not a folder")
     if not names:
         return None
     from lm_eval.tasks import TaskManager

@@ -206,7 +206,7 @@ class evalConfig:
     output_path: str = setting("measure", "./eval_results", "where results are written as JSON")
     export: str | None = setting(
         "export", None, "also write the merged model in this format, verified (python -m LoTA.export --help explains "
-        "them)", choices=list(FORMATS), shown="none")
+        "them)", shown="none")
     export_path: str | None = setting("export", None, "the folder that --export writes", shown="none")
 
 
@@ -244,7 +244,7 @@ def _build_parser(description: str, training_sets: Sequence[str],
     parser = argparse.ArgumentParser(description=description, prog="LoTA_QAF_main.py", formatter_class=_HelpFormatter,
                                      usage="LoTA_QAF_main.py --mode {1,2} [flags]")
     groups = {name: parser.add_argument_group(*titles) for name, titles in GROUPS.items()}
-    choices = {"ft_dataset_name": ["none", *scored_sets]}
+    choices = {"ft_dataset_name": ["none", *scored_sets], "export": list(FORMATS)}
     more_help = {"training_data_name": f": {', '.join(training_sets)}"}
     for config in (baseConfig, trainingConfig, evalConfig):
         types = typing.get_type_hints(config)
@@ -402,6 +402,8 @@ def check_evaluation(evaluation: evalConfig) -> None:
         raise UserError("--export FORMAT and --export_path FOLDER go together")
     if evaluation.export and evaluation.load_adapter == "none":
         raise UserError("--export writes a merged model: name it, or its adapter, with --load_adapter")
+    if evaluation.include_path and not Path(evaluation.include_path).is_dir():
+        raise UserError(f"--include_path {evaluation.include_path} is not a folder")
     if evaluation.eval_batch_size < 1 or evaluation.max_new_tokens < 1:
         raise UserError("--eval_batch_size and --max_new_tokens must be at least 1")
 

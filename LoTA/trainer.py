@@ -40,10 +40,10 @@ class Run:
     def __init__(self, parent: str | Path, name: Callable[..., str]):
         self.parent, self.name = Path(parent), name
         self.writes = os.environ.get("RANK", "0") == "0"        # torchrun and accelerate set RANK
-        self._made_parent = False
+        self._made_parents: list[Path] = []
 
     def __enter__(self) -> "Run":
-        self._made_parent = not self.parent.exists()
+        self._made_parents = [path for path in (self.parent, *self.parent.parents) if not path.exists()]
         self.parent.mkdir(parents=True, exist_ok=True)
         started, number = datetime.now().strftime("%d_%H%M%S"), 1
         while True:
@@ -57,9 +57,8 @@ class Run:
 
     def __exit__(self, *exception) -> None:
         with suppress(OSError):                 # raised where a folder is not empty or not there any more
-            self.folder.rmdir()
-            if self._made_parent:
-                self.parent.rmdir()
+            for folder in (self.folder, *self._made_parents):
+                folder.rmdir()
 
     def finish(self, runtime: float, peak_mb: float) -> Path:
         """Renames the folder to its final name, which has the runtime in s and the peak memory in MiB. Returns

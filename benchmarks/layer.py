@@ -110,7 +110,10 @@ def library_peers(layer: Layer, dtype: torch.dtype) -> dict[str, torch.nn.Module
 
 
 def bare_products(layer: Layer, dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """(x @ W; the same with the two products of the backward). No peer can be faster."""
+    """(x @ W; the same with the two products of the backward).
+
+    LoRA's backward leaves one of them out, because it needs no gradient of W.
+    """
     weight = torch.randn(layer.rows, layer.cols, device=layer.device, dtype=dtype)
 
     def forward(x):

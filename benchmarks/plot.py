@@ -1,7 +1,7 @@
 """Draws the figure of docs/speed.md from the JSON files in benchmarks/results/.
 
     python benchmarks/plot.py            -> benchmarks/results/performance_cpu.svg
-    python benchmarks/plot.py --device NVIDIA_H200
+    python benchmarks/plot.py --device NAME     (the end of the JSON files' names)
 """
 import argparse
 

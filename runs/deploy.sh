@@ -4,7 +4,7 @@
 #   bash runs/deploy.sh DATA
 # DATA is that of runs/viggo.sh. Both scripts use the same folder, work/viggo or LOTA_WORK, and the same 16-bit model.
 # The script makes only what is missing, but runs every engine. experiments/results/deploy.json, from which the table of
-# the pages is made, is a copy of WORK/deploy/deploy.json.
+# docs/deploy.md is made, is a copy of WORK/deploy/deploy.json.
 set -euo pipefail
 data=$(realpath "${1:?usage: bash runs/deploy.sh DATA}")
 source "$(dirname "$0")/environment.sh"

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 import LoTA_QAF_main
+from LoTA.adapter_folder import AdapterFolder
+from LoTA.folders import GPTQFolder
+from LoTA.lota_merge import merge_folders
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when the kernels are defined, at import
@@ -42,6 +45,11 @@ def run_main(module, *arguments):
 def parse(*arguments):
     """The settings that a command line asks for: (base, training, evaluation)."""
     return LoTA_QAF_main.parse_args(list(map(str, arguments)))
+
+
+def merge(adapter, gptq, output):
+    """merge_folders() by the folders' paths: {projection: share of integers moved}."""
+    return merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
 
 
 def predictions(results):

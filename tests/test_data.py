@@ -64,7 +64,7 @@ DATE_LINE = ("{{ bos_token }}[system]Today: 26 Jul 2024\n"
 
 
 def char_tokenizer(**kwargs):
-    """Each ASCII character is the token of its own number; 0, 1, 2 are pad, begin and end. Adds no token itself."""
+    """Each ASCII character is the token of its own number. 0, 1 and 2 are pad, begin and end. It adds none."""
     vocab = {chr(i) if i == 10 or i >= 32 else f"<{i}>": i for i in range(128)}
     for i, name in enumerate(("<pad>", "<bos>", "<eos>")):
         vocab.pop(f"<{i}>")
@@ -83,7 +83,7 @@ def by_hand(text):
 
 
 def write_rows(path, rows):
-    """Writes rows as the csv, json or jsonl file that `path` names, or as a save_to_disk folder; returns the path."""
+    """Writes rows as the csv, json or jsonl file that `path` names, or as a save_to_disk folder. Returns it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         with open(path, "w", newline="") as f:
@@ -228,7 +228,7 @@ def test_encode_prompt_keeps_the_end(limit, want):
 
 
 def test_encode_prompt_writes_no_second_begin_token():
-    """The template wrote the begin token; a tokenizer that would add one is told not to."""
+    """The template wrote the begin token, so the tokenizer must not add another."""
     from tokenizers.processors import TemplateProcessing
     tokenizer = char_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
@@ -264,7 +264,7 @@ def test_no_answer_token_is_added_by_the_tokenizer(tmp_path):
     (100, 100, "Name a color.\n\nNot blue.>", "Red.$"), (6, 5, "blue.>", "Red.$"), (25, 4, None, "Red."),
     (24, 1, "ame a color.\n\nNot blue.>", "R"), (1, 2, ">", "Re")])
 def test_limits_in_tokens(tmp_path, source_max, target_max, source, target):
-    """The prompt is cut at its beginning, the answer at its end; the end token ($) is last unless it was cut off."""
+    """The prompt loses its beginning, the answer its end. The end token ($) is last unless it was cut off."""
     tokenizer = char_tokenizer(chat_template="{{ messages[-1].content }}>")
     row = prepared(tmp_path, "alpaca", tokenizer, source_max_len=source_max, target_max_len=target_max)[0]
     source = by_hand(source or "Name a color.\n\nNot blue.>")
@@ -288,7 +288,7 @@ def test_labels_keep_the_end_token_where_it_is_also_the_pad(tmp_path):
 @pytest.mark.parametrize("ratio, debug, want", [(1.0, -1, 10), (0.5, -1, 5), (0.29, -1, 2), (0.01, -1, 1), (1.0, 3, 3),
                                                 (0.2, 5, 2), (1.0, 99, 10), (1.0, 0, 10)])
 def test_share_and_number_of_rows(tmp_path, ratio, debug, want):
-    """The first rows are kept, in their order: whichever of the two limits is smaller, and never none."""
+    """The first rows are kept in their order. The smaller of the two limits counts, and at least one row stays."""
     tokenizer = char_tokenizer(chat_template="{{ messages[-1].content }}>")
     data = prepared(tmp_path, "gsm8k", tokenizer, numbered(10), train_ratio=ratio, debug_number=debug)
     texts = [tokenizer.decode(row["input_ids"]) for row in data]
@@ -303,7 +303,7 @@ def test_share_outside_its_range(tmp_path, ratio):
 
 
 def test_preparing_twice_gives_the_same(tmp_path):
-    """The file is read anew each time: the same rows twice, and other rows once it has changed."""
+    """The file is read anew each time, so other rows are seen once it has changed."""
     first = prepared(tmp_path, "gsm8k", rows=numbered(4))[:]
     assert prepared(tmp_path, "gsm8k", rows=numbered(4))[:] == first
     assert prepared(tmp_path, "gsm8k", rows=numbered(5)[1:])[0]["input_ids"] == first["input_ids"][1]
@@ -323,7 +323,7 @@ def write_splits(folder, kind, splits):
 @pytest.mark.parametrize("kind, data_name, name", pairwise(
     kind=[".csv", ".json", ".jsonl", "saved"], data_name=ROWS, name=["test", "validation", "valid", "val", "dev"]))
 def test_rows_of_every_format(tmp_path, kind, data_name, name):
-    """Each format gives back the rows that were written; newlines, quotes and commas included.
+    """Each format gives back the rows that were written, with their newlines, quotes and commas.
 
     Each usual name of held-out rows serves as the test split.
     """
@@ -355,7 +355,7 @@ def test_test_goes_before_validation(tmp_path, kind):
 
 @pytest.mark.parametrize("place", ["all.csv", "all.json", "all.jsonl", "folder/rows.jsonl", "saved"])
 def test_single_source_is_cut_the_same_every_time(tmp_path, place):
-    """80:20, disjoint, nothing lost, and the same rows whatever the state of the random generators and the format."""
+    """80:20, disjoint, and nothing lost. The cut depends neither on the random generators nor on the format."""
     rows = numbered(50)
     path = write_rows(tmp_path / place, rows)
     source = str(Path(path).parent) if place.startswith("folder") else path
@@ -418,7 +418,7 @@ def test_empty_split_of_the_hub(hub):
 
 @pytest.mark.parametrize("count, test_rows", [(10_000, 2000), (10_001, 1000), (12_345, 1000)])
 def test_sql_keeps_a_thousand_test_rows(hub, count, test_rows):
-    """The single split of the whole set gives the paper's 1,000 test rows, all others for training, none in both."""
+    """More than 10,000 rows give the paper's 1,000 test rows, fewer a fifth. No row is in both parts."""
     hub.count = count
     train, test = (set(load_rows("sql", split)["question"]) for split in ("train", "test"))
     assert (len(train), len(test)) == (count - test_rows, test_rows)
@@ -460,7 +460,7 @@ BAD_FILES = {          # files in the folder, what the message must name
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_files(tmp_path, case):
-    """Each mistake is a UserError that names the file, the column or what is looked for."""
+    """Each mistake is a UserError that names the file, the column, or what the folder should hold."""
     files, message = BAD_FILES[case]
     folder = tmp_path / "data"
     if files is not None:
@@ -482,7 +482,7 @@ def test_a_file_of_another_kind(tmp_path, suffix):
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_folder_without_test_split(tmp_path, saved):
-    """The splits that are there are named; training rows never serve as test rows."""
+    """The message names the splits that are there. Training rows never serve as test rows."""
     if saved:
         DatasetDict({"train": Dataset.from_list(numbered(9))}).save_to_disk(str(tmp_path))
     else:
@@ -512,7 +512,7 @@ def test_a_row_without_an_answer(tmp_path):
 # --- the tokenizer of a run ---------------------------------------------------------------------------------------
 
 def test_load_tokenizer_takes_the_first_place_that_has_one(tmp_path):
-    """The GPTQ folder's own tokenizer, else the 16-bit model's; it comes with the fallbacks."""
+    """The GPTQ folder's own tokenizer, else the 16-bit model's. It gets the fallbacks."""
     gptq, dense, bare = tmp_path / "gptq", tmp_path / "dense", tmp_path / "bare"
     bare.mkdir()
     char_tokenizer(pad_token=None, chat_template="gptq {{ messages[0].content }}").save_pretrained(str(gptq))
@@ -546,7 +546,7 @@ def draws():
 
 
 def test_set_seed():
-    """The same seed gives the same numbers of all three generators, another seed others of all three."""
+    """One seed gives the same numbers of all three generators. Another seed gives others of all three."""
     set_seed(7)
     first = draws()
     second = draws()
@@ -592,14 +592,11 @@ def test_params_print_shows_every_setting(capsys):
     (("70B", 2, "LoTA", 24, 0.9, 0.9995, "viggo"), (59.5, 7), "70B_int2_LoTA_24_0.900_1.000_viggo_60s_7MB_05_101112"),
     (("1M", 3, "LoTA", 6.5, 0.95, 0.999, "sql"), (None, None), "1M_int3_LoTA_6.5_0.950_0.999_sql_05_101112"),
     (("14B", 4, "LoRA", 1e-5, 64, 128, "gsm8k"), (1.0, 1.0), "14B_int4_LoRA_1e-05_64_128_gsm8k_1s_1MB_05_101112"),
-    (("14B", 4, "LoRA", 0.0002, 64, 128, "gsm8k"), (0.2, None), None)])
+    (("14B", 4, "LoRA", 0.0002, 64, 128, "gsm8k"), (None, None), "14B_int4_LoRA_0.0002_64_128_gsm8k_05_101112")])
 def test_adapter_names(args, ended, want):
-    """The folder names, character by character; a run without its peak has not ended."""
+    """The folder names, character by character. While a run goes on, its name has neither time nor memory."""
     runtime, peak = ended
-    if want is None:
-        assert get_Ada_path(*args, when="05_101112") == "14B_int4_LoRA_0.0002_64_128_gsm8k_05_101112"
-    else:
-        assert get_Ada_path(*args, runtime=runtime, peak_mb=peak, when="05_101112") == want
+    assert get_Ada_path(*args, runtime=runtime, peak_mb=peak, when="05_101112") == want
 
 
 def test_adapter_name_of_now():
@@ -612,7 +609,7 @@ def test_adapter_name_of_now():
 
 
 def test_save_results(tmp_path, capsys):
-    """One JSON file: the date, every setting by its group, and the results as they are, any letter readable."""
+    """One JSON file: the date, every setting by its group, and the results. Every letter is readable in it."""
     base, evaluation = baseConfig(seed=5, data_dir="d"), evalConfig(limit=3)
     before = datetime.now().replace(microsecond=0)
     path = save_results(tmp_path / "new" / "folder", "run_1.5", {"accuracy": 0.5, "text": "Zoë"}, base, evaluation)
@@ -628,7 +625,7 @@ def test_save_results(tmp_path, capsys):
 
 @pytest.mark.parametrize("broken", ["write", "rename"])
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
-    """A full disk half-way, or a rename that fails: the old results stand untouched and nothing lies beside them."""
+    """A full disk half-way, or a rename that fails: the old results stay, and no other file lies beside them."""
     path = save_results(tmp_path, "r", {"accuracy": 1.0})
     old, write_text = path.read_bytes(), Path.write_text
 

@@ -88,7 +88,7 @@ def test_viggo_wrong():
 
 
 def test_viggo_value_with_brackets_is_read_to_its_end():
-    """A closing bracket inside a value belongs to the value: without it the answer is wrong."""
+    """A closing bracket inside a value belongs to the value. An answer without it is wrong."""
     assert is_correct(ESRB.replace("Older)", "Older"), ESRB, "viggo") is False
 
 
@@ -112,7 +112,7 @@ def test_scoring_of_a_set_without_score(data_name):
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
     (29, 29, 1 - 0.1170, 1.0)])
 def test_wilson_interval_of_published_examples(correct, total, low, high):
-    """Newcombe (1998), method 3, to the four digits that are printed there; the last: 1 / (1 + z^2 / n)."""
+    """Newcombe (1998), method 3, to the four digits that are printed there. The last case is 1 / (1 + z^2 / n)."""
     assert confidence_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
 
 
@@ -157,7 +157,7 @@ def greedy_by_hand(model, ids, max_new_tokens):
 
 
 def mixed_prompts(lengths=(5, 90, 1, 33, 2, 300, 34, 8, 61)):
-    """Prompts of very different length, in no order of length, each another text."""
+    """Different prompts of very different lengths, not sorted by length."""
     generator = torch.Generator().manual_seed(3)
     return ["".join(map(chr, torch.randint(33, 127, (n,), generator=generator).tolist())) for n in lengths]
 
@@ -231,7 +231,7 @@ class Stub:
 
 
 def test_batches_by_length():
-    """Prompts of similar length share a batch, the longest first; padding stands on the left, and only there."""
+    """Prompts of similar length share a batch, and the longest come first. Padding stands on the left only."""
     prompts = ["a" * 3, "b" * 50, "c" * 4, "d" * 49, "e"]
     stub = Stub({p: p[0].upper() for p in prompts})
     assert generate(stub, char_tokenizer(), prompts, 2, 5) == ["A", "B", "C", "D", "E"]
@@ -251,7 +251,7 @@ def test_generation_settings():
 
 
 def test_answers_are_stripped_of_white_space_and_special_tokens():
-    """Neither the end token, padding nor surrounding white space is part of an answer; inner newlines are."""
+    """The end token, padding and surrounding white space are no part of an answer. Inner newlines are."""
     stub = Stub({"p": " x\ny \n", "q": "a longer one"})
     assert generate(stub, char_tokenizer(), ["p", "q"], 2, 20) == ["x\ny", "a longer one"]
 
@@ -325,7 +325,7 @@ def test_evalgsv_end_to_end(tmp_path, capsys):
 
 @pytest.mark.parametrize("subsample, want", [(None, 5), (2, 2), (5, 5), (99, 5)])
 def test_evalgsv_subsample(tmp_path, subsample, want):
-    """The first rows, at most all; without a name the file is called after the data set."""
+    """The first rows, at most all. Without a name the file is called after the data set."""
     write_rows(tmp_path / "data" / "test.jsonl", numbered(5))
     write_rows(tmp_path / "data" / "train.jsonl", numbered(5))
     stub = Stub({prompt_of("gsm8k", f"What is {i}?"): f"#### {i}" for i in range(5)})
@@ -369,7 +369,7 @@ def test_training_and_evaluation_ask_alike(tmp_path, data_name, template):
 
 @pytest.mark.parametrize("data_name", ["gsm8k", "viggo"])
 def test_single_file_trains_and_tests_on_other_rows(tmp_path, data_name):
-    """From one file, no prompt of the evaluation is among those of the training, and together they are all."""
+    """No prompt of the evaluation is among those of the training, and together they are the whole file."""
     columns = {"gsm8k": ("question", "answer"), "viggo": ("ref", "mr")}[data_name]
     rows = [{columns[0]: f"Text {i}", columns[1]: f"inform(name[{i}])"} for i in range(20)]
     path = write_rows(tmp_path / "all.csv", rows)
@@ -386,7 +386,7 @@ def test_single_file_trains_and_tests_on_other_rows(tmp_path, data_name):
 
 
 def test_evalgsv_with_a_real_model(tmp_path):
-    """A model's own answers, each the plain greedy one to the prompt that is saved beside it."""
+    """Each answer is the plain greedy one to the prompt that is saved beside it."""
     model, tokenizer = tiny_model(seed=5), char_tokenizer()
     for split in ("train", "test"):
         write_rows(tmp_path / "data" / f"{split}.csv", [ROWS["sql"], {**ROWS["sql"], "question": "Is it?"}])

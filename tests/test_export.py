@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import oracle
 import pytest
 import torch
-from conftest import LAYERS, ROOT
+from conftest import LAYERS, ROOT, merge
 from gptqmodel import GPTQModel
 from gptqmodel.adapter.adapter import Lora
 from gptqmodel.utils.backend import BACKEND
@@ -25,16 +25,10 @@ from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
 from LoTA.export import FORMATS, gguf
 from LoTA.export.run import export
-from LoTA.folders import GPTQFolder, MergedFolder
-from LoTA.lota_merge import merge_folders
+from LoTA.folders import MergedFolder
 from LoTA.storage import sha256
 
 RANK = 8
-
-
-def merge(adapter, gptq, output):
-    """merge_folders() by the folders' paths."""
-    return merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +102,7 @@ def test_offsets_do_not_fit_gptq(merged, tmp_path):
 # --- peft ---------------------------------------------------------------------------------------------------------
 
 def test_peft_adds_the_offset(merged, tmp_path):
-    """PEFT on the plain GPTQ model, and GPTQModel's Lora, give the merged model's logits; without the adapter not."""
+    """PEFT on the plain GPTQ model, and GPTQModel's Lora, give the merged logits. The plain model alone does not."""
     folder, out = merged(4), tmp_path / "out"
     export(folder, "peft", out, verify=True)
     config = json.loads((out / "adapter/adapter_config.json").read_text())
@@ -129,7 +123,7 @@ def test_peft_adds_the_offset(merged, tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_dense_weights_are_the_oracles(merged, tmp_path, bits, monkeypatch):
-    """In small shards with an index; transformers opens them without GPTQModel and gives the merged model's logits."""
+    """transformers opens the shards without GPTQModel and gives the merged model's logits."""
     monkeypatch.setattr("LoTA.export.dense.SHARD_BYTES", 100_000)
     folder, out = merged(bits), tmp_path / "out"
     export(folder, "dense", out, torch.float32, verify=True)
@@ -178,7 +172,7 @@ def test_gguf_in_transformers(merged, tmp_path, bits, residual):
 
 @pytest.mark.parametrize("heads, rows", [(2, 16), (1, 8), (4, 64)])
 def test_the_order_of_rotary_rows(heads, rows):
-    """Row j of a head's first half and row j of its second become neighbours; the inverse brings them back."""
+    """Row j of a head's first half and row j of its second become neighbours. The inverse brings them back."""
     before = torch.arange(rows)
     after = gguf.permute(before, heads)
     half = rows // heads // 2
@@ -276,7 +270,7 @@ def test_gguf_refuses_8_bits(merged, tmp_path):
 
 
 def test_blocks_across_groups_are_refused(tmp_path):
-    """desc_act, and a group size that 32 does not divide: GGUF's blocks cannot express them, PEFT's indicator can."""
+    """GGUF's blocks cannot express desc_act, nor a group size that 32 does not divide. PEFT's indicator can."""
     for name, settings in (("desc_act", {"desc_act": True}), ("16", {"group_size": 16})):
         folder = tiny_merged(tmp_path / name, **settings)
         with pytest.raises(UserError, match="different groups"):
@@ -285,7 +279,7 @@ def test_blocks_across_groups_are_refused(tmp_path):
 
 
 def test_sharded_models(tmp_path):
-    """A model in three shards with an index: the same dense weights and offsets as in one file."""
+    """A model in three shards gives the same dense weights and offsets as in one file."""
     folders = {shards: tiny_merged(tmp_path / str(shards), shards=shards) for shards in (1, 3)}
     for shards, folder in folders.items():
         for format in ("dense", "peft"):
@@ -318,7 +312,7 @@ def test_other_architectures_and_tokenizers_are_refused(merged, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2"])
 def test_pre_tokenizers(name):
-    """The three that llama.cpp names; Llama 3's and Qwen 2's cut numbers differently."""
+    """The three that llama.cpp names. Llama 3's and Qwen 2's cut numbers differently."""
     pattern = {v: k for k, v in gguf.PRE_TOKENIZERS.items()}[name]
     steps = [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": pattern is None}]
     if pattern:
@@ -331,7 +325,7 @@ def test_pre_tokenizers(name):
 
 @pytest.mark.parametrize("format", ["gptq", "peft", "gguf", "dense"])
 def test_the_verification_catches_damage(merged, tmp_path, format):
-    """One byte changed in the middle of any file of weights."""
+    """One bit that is flipped, in the middle or at the end of any file of weights, is found."""
     folder, out = merged(4, residual=format != "gptq"), tmp_path / "out"
     export(folder, format, out)
     model, check = MergedFolder(folder), FORMATS[format].load().check
@@ -350,7 +344,7 @@ def test_the_verification_catches_damage(merged, tmp_path, format):
 
 @pytest.mark.parametrize("format", ["peft", "gguf", "dense"])
 def test_an_interrupted_export_leaves_nothing(merged, tmp_path, format, monkeypatch):
-    """Stopped while the card is written, after all weights: no folder, no temporary one."""
+    """It is stopped while the card is written, after all weights. Not even a temporary folder is left."""
     def stop(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr("LoTA.export.run.write_model_card", stop)
@@ -461,7 +455,7 @@ def test_qalora_with_other_groups_is_refused(quantize, tmp_path):
 
 
 def test_lora_becomes_dense_only(quantize, tmp_path):
-    """The message says why it does not merge; dense writes the sum, whose logits are the live ones."""
+    """The message says why it does not merge. dense writes the sum, whose logits are the live ones."""
     gptq = quantize(4)
     want = trained_with_peft(gptq, tmp_path / "adapter")
     for format in ("gptq", "peft", "gguf"):

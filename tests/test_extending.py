@@ -7,7 +7,7 @@ import gguf as gguf_package
 import oracle
 import pytest
 import torch
-from conftest import LAYERS, ROOT, parse, predictions, run_main
+from conftest import LAYERS, ROOT, merge, parse, predictions, run_main
 from random_gptq import write_gptq, write_lota_adapter
 from safetensors.torch import load_file
 from test_data import EOS, by_hand, char_tokenizer, write_rows
@@ -18,11 +18,10 @@ import LoTA.export.__main__ as export_command
 from data_print_save import TASKS, Task, load_rows, prepare_dataset, read_messages, scored_tasks
 from evalGSV import evalgsv, is_correct
 from LoTA import SUPPORTED_BITS, UserError, kernels
-from LoTA.adapter_folder import PREFIX, AdapterFolder
+from LoTA.adapter_folder import PREFIX
 from LoTA.export import FORMATS, Format, gguf
 from LoTA.export.run import export
 from LoTA.folders import GPTQFolder, MergedFolder
-from LoTA.lota_merge import merge_folders
 from LoTA.packing import pack_rows, unpack_rows, unpack_zeros
 from LoTA.settings import OMEGA_AND_SIGMA, omega_and_sigma
 from LoTA.ternary import Threshold, adapted_weight
@@ -34,12 +33,6 @@ def help_of(show, capsys):
         show()
     assert end.value.code == 0
     return " ".join(capsys.readouterr().out.split())
-
-
-def merge(adapter, gptq, output):
-    """merge_folders() by the folders' paths. Returns the merged folder's path."""
-    merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
-    return output
 
 
 # --- a data set ---------------------------------------------------------------------------------------------------
@@ -151,7 +144,8 @@ def text_format(monkeypatch, tmp_path):
 def merged(tmp_path):
     """A random merged folder of 3 bits."""
     gptq = write_gptq(tmp_path / "gptq", LAYERS, 3)
-    return merge(write_lota_adapter(tmp_path / "adapter", gptq, data_set="weather"), gptq, tmp_path / "merged")
+    merge(write_lota_adapter(tmp_path / "adapter", gptq, data_set="weather"), gptq, tmp_path / "merged")
+    return tmp_path / "merged"
 
 
 def test_a_new_format_is_exported_verified_and_described(text_format, merged, tmp_path):
@@ -216,15 +210,16 @@ def five_bits(monkeypatch):
 
 @pytest.mark.parametrize("rows", [32, 64, 70])
 def test_a_new_bit_width_is_packed(rows):
-    """32 values take 5 words, and 5 values of them straddle two. 70 values are filled up to 96."""
+    """32 values take 5 words, and 4 of them straddle two words. 70 values are filled up to 96."""
     values = torch.randint(0, 2**BITS, (rows, 9), generator=torch.Generator().manual_seed(rows))
     packed, want = pack_rows(values, BITS), oracle.pack_columns(values, BITS)
     assert packed.shape[0] == -(-rows // 32) * BITS and torch.equal(packed[:len(want)], want)
     assert not packed[len(want):].any()
     assert torch.equal(unpack_rows(packed, BITS, rows).long(), values)
-    zeros = torch.randint(1, 2**BITS, (3, rows), generator=torch.Generator().manual_seed(rows))
+    zeros = torch.randint(0, 2**BITS, (3, rows), generator=torch.Generator().manual_seed(rows))
+    assert int(zeros.min()) == 0                    # stored as 31 where zeros are stored minus one
     for form, less in (("gptq", 1), ("gptq_v2", 0)):
-        qzeros = pack_rows((zeros - less).t(), BITS).t().contiguous()
+        qzeros = pack_rows((zeros - less).t() % 2**BITS, BITS).t().contiguous()
         assert torch.equal(unpack_zeros(qzeros, BITS, rows, form).long(), zeros)
 
 
@@ -233,7 +228,8 @@ def test_a_new_bit_width_is_trained_merged_and_exported(five_bits, tmp_path, des
     """A random model of 5 bits: W', integers and mu are the oracle's, by torch and by the kernels."""
     gptq = write_gptq(tmp_path / "gptq", LAYERS, BITS, desc_act=desc_act)
     adapter = write_lota_adapter(tmp_path / "adapter", gptq, rank=RANK, omega=OMEGA)
-    merged = MergedFolder(merge(adapter, gptq, tmp_path / "merged"))
+    merge(adapter, gptq, tmp_path / "merged")
+    merged = MergedFolder(tmp_path / "merged")
     export(tmp_path / "merged", "dense", tmp_path / "dense", torch.float32, verify=True)
     dense, matrices = load_file(tmp_path / "dense/model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     source, threshold = GPTQFolder(gptq), Threshold(OMEGA, OMEGA)
@@ -275,8 +271,8 @@ def test_without_its_entry_a_bit_width_is_refused(tmp_path):
 
 def test_a_new_architecture_is_exported_as_gguf(quantize, monkeypatch, tmp_path):
     """A model of another type with Llama's layers: refused without its entry, and with it the tensors are Llama's."""
-    gptq = quantize(4)
-    merged = merge(write_lota_adapter(tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+    gptq, merged = quantize(4), tmp_path / "merged"
+    merge(write_lota_adapter(tmp_path / "adapter", gptq), gptq, merged)
     export(merged, "gguf", tmp_path / "llama", verify=True)
     config = json.loads((merged / "config.json").read_text())
     assert config["model_type"] == "llama"
@@ -292,8 +288,8 @@ def test_a_new_architecture_is_exported_as_gguf(quantize, monkeypatch, tmp_path)
 
 def test_rows_are_reordered_only_where_the_entry_says_so(quantize, monkeypatch, tmp_path):
     """The second half of an entry: llama.cpp's loader of Qwen keeps transformers' order of q and k."""
-    gptq = quantize(4)
-    merged = merge(write_lota_adapter(tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+    gptq, merged = quantize(4), tmp_path / "merged"
+    merge(write_lota_adapter(tmp_path / "adapter", gptq), gptq, merged)
     files = {}
     for reordered in (True, False):
         monkeypatch.setitem(gguf.ARCHITECTURES, "llama", (gguf_package.MODEL_ARCH.LLAMA, reordered))

@@ -4,7 +4,7 @@ import copy
 import oracle
 import pytest
 import torch
-from conftest import run_main
+from conftest import merge, run_main
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from LoTA import UserError
@@ -12,7 +12,6 @@ from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import CustomLoraLinear, register
-from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
 from LoTA.ternary import Threshold, dequantize
 
@@ -50,11 +49,6 @@ def save(model, folder, gptq, residual=True):
     return folder
 
 
-def merge(adapter, gptq, output):
-    """merge_folders() by the folders' paths."""
-    return merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
-
-
 def layers(model):
     return {name.removeprefix(PREFIX): m for name, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
 
@@ -75,7 +69,7 @@ def test_our_unpacking_is_gptqmodels(gptq):
 
 
 def test_the_first_forward_is_the_quantized_model(gptq):
-    """B starts at zero: not one logit differs beyond the rounding of another order of the same products."""
+    """B starts at zero, so the logits are the quantized model's, but for the rounding of sums in another order."""
     plain, fresh = load(gptq), with_adapter(gptq, randomize=False)
     assert all((m.lora_B["default"].weight == 0).all() for m in layers(fresh).values())
     A = next(iter(layers(fresh).values())).lora_A["default"].weight
@@ -105,7 +99,7 @@ def test_layer_against_the_oracle(gptq):
 
 
 def test_evaluation_sees_a_changed_adapter(quantize):
-    """The weight kept for evaluation is made anew when the adapter changes."""
+    """The weight that is kept for evaluation is made anew when the adapter changes."""
     layer = next(iter(layers(with_adapter(quantize(2))).values()))
     x = torch.randn(4, layer.in_features)
     with torch.no_grad():
@@ -149,7 +143,7 @@ def test_live_equals_merged(quantize, tmp_path, flags, residual):
 
 
 def test_lta_on_an_adapter_is_the_merged_folder(quantize, tmp_path):
-    """path may be the adapter itself: same logits, bit for bit, and its base is found in lota_config.json."""
+    """LTA's path may be the adapter itself, which names its base. The logits are equal bit for bit."""
     gptq = quantize(2)
     adapter = save(with_adapter(gptq), tmp_path / "adapter", gptq)
     merge(adapter, gptq, tmp_path / "merged")
@@ -164,7 +158,7 @@ def test_lta_on_an_adapter_is_the_merged_folder(quantize, tmp_path):
 
 @pytest.mark.parametrize("backend", ["auto", "gptq_torch_aten"])
 def test_merged_on_gptqmodels_kernels_in_16_bit(quantize, tmp_path, backend):
-    """4 bits in bfloat16 on the plain kernel, and on one that repacks the integers for torch's int4 operator."""
+    """4 bits in bfloat16, on the plain kernel and on one that repacks the integers for torch's int4 operator."""
     gptq = quantize(4, "--sym")
     model = with_adapter(gptq)
     merge(save(model, tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
@@ -176,7 +170,7 @@ def test_merged_on_gptqmodels_kernels_in_16_bit(quantize, tmp_path, backend):
 
 
 def test_a_merged_folder_with_offsets_is_refused_by_stock_tools(quantize, tmp_path):
-    """Neither transformers nor GPTQModel may compute something else: both raise."""
+    """transformers and GPTQModel both raise, because they would leave the offset out."""
     from gptqmodel import GPTQModel
     from transformers import AutoModelForCausalLM
     gptq = quantize(2)
@@ -202,7 +196,7 @@ def test_a_merged_folder_without_offsets_is_opened_by_stock_tools(quantize, tmp_
 
 
 def test_an_adapter_survives_saving_and_loading(quantize, tmp_path):
-    """PEFT reads it with a registered config; load_live() does that for us."""
+    """PEFT reads it with a registered config. load_live() does the same."""
     gptq = quantize(2)
     model = with_adapter(gptq)
     adapter = save(model, tmp_path / "adapter", gptq)
@@ -214,7 +208,7 @@ def test_an_adapter_survives_saving_and_loading(quantize, tmp_path):
 
 @pytest.mark.parametrize("shape, order", [((5, 70), "ordered"), ((2, 3, 70), "shuffled"), ((1, 70), "uneven")])
 def test_apply_adds_group_sums_times_offset(shape, order):
-    """x @ (s mu)[g_idx], by the dense matrix that it stands for; the last group is short."""
+    """The result is x @ (s mu)[g_idx], by the dense matrix. The last group is short."""
     torch.manual_seed(0)
     g_idx = torch.arange(70) // 32
     if order == "uneven":
@@ -250,7 +244,7 @@ def test_groups_refuse_an_index_that_does_not_fit():
 
 
 def test_quantize_names_and_marks_its_folder(quantize, base_model, tmp_path):
-    """Bits and group size can be read off the folder's name; a folder that is not ours is not replaced."""
+    """Bits and group size can be read off the folder's name. A folder that is not ours is not replaced."""
     import gptq_quantize
     folder = quantize(3, "--desc_act")
     assert folder.name == f"int3_32_{base_model.name}"

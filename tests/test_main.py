@@ -485,7 +485,7 @@ def start(*arguments, **kwargs):
 
 
 def test_ctrl_c_leaves_a_whole_checkpoint_to_resume_from(train, gptq_2bit, base_model, demo_data, tmp_path):
-    """SIGINT in the middle of training: a checkpoint, one line that names it, status 1; and it resumes."""
+    """SIGINT in the middle of training: a checkpoint, one line that names it, and status 1. A run resumes from it."""
     process = start("--mode", 1, "--lota_qaf", "--training_data_name", "viggo", "--lora_r", 8, "--interval_point", 4,
                     "--train_batch_size", 16, "--dtype", "float32", "--quantized_model_dir", gptq_2bit, "--pretrained",
                     base_model, "--data_dir", demo_data, "--adapter_path", tmp_path, "--max_steps", 2000,
@@ -548,7 +548,7 @@ def test_mistakes_found_before_evaluation(evaluate, gptq_2bit, flags, message, t
 
 
 def test_mistakes_on_the_command_line_are_one_line_and_status_1(tmp_path):
-    """No traceback; and the folder is looked at before transformers is imported."""
+    """No traceback."""
     folder = write_gptq(tmp_path / "gptq", LAYERS)
     process = start("--mode", 1, "--lota_qaf", True, "--quantized_model_dir", folder, "--w_bits", 3)
     out, err = process.communicate(timeout=120)

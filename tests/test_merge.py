@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LAYERS, ROOT
+from conftest import LAYERS, ROOT, merge
 from oracle import merge as oracle_merge
 from oracle import unpack_columns
 from pairs import pairwise
@@ -20,11 +20,6 @@ from LoTA.adapter_folder import PREFIX, AdapterFolder
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.packed import PackedLayer
 from LoTA.storage import overwrite_tensor, whole_folder
-
-
-def merge(adapter, gptq, output):
-    """merge_folders() by the folders' paths."""
-    return lota_merge.merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
 
 
 @pytest.fixture
@@ -45,7 +40,7 @@ def adapter(tmp_path, gptq):
     bits=[2, 3, 4, 8], group_size=[32, -1], desc_act=[False, True], shards=[1, 3],
     checkpoint_format=["gptq", "gptq_v2"]))
 def test_merge_is_the_oracles(tmp_path, bits, group_size, desc_act, shards, checkpoint_format):
-    """The integers are equal, mu is to float32 rounding, and every other tensor and file is as it was."""
+    """Integers are equal, and mu is to float32 rounding. Every other tensor and file is as it was."""
     gptq = write_gptq(tmp_path / "gptq", LAYERS, bits, group_size, desc_act=desc_act, shards=shards,
                       checkpoint_format=checkpoint_format)
     adapter = write_lota_adapter(tmp_path / "adapter", gptq)
@@ -95,7 +90,7 @@ def test_with_offset_both_config_files_name_our_format(gptq, adapter, tmp_path):
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_learned_scales_become_the_checkpoints_own(tmp_path, residual):
-    """The merged scales are s * (1 + change) in float16. Integers, zeros and offsets are those of the merge without.
+    """The merged scales are s * (1 + change) in float16. Integers, zeros and offsets do not change.
 
     Without an offset the folder is a plain GPTQ checkpoint.
     """

@@ -86,7 +86,7 @@ def test_each_no_flag_says_what_it_does(shown):
     """Every flag that is True by default has one, with a text of its own."""
     on = {f"--no_{f.name}" for config in CONFIGS for f in fields(config) if f.default is True}
     assert {flag for flag in shown if flag.startswith("--no_")} == on != set()
-    texts = [shown[flag][1] for flag in on] + [shown[flag.replace("no_", "")][1] for flag in on]
+    texts = [shown[flag][1] for flag in on] + [shown[flag.replace("no_", "")][1].rpartition(" [")[0] for flag in on]
     assert len(set(texts)) == 2 * len(on) and all(len(text) > 10 for text in texts)
 
 
@@ -340,7 +340,7 @@ REFUSED = [
     (("--quantized_model_dir", "{gptq}", "--offset_scale", "learned", "--residual", False), "leaves out"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--learned_scales", True), "beside ternary adapters"),
-    (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"), "needs a GPTQ model with groups"),
+    (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"), "needs a GPTQ model with"),
     (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--recipe", "full"), "--recipe full is for ternary"),
     (("--lota_qaf", False, "--method", "qalora", "--recipe", "learned"), "--recipe full is for ternary"),
