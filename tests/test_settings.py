@@ -165,7 +165,8 @@ def test_every_flag_reaches_its_field():
         for f in fields(config):
             if f.name in ("mode", "recipe"):
                 continue
-            choices = f.metadata["choices"] or {"ft_dataset_name": ["none", "viggo"]}.get(f.name)
+            derived = {"ft_dataset_name": ["none", "viggo"], "export": list(FORMATS)}
+            choices = f.metadata["choices"] or derived.get(f.name)
             kind = next(k for k in (bool, int, float, str) if k.__name__ in str(f.type))
             value = ["a_proj", "b_proj"] if f.name == "lora_target_modules" else (
                 choices[-1] if choices else not f.default if kind is bool else other[kind])
