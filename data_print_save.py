@@ -470,8 +470,10 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
     """The training split, tokenized: columns input_ids, labels, length.
 
     Prompt tokens have the label IGNORE_INDEX. A prompt has at most `source_max_len` tokens, an answer with its end
-    token at most `target_max_len`: a longer one loses its end and its end token. train_ratio: the share of the rows to
-    keep, from the first on. debug_number: where it is positive, keep at most so many rows.
+    token at most `target_max_len`: a longer one loses its end and its end token, so no token of it trains the model to
+    go on for ever: the loss says nothing about what follows the last token. Prints how many of both are cut.
+    train_ratio: the share of the rows to keep, from the first on. debug_number: where it is positive, keep at most so
+    many rows.
     """
     prepare_tokenizer(tokenizer)
     rows = load_rows(data_name, "train", data_dir)
@@ -483,13 +485,22 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
 
     def encode(row: dict) -> dict:
         messages, answer = read_messages(data_name, row)
-        source = encode_prompt(tokenizer, render_prompt(tokenizer, messages), source_max_len)
-        target = encode_answer(tokenizer, answer)[:target_max_len]
+        prompt = render_prompt(tokenizer, messages)
+        whole_source, whole_target = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, answer)
+        fits = not source_max_len or len(whole_source) <= source_max_len
+        source = whole_source if fits else encode_prompt(tokenizer, prompt, source_max_len)
+        target = whole_target[:target_max_len]
         return {"input_ids": source + target, "labels": [IGNORE_INDEX] * len(source) + target,
-                "length": len(source) + len(target)}
+                "length": len(source) + len(target),
+                "prompt_cut": not fits, "answer_cut": len(target) < len(whole_target)}
 
-    return rows.select(range(keep)).map(encode, remove_columns=rows.column_names, desc=f"tokenizing {data_name}",
+    data = rows.select(range(keep)).map(encode, remove_columns=rows.column_names, desc=f"tokenizing {data_name}",
                                         keep_in_memory=True)
+    prompts, answers = sum(data["prompt_cut"]), sum(data["answer_cut"])
+    print(f"{data_name}: {len(data)} rows; {prompts} prompts are cut to --source_max_len {source_max_len} tokens, "
+          f"{answers} answers to --target_max_len {target_max_len}" + (
+              "; a cut answer trains without its end token" if answers else ""))
+    return data.remove_columns(["prompt_cut", "answer_cut"])
 
 
 # --- settings, names, results -------------------------------------------------------------------------------------

@@ -317,3 +317,25 @@ def test_a_single_file_says_how_it_is_cut(tmp_path, capsys):
     path = write_rows(tmp_path / "train.csv", numbered(10))
     assert len(questions("train", path)) == 8
     assert capsys.readouterr().out == f"{path} has a single split: 8 of its rows train, 2 test\n"
+
+
+# --- what is cut --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("source_max, target_max, prompts, answers", [
+    (9, 9, 0, 0), (8, 9, 1, 0), (3, 4, 2, 1), (9, 8, 0, 1), (2, 1, 3, 3)])
+def test_cut_prompts_and_answers_are_counted(tmp_path, capsys, source_max, target_max, prompts, answers):
+    """One line with both numbers. A cut answer has no end token in its labels, and nothing in its place."""
+    rows = [{"instruction": "a" * n, "input": "", "output": "b" * m} for n, m in ((2, 1), (3, 2), (8, 8))]
+    put(tmp_path, train__jsonl=encoded("jsonl", rows))
+    tokenizer = char_tokenizer(chat_template="{{ messages[-1].content }}>")
+    data = prepare_dataset("alpaca", tokenizer, data_dir=str(tmp_path), source_max_len=source_max,
+                           target_max_len=target_max)
+    line, = [line for line in capsys.readouterr().out.splitlines() if "cut" in line]
+    assert line == (f"alpaca: 3 rows; {prompts} prompts are cut to --source_max_len {source_max} tokens, "
+                    f"{answers} answers to --target_max_len {target_max}"
+                    + "; a cut answer trains without its end token" * bool(answers))
+    assert data.column_names == ["input_ids", "labels", "length"]
+    for row, example in zip(rows, data, strict=True):
+        whole = [*by_hand(row["output"]), EOS]
+        assert [label for label in example["labels"] if label != -100] == whole[:target_max]
+        assert len(example["labels"]) == min(source_max, len(row["instruction"]) + 1) + min(target_max, len(whole))
