@@ -2,11 +2,13 @@
 import csv
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
 from test_data import EOS, by_hand, char_tokenizer, numbered, write_rows
 
+import gptq_quantize
 from data_print_save import load_rows, prepare_dataset, read_messages
 from LoTA import UserError
 from LoTA.row_files import kind_of, lines_of, read_rows
@@ -339,3 +341,68 @@ def test_cut_prompts_and_answers_are_counted(tmp_path, capsys, source_max, targe
         whole = [*by_hand(row["output"]), EOS]
         assert [label for label in example["labels"] if label != -100] == whole[:target_max]
         assert len(example["labels"]) == min(source_max, len(row["instruction"]) + 1) + min(target_max, len(whole))
+
+
+# --- calibration samples ------------------------------------------------------------------------------------------
+
+def calibration(path, samples=64, max_length=99):
+    return SimpleNamespace(calibration=str(path), samples=samples, max_length=max_length, seed=1, data_dir=None)
+
+
+@pytest.mark.parametrize("name, content, texts", [
+    ("c.txt", "one\u2028still one\r\n\ntwo\x0cstill two\u0085\n  \nthree",
+     ["one\u2028still one", "two\x0cstill two\u0085", "three"]),
+    ("c.jsonl", '{"text": "one\u2028"}\r\n\n{"text": "two", "n": 1}\n', ["one\u2028", "two"]),
+    ("c.JSONL", '{"text": "one"}\n', ["one"]), ("c.json", '[{"text": "one\\n"}]', ["one\n"]),
+    ("c.csv", 'n,text\n1,"one\ntwo"\n', ["one\ntwo"])])
+@pytest.mark.parametrize("mark", [b"", BOM], ids=["", "byte order mark"])
+def test_calibration_texts(tmp_path, mark, name, content, texts):
+    """A text file has a sample in each line. Newlines alone end a line. A byte order mark is no text."""
+    (tmp_path / name).write_bytes(mark + content.encode())
+    assert gptq_quantize.calibration_texts(calibration(tmp_path / name), None) == texts
+    assert gptq_quantize.calibration_texts(calibration(tmp_path / name, 1), None) == texts[:1]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("c.jsonl", '{"text": "one"}\n\n{"text": \n', "c.jsonl, line 3 is not JSON"),
+    ("c.jsonl", '{"text": "one"}\n"two"\n', "c.jsonl, line 2 is not a record"),
+    ("c.jsonl", '{"text": "one"}\n{"words": "two"}\n', "c.jsonl, row 2 has no text in the field 'text'"),
+    ("c.csv", "words\ntwo\n", r"c.csv, row 1 \(the header is not counted\) has no text in the field 'text'"),
+    ("c.txt", "one".encode("utf-16"), "c.txt is not UTF-8"), ("c.txt", "\n \n", "holds no text")])
+def test_calibration_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        gptq_quantize.calibration_texts(calibration(tmp_path / name), None)
+
+
+def test_the_samples_are_those_that_gptqmodel_uses(tmp_path, capsys):
+    """A sample of 10 tokens is dropped and one of 11 is not. GPTQModel drops none of those that are left."""
+    from gptqmodel.utils.calibration import prepare_calibration_dataset
+    path = tmp_path / "c.txt"
+    path.write_text("".join("x" * n + "\n" for n in [10, 11, 3, *range(12, 20), 200]))
+    tokenizer = char_tokenizer()
+    capsys.readouterr()                         # what GPTQModel says when it is imported
+    samples, short = gptq_quantize.calibration_samples(calibration(path), tokenizer)
+    assert [len(sample["input_ids"]) for sample in samples] == [11, *range(12, 20), 99] and short == 2
+    assert samples[0]["input_ids"].tolist() == by_hand("x" * 11)
+    assert capsys.readouterr().out == ("10 calibration samples, 234 tokens; 2 others have 10 tokens or fewer and are "
+                                       "left out\n")
+    used = prepare_calibration_dataset(SimpleNamespace(tokenizer=tokenizer, model=None), samples,
+                                       calibration_data_min_length=gptq_quantize.SHORT_SAMPLE)
+    assert len(used) == 10
+    everything = [{key: [value] for key, value in tokenizer("x" * n).items()} for n in (10, 11)]
+    by_default = prepare_calibration_dataset(SimpleNamespace(tokenizer=tokenizer, model=None), everything)
+    assert len(by_default) == 1                 # the library's own limit is ours
+
+
+@pytest.mark.parametrize("long, asked, enough", [(8, 64, True), (7, 64, False), (1, 64, False), (0, 64, False),
+                                                 (2, 2, True), (1, 2, False)])
+def test_too_few_samples_are_an_error(tmp_path, long, asked, enough):
+    """The number that is really used counts, not that of the lines."""
+    path = tmp_path / "c.txt"
+    path.write_text(("x" * 20 + "\n") * long + "short\n" * 60)
+    if enough:
+        assert len(gptq_quantize.calibration_samples(calibration(path, asked), char_tokenizer())[0]) == long
+    else:
+        with pytest.raises(UserError, match=f"gives {long} samples of more than 10 tokens, and {min(8, asked)} is the"):
+            gptq_quantize.calibration_samples(calibration(path, asked), char_tokenizer())
