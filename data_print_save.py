@@ -178,7 +178,9 @@ def _score_exactly(prediction: str, label: str) -> bool:
 
 
 def _read_viggo(row: dict) -> tuple[Messages, str]:
-    mr, ref = ("mr", "ref") if row.get("mr") is not None else ("meaning_representation", "target")
+    # A file that mixes both publications has all four columns, and None in two of them.
+    other = row.get("mr") is None and "meaning_representation" in row
+    mr, ref = ("meaning_representation", "target") if other else ("mr", "ref")
     return [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
 
 
@@ -261,9 +263,11 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None) -> "Datas
     if isinstance(splits[wanted], list):
         rows = _rows_of_files(data_name, splits[wanted])
     else:
-        if len(splits[wanted]) == 0:
+        rows = splits[wanted]
+        if len(rows) == 0:
             raise UserError(f"the {wanted} split of '{data_name}' in {source} is empty")
-        rows = splits[wanted].select(_usable(data_name, splits[wanted], lambda number: f"{source}, row {number}"))
+        usable = _usable(data_name, rows, lambda number: f"{source}, {wanted} split, row {number}")
+        rows = rows if len(usable) == len(rows) else rows.select(usable)
     if len(rows) == 0:
         raise UserError(f"the {wanted} split of '{data_name}' in {source} has no row with a question and an answer")
     if wanted == "all" and not (task.score is None and split == "train"):

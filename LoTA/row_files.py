@@ -119,13 +119,17 @@ def _read_json(file: str | Path, kind: str) -> list[dict]:
             raise UserError(f"{file} cannot be read as {kind}: {error}") from None
         return _read_json_lines(file, text)
     if isinstance(content, dict):
-        content = content["data"] if isinstance(content.get("data"), list) else [content]
+        wraps = isinstance(content.get("data"), list) and not isinstance(content, _EqualKeys)
+        content = content["data"] if wraps else [content]
     if not isinstance(content, list):
         raise UserError(f"{file} is not a list of records")
+    rows = []
     for number, row in enumerate(content, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{row_name(file, number)} is not a record with keys: {str(row)[:200]}")
-    return content
+        try:
+            rows.append(_record(row))
+        except ValueError as error:
+            raise UserError(f"{row_name(file, number)} {error}: {str(row)[:200]!r}") from None
+    return rows
 
 
 def _read_json_lines(file: str | Path, text: str) -> list[dict]:
@@ -136,35 +140,46 @@ def _read_json_lines(file: str | Path, text: str) -> list[dict]:
         try:
             row = _parse(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}, line {number} is not JSON ({error}): {line[:200]}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}, line {number} is not a record with keys: {line[:200]}")
-        rows.append(row)
+            raise UserError(f"{file}, line {number} is not JSON ({error}): {line[:200]!r}") from None
+        try:
+            rows.append(_record(row))
+        except ValueError as error:
+            raise UserError(f"{file}, line {number} {error}: {line[:200]!r}") from None
     return rows
+
+
+class _EqualKeys(dict):
+    """A JSON object in which a key stands twice. _as_text() refuses it, because there the row's number is known."""
 
 
 def _parse(text: str) -> object:
     """JSON, its numbers as they are written."""
-    return _as_text(json.loads(text, parse_int=str, parse_float=str, parse_constant=str,
-                               object_pairs_hook=_object))
+    return json.loads(text, parse_int=str, parse_float=str, parse_constant=str,
+                      object_pairs_hook=lambda pairs: (dict if len(dict(pairs)) == len(pairs) else _EqualKeys)(pairs))
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands twice in a record")
-    return found
+def _record(row: object) -> dict:
+    """A row with text in place of numbers. Raises ValueError with what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError("is not a record with keys")
+    return _as_text(row)
 
 
 def _as_text(value: object) -> object:
     """A value, with text in place of its numbers, truth values and dates. Bytes stay."""
+    if isinstance(value, _EqualKeys):
+        raise ValueError(f"has one of the keys {', '.join(value)} twice")
     if isinstance(value, dict):
         return {key: _as_text(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_as_text(inner) for inner in value]
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half a character (a lone surrogate)") from None
     return value if value is None or isinstance(value, str | bytes) else str(value)
 
 
