@@ -1,20 +1,20 @@
 """Data sets, prompts and tokens; printing of settings, names of runs, saving of results.
 
 Touches data files and the Hugging Face hub (reading), the console, and result files (writing). Knows nothing of models.
+LoTA/row_files.py reads the files.
 A data set is one entry of TASKS. Heavy libraries are imported where they are used, because the command line needs the
 names of the data sets for --help.
 """
-import csv
-import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from LoTA import UserError
+from LoTA.row_files import READABLE, kind_of, read_rows, row_name
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]     # turns: {"role": "system", "user" or "assistant", "content": text}
 
 IGNORE_INDEX = -100                 # the label that torch's cross entropy leaves out
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
+# The first name that is found wins.
+SPLIT_NAMES = {"train": ("train", "training"),
+               "test": ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")}
+# Files beside rows that say something about them.
+ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # A set without a test split is cut. A large one gets the paper's number of SQL test rows, another one a share.
 LARGE_SET_TEST_ROWS = 1000
 TEST_SHARE = 0.2
@@ -79,9 +83,63 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def _text(value: object) -> str:
+    """A value as text: text as it is, a number or a truth value as it is written. Raises ValueError for any other."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"no text but {str(value)[:80]}")
+    return str(value)
+
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+def _read_chat(row: dict) -> tuple[Messages, str] | None:
+    """A row of turns: OpenAI's messages (role, content) or ShareGPT's conversations (from, value). None without any.
+
+    The last turn is the answer. A turn that would lose something, such as a tool call or a picture, raises ValueError.
+    """
+    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    if turns is None:
+        return None
+    if not isinstance(turns, list):
+        raise ValueError("the dialogue is no list of turns")
+    if row.get("tools") not in (None, "", "[]", []):
+        raise ValueError("tools are not supported")
+    messages = [_system(_text(row["system"]))] if row.get("system") else []
+    for number, turn in enumerate(turns, 1):
+        role = turn.get("role") or turn.get("from")
+        if role not in ROLES or turn.get("tool_calls") or turn.get("function_call"):
+            raise ValueError(f"turn {number} of '{role}' is or calls a tool, which is not supported"
+                             if role in ROLES else f"turn {number} is of '{role}', which is not supported")
+        content = turn["content"] if turn.get("content") is not None else turn.get("value")
+        if isinstance(content, list):
+            others = [part.get("type") for part in content if not isinstance(part, str) and part.get("type") != "text"]
+            if others:
+                raise ValueError(f"turn {number} has a part of type '{others[0]}', which is not supported")
+            content = "".join(_text(part if isinstance(part, str) else part["text"]) for part in content)
+        if content is None:
+            raise ValueError(f"turn {number} of '{role}' has no content")
+        messages.append({"role": ROLES[role], "content": _text(content)})
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError("the last turn must be the assistant's, because it is the answer")
+    if not any(message["role"] == "user" for message in messages[:-1]):
+        raise ValueError("no turn of the user stands before the answer")
+    return messages[:-1], messages[-1]["content"]
+
+
 def _read_alpaca(row: dict) -> tuple[Messages, str]:
-    user = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-    return [_user(user)], row["output"]
+    chat = _read_chat(row)
+    if chat:
+        return chat
+    user = _text(row["instruction"])
+    if row.get("input") not in (None, ""):
+        user += f"\n\n{_text(row['input'])}"
+    before = [_system(_text(row["system"]))] if row.get("system") else []
+    for question, answer in row.get("history") or []:
+        before += [_user(_text(question)), {"role": "assistant", "content": _text(answer)}]
+    return [*before, _user(user)], row["output"]
 
 
 def _read_gsm8k(row: dict) -> tuple[Messages, str]:
@@ -107,10 +165,10 @@ def _gsm8k_answer(text: str) -> float | str | None:
 
 
 def _read_sql(row: dict) -> tuple[Messages, str]:
-    if "messages" in row:
-        *messages, last = row["messages"]
-        return messages, last["content"]
-    user = f"{SQL_INSTRUCTION}\n\n context: {row['context']}\n\n question: {row['question']}"
+    chat = _read_chat(row)
+    if chat:
+        return chat
+    user = f"{SQL_INSTRUCTION}\n\n context: {_text(row['context'])}\n\n question: {_text(row['question'])}"
     return [_user(user)], row["answer"]
 
 
@@ -120,7 +178,9 @@ def _score_exactly(prediction: str, label: str) -> bool:
 
 
 def _read_viggo(row: dict) -> tuple[Messages, str]:
-    mr, ref = ("mr", "ref") if "mr" in row else ("meaning_representation", "target")
+    # A file that mixes both publications has all four columns, and None in two of them.
+    other = row.get("mr") is None and "meaning_representation" in row
+    mr, ref = ("meaning_representation", "target") if other else ("mr", "ref")
     return [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
 
 
@@ -164,8 +224,10 @@ def read_messages(data_name: str, row: dict) -> tuple[Messages, str]:
     """One row of a data set as (messages before the answer, answer).
 
     The messages are a system turn, where the task has an instruction of its own, and a user turn. The columns are
-    those of the published sets: alpaca instruction, input, output; gsm8k question, answer; sql messages, or question,
-    context, answer; viggo mr, ref, or meaning_representation, target. Raises UserError where a part is missing.
+    those of the published sets: alpaca instruction, input, output; gsm8k question, answer; sql question, context,
+    answer; viggo mr, ref, or meaning_representation, target. alpaca and sql also take a dialogue in messages (role,
+    content) or conversations (from, value), whose last turn is the answer. A number is read as its text.
+    Raises UserError where a part is missing.
     """
     task = find_task(data_name)
     try:
@@ -173,20 +235,22 @@ def read_messages(data_name: str, row: dict) -> tuple[Messages, str]:
     except KeyError as missing:
         raise UserError(f"the rows do not look like '{data_name}': column {missing} is missing, found "
                         f"{', '.join(map(str, row))}") from None
-    except (IndexError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"a row of '{data_name}' cannot be read ({error}): {str(dict(row))[:200]}") from None
-    if not isinstance(answer, str) or not all(isinstance(m["content"], str) for m in messages):
-        raise UserError(f"a row of '{data_name}' has no question or no answer: {str(dict(row))[:200]}")
-    return messages, answer
+    try:
+        return [{**message, "content": _text(message["content"])} for message in messages], _text(answer)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"a row of '{data_name}' has no question or no answer: {str(dict(row))[:200]}") from None
 
 
 def load_rows(data_name: str, split: str, data_dir: str | None = None) -> "Dataset":
     """The raw rows of `split` ("train" or "test").
 
-    data_dir: None loads from the hub. Else it is a save_to_disk folder, a csv, json or jsonl file, or a folder of such
-    files that are named after their split (train.csv, test.jsonl, valid.jsonl ...). A single file or a single split is
-    cut into fixed, disjoint train and test rows: 1,000 test rows where there are more than 10,000, else 20 %. A set
-    that is for training only is kept whole.
+    data_dir: None loads from the hub. Else it is a save_to_disk folder, a file that LoTA/row_files.py reads, or a
+    folder of such files that are named after their split (train.csv, test.jsonl, valid.parquet ...). A single file or a
+    single split is cut into fixed, disjoint train and test rows: 1,000 test rows where there are more than 10,000, else
+    20 %. A set that is for training only is kept whole. A file that is named after held-out rows is never trained on.
+    Every row is read once, and a row whose question or answer is blank is left out. Prints what is left out.
     Raises UserError with what to do.
     """
     task = find_task(data_name)
@@ -194,20 +258,61 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None) -> "Datas
     splits = _local_splits(data_dir) if data_dir else _hub_splits(data_name, split)
     wanted = "all" if set(splits) == {"all"} else split
     if wanted not in splits:
-        raise UserError(f"{source} has no {split} split, only {', '.join(splits)}")
-    rows = _read_file(splits[wanted]) if isinstance(splits[wanted], Path) else splits[wanted]
+        raise UserError(f"{source} has no {split} split, only {', '.join(splits)}; a file with train or test in its "
+                        "name is that split")
+    if isinstance(splits[wanted], list):
+        rows = _rows_of_files(data_name, splits[wanted])
+    else:
+        rows = splits[wanted]
+        if len(rows) == 0:
+            raise UserError(f"the {wanted} split of '{data_name}' in {source} is empty")
+        usable = _usable(data_name, rows, lambda number: f"{source}, {wanted} split, row {number}")
+        rows = rows if len(usable) == len(rows) else rows.select(usable)
     if len(rows) == 0:
-        raise UserError(f"the {wanted} split of '{data_name}' in {source} is empty")
-    try:
-        read_messages(data_name, rows[0])
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"the {wanted} split of '{data_name}' in {source} has no row with a question and an answer")
     if wanted == "all" and not (task.score is None and split == "train"):
         if len(rows) < 2:
             raise UserError(f"{source} has one row only: too few to be cut into train and test")
         test_size = LARGE_SET_TEST_ROWS if len(rows) > 10 * LARGE_SET_TEST_ROWS else TEST_SHARE
-        rows = rows.train_test_split(test_size=test_size, seed=42)[split]
+        cut = rows.train_test_split(test_size=test_size, seed=42)
+        print(f"{source} has a single split: {len(cut['train'])} of its rows train, {len(cut['test'])} test")
+        rows = cut[split]
     return rows
+
+
+def _rows_of_files(data_name: str, files: list[Path]) -> "Dataset":
+    """The usable rows of files, one after the other. The columns are those of all of them."""
+    from datasets import Dataset
+    rows = []
+    for file in files:
+        read = read_rows(file)
+        rows += [read[i] for i in _usable(data_name, read, lambda number, file=file: row_name(file, number))]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    try:
+        # use_json, because a column may hold text in one row and a list in the next.
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns},
+                                 on_mixed_types="use_json")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{files[0]} cannot become a table: {error}") from None
+
+
+def _usable(data_name: str, rows: Iterable[dict], name: Callable[[int], str]) -> list[int]:
+    """The indices of the rows that have a question and an answer. Prints how many have none.
+
+    name: (number of a row, from 1) -> how a message names it. Raises UserError where a row is of another form.
+    """
+    usable, blank = [], []
+    for i, row in enumerate(rows):
+        try:
+            messages, answer = read_messages(data_name, row)
+        except UserError as error:
+            raise UserError(f"{name(i + 1)}: {error}") from None
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        (usable if answer.strip() and (not asked or asked[-1].strip()) else blank).append(i)
+    if blank:
+        print(f"{len(blank)} of {len(usable) + len(blank)} rows of '{data_name}' have an empty question or answer and "
+              f"are left out, the first is {name(blank[0] + 1)}")
+    return usable
 
 
 def _hub_splits(data_name: str, split: str) -> dict[str, "Dataset"]:
@@ -220,59 +325,92 @@ def _hub_splits(data_name: str, split: str) -> dict[str, "Dataset"]:
     return {ours: load_dataset(repository, config, revision=revision, split=task.splits[ours])}
 
 
-def _local_splits(data_dir: str) -> "dict[str, Dataset | Path]":
+def _local_splits(data_dir: str) -> "dict[str, Dataset | list[Path]]":
     """{"train": ..., "test": ...} as far as they are there, or {"all": ...} for a single source.
 
-    The values are data sets, or files that are still to be read.
+    The values are data sets, or files that are still to be read. Prints what of a folder is not used.
     """
-    from datasets import DatasetDict, load_from_disk
     path = Path(data_dir)
     if not path.exists():
         raise UserError(f"--data_dir {data_dir} does not exist")
-    if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "dataset_info.json")):
-        try:
-            loaded = load_from_disk(str(path))
-        except IndexError:                              # how datasets answers to splits without rows
-            raise UserError(f"the data set saved in {data_dir} is empty") from None
-        if not isinstance(loaded, DatasetDict):
-            return {"all": loaded}
-        return _by_split(loaded) or {"all": next(iter(loaded.values()))}
-    files = [f for f in ([path] if path.is_file() else sorted(path.iterdir())) if f.suffix in READERS]
+    there = sorted(f for f in path.iterdir() if not f.name.startswith(".")) if path.is_dir() else [path]
+    names = {f.name for f in there}
+    if path.is_dir() and ("dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names):
+        return _saved_splits(path, there)
+    files = [f for f in there if f.is_file() and kind_of(f) and f.name not in ABOUT_ROWS]
     if not files:
-        raise UserError(f"--data_dir {data_dir} holds no csv, json or jsonl file and no save_to_disk folder")
-    if len(files) == 1:
-        return {"all": files[0]}
-    named = _by_split({f.stem: f for f in reversed(files)})
-    if not named:
+        raise UserError(f"--data_dir {data_dir} holds no rows: it must be {READABLE}, a folder of such files, or a "
+                        "save_to_disk folder")
+    splits = {ours: chosen for ours in SPLIT_NAMES if (chosen := _files_of(ours, files))}
+    if len(files) == 1 and not {"test", "testing"} & set(_words(files[0])):
+        splits = {"all": files}         # a lone validation file is a single source, which load_rows() cuts
+    if not splits:
         raise UserError(f"{data_dir} holds several files and none is named train or test: "
                         f"{', '.join(f.name for f in files)}")
-    return named
+    _say_unused(path, [f for f in there if not any(f in chosen for chosen in splits.values())])
+    return splits
 
 
-def _by_split(found: dict) -> dict:
-    """{"train": ..., "test": ...} out of {name: ...}. The first known name of a split wins."""
-    return {ours: found[name] for ours, names in SPLIT_NAMES.items() for name in reversed(names) if name in found}
-
-
-# Python's own readers, because they leave text as it is: "None" or "7" in an answer is not a null or a number.
-READERS = {".csv": lambda f: list(csv.DictReader(f)), ".json": json.load,
-           ".jsonl": lambda f: [json.loads(line) for line in f if line.strip()]}
-
-
-def _read_file(file: Path) -> "Dataset":
-    from datasets import Dataset
+def _saved_splits(path: Path, there: list[Path]) -> "dict[str, Dataset]":
+    """The splits of a save_to_disk folder, as _local_splits() gives them. there: what lies in it."""
+    from datasets import DatasetDict, load_from_disk
     try:
-        with open(file, newline="", encoding="utf-8") as f:
-            rows = READERS[file.suffix](f)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{file} is not a list of records")
-        if not rows:
-            raise UserError(f"{file} is empty")
-        return Dataset.from_list(rows)
-    except UserError:
-        raise
-    except (ValueError, TypeError, csv.Error) as error:     # what json, the decoding and mixed columns raise
-        raise UserError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from None
+        loaded = load_from_disk(str(path))
+    except IndexError:                              # how datasets answers to splits without rows
+        raise UserError(f"the data set saved in {path} is empty") from None
+    if not isinstance(loaded, DatasetDict):
+        _say_unused(path, [f for f in there if f.name not in ABOUT_ROWS and f.suffix != ".arrow"])
+        return {"all": loaded}
+    found = {ours: next(name for name in names if name in loaded)
+             for ours, names in SPLIT_NAMES.items() if set(names) & set(loaded)}
+    if not found and len(loaded) > 1:
+        raise UserError(f"{path} holds several splits and none is named train or test: {', '.join(loaded)}")
+    found = found or {"all": next(iter(loaded))}
+    _say_unused(path, [f for f in there if f.name not in (*found.values(), *ABOUT_ROWS)])
+    return {ours: loaded[name] for ours, name in found.items()}
+
+
+def _files_of(split: str, files: list[Path]) -> list[Path]:
+    """The files that are named after a split, in their order: one file, or all shards of one. [] where there is none.
+
+    Raises UserError where it is not clear which file is meant.
+    """
+    for name in SPLIT_NAMES[split]:
+        # A name that says both, such as train_dev.csv, is held out, because held-out rows must not be trained on.
+        named = [f for f in files if name in _words(f) and (split == "test" or _split_in(f) == "train")]
+        exact = [f for f in named if f.name.lower().partition(".")[0] == name]
+        if len(named) > 1 and len(exact) == 1:
+            return exact
+        shards = [re.fullmatch(r"(.*?)-(\d+)-of-(\d+)(\..*)", f.name) for f in named]
+        if named and all(shards):
+            first = shards[0]
+            whole = [f"{first[1]}-{i:0{len(first[2])}}-of-{first[3]}{first[4]}" for i in range(int(first[3]))]
+            if [f.name for f in named] != whole:
+                raise UserError(f"{named[0].parent} must hold {len(whole)} files {whole[0]} ... {whole[-1]}, found "
+                                f"{', '.join(f.name for f in named)}")
+            return named
+        if len(named) > 1:
+            raise UserError(f"{named[0].parent} holds several files that are named {name}: "
+                            f"{', '.join(f.name for f in named)}; keep one")
+        if named:
+            return named
+    return []
+
+
+def _words(file: Path) -> list[str]:
+    """The words of a file's name, in lower case. "testset" and "TestData" say test."""
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", file.name)]
+    return words + [re.sub("(set|data|split|file|rows)$", "", word) for word in words]
+
+
+def _split_in(file: Path) -> str | None:
+    """The split that a file's name says: "test" where any of its words does."""
+    return next((ours for ours in ("test", "train") if set(SPLIT_NAMES[ours]) & set(_words(file))), None)
+
+
+def _say_unused(folder: Path, unused: list[Path]) -> None:
+    if unused:
+        print(f"not used of {folder}: {', '.join(f.name + '/' * f.is_dir() for f in unused)}")
 
 
 # --- prompts and tokens -------------------------------------------------------------------------------------------
@@ -336,8 +474,10 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
     """The training split, tokenized: columns input_ids, labels, length.
 
     Prompt tokens have the label IGNORE_INDEX. A prompt has at most `source_max_len` tokens, an answer with its end
-    token at most `target_max_len`: a longer one loses its end and its end token. train_ratio: the share of the rows to
-    keep, from the first on. debug_number: where it is positive, keep at most so many rows.
+    token at most `target_max_len`: a longer one loses its end and its end token, so no token of it trains the model to
+    go on for ever: the loss says nothing about what follows the last token. Prints how many of both are cut.
+    train_ratio: the share of the rows to keep, from the first on. debug_number: where it is positive, keep at most so
+    many rows.
     """
     prepare_tokenizer(tokenizer)
     rows = load_rows(data_name, "train", data_dir)
@@ -349,13 +489,22 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
 
     def encode(row: dict) -> dict:
         messages, answer = read_messages(data_name, row)
-        source = encode_prompt(tokenizer, render_prompt(tokenizer, messages), source_max_len)
-        target = encode_answer(tokenizer, answer)[:target_max_len]
+        prompt = render_prompt(tokenizer, messages)
+        whole_source, whole_target = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, answer)
+        fits = not source_max_len or len(whole_source) <= source_max_len
+        source = whole_source if fits else encode_prompt(tokenizer, prompt, source_max_len)
+        target = whole_target[:target_max_len]
         return {"input_ids": source + target, "labels": [IGNORE_INDEX] * len(source) + target,
-                "length": len(source) + len(target)}
+                "length": len(source) + len(target),
+                "prompt_cut": not fits, "answer_cut": len(target) < len(whole_target)}
 
-    return rows.select(range(keep)).map(encode, remove_columns=rows.column_names, desc=f"tokenizing {data_name}",
+    data = rows.select(range(keep)).map(encode, remove_columns=rows.column_names, desc=f"tokenizing {data_name}",
                                         keep_in_memory=True)
+    prompts, answers = sum(data["prompt_cut"]), sum(data["answer_cut"])
+    print(f"{data_name}: {len(data)} rows; {prompts} prompts are cut to --source_max_len {source_max_len} tokens, "
+          f"{answers} answers to --target_max_len {target_max_len}" + (
+              "; a cut answer trains without its end token" if answers else ""))
+    return data.remove_columns(["prompt_cut", "answer_cut"])
 
 
 # --- settings, names, results -------------------------------------------------------------------------------------

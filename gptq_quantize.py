@@ -7,17 +7,19 @@ The folder's name says the bits and the group size: OUTPUT_DIR/int4_64_Llama-3.1
 1,024 calibration samples of C4, and groups of 64 rows up to 14B and of 128 above.
 """
 import argparse
-import json
 import logging
 import time
 from pathlib import Path
 
 from data_print_save import TASKS, check_cuda, load_rows, prepare_tokenizer, read_messages, render_prompt, set_seed
 from LoTA import SUPPORTED_BITS, UserError, run_script
+from LoTA.row_files import kind_of, lines_of, read_rows, read_text, row_name
 
 PROVENANCE = "lota_quantize.json"       # says what made the folder, and that it is ours to replace
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)        # those that GPTQModel takes
+SHORT_SAMPLE = 10       # GPTQModel drops a sample of so many tokens or fewer
+FEWEST_SAMPLES = 8      # a rule of thumb; where --samples asks for fewer, all that it asks for
 SMALL_MODEL = 400e6     # bytes; a smaller model stays in memory, and is packed without compiling a packer first
 
 
@@ -32,8 +34,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--desc_act", action="store_true",
                         help="quantize inputs by decreasing activation, so that groups are out of order [in order]")
     parser.add_argument("--calibration", default="c4",
-                        help="c4 (from the hub); a .txt file with a sample in each line; a .jsonl file with the field "
-                             f"'text'; or the train split of a data set with its prompts: {', '.join(TASKS)} [c4]")
+                        help="c4 (from the hub); a .txt file with a sample in each line; a .jsonl, .json, .csv or "
+                             ".parquet file with the field 'text'; or the train split of a data set with its prompts: "
+                             f"{', '.join(TASKS)} [c4]")
     parser.add_argument("--data_dir", default=None, help="where the data set of --calibration is [the hub]")
     parser.add_argument("--samples", type=int, default=1024, help="calibration samples [1024]")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a sample at most [2048]")
@@ -55,17 +58,41 @@ def calibration_texts(args: argparse.Namespace, tokenizer) -> list[str]:
         from datasets import load_dataset
         rows = load_dataset(C4[0], data_files=C4[1], split="train", streaming=True)
         texts = [row["text"] for row in rows.take(args.samples)]
+    elif Path(source).is_file() and kind_of(source):
+        texts = [row.get("text") for row in read_rows(source)]
+        for number, text in enumerate(texts, 1):
+            if not isinstance(text, str):
+                raise UserError(f"--calibration {row_name(source, number)} has no text in the field 'text'")
     elif Path(source).is_file():
-        lines = [line for line in Path(source).read_text().splitlines() if line.strip()]
-        try:
-            texts = [json.loads(line)["text"] for line in lines] if source.endswith(".jsonl") else lines
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--calibration {source}: a line is no JSON object with a 'text': {error}") from None
+        texts = [line for line in lines_of(read_text(source)) if line.strip()]
     else:
         raise UserError(f"--calibration {source} is neither c4, a file, nor one of {', '.join(TASKS)}")
     if not texts:
         raise UserError(f"--calibration {source} holds no text")
     return texts[:args.samples]
+
+
+def calibration_samples(args: argparse.Namespace, tokenizer) -> tuple[list[dict], int]:
+    """(the samples that GPTQModel will use, how many it would drop because they are short).
+
+    A sample is {"input_ids": (tokens,) int64, "attention_mask": (tokens,) int64}. Prints both numbers.
+    Raises UserError where there are too few.
+    """
+    import torch
+    texts = calibration_texts(args, tokenizer)
+    has_special_tokens = args.calibration in TASKS          # the chat template wrote them
+    encoded = [tokenizer(text, truncation=True, max_length=args.max_length, add_special_tokens=not has_special_tokens,
+                         return_token_type_ids=False) for text in texts]
+    samples = [{key: torch.tensor(value) for key, value in sample.items()}
+               for sample in encoded if len(sample["input_ids"]) > SHORT_SAMPLE]
+    short = len(texts) - len(samples)
+    print(f"{len(samples)} calibration samples, {sum(len(sample['input_ids']) for sample in samples)} tokens"
+          + (f"; {short} others have {SHORT_SAMPLE} tokens or fewer and are left out" if short else ""))
+    fewest = min(FEWEST_SAMPLES, args.samples)
+    if len(samples) < fewest:
+        raise UserError(f"--calibration {args.calibration} gives {len(samples)} samples of more than {SHORT_SAMPLE} "
+                        f"tokens, and {fewest} is the least; give longer texts or more of them")
+    return samples, short
 
 
 def main() -> None:
@@ -80,7 +107,6 @@ def main() -> None:
     small = Path(args.model).is_dir() and sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors")) \
         < SMALL_MODEL
 
-    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.utils.backend import BACKEND
     from gptqmodel.utils.logger import setup_logger
@@ -89,22 +115,19 @@ def main() -> None:
     set_seed(args.seed)
     device = check_cuda()
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    texts = calibration_texts(args, tokenizer)
-    has_special_tokens = args.calibration in TASKS          # the chat template wrote them
-    samples = [{k: torch.tensor(v) for k, v in tokenizer(
-        text, truncation=True, max_length=args.max_length, add_special_tokens=not has_special_tokens,
-        return_token_type_ids=False).items()} for text in texts]
-    print(f"{len(samples)} calibration samples, {sum(len(s['input_ids']) for s in samples)} tokens")
+    samples, short = calibration_samples(args, tokenizer)
 
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=args.sym, desc_act=args.desc_act,
                             device=str(device), offload_to_disk=not small, pack_impl="original" if small else "auto")
     start = time.time()
     model = GPTQModel.load(args.model, config, trust_remote_code=args.trust_remote_code)
-    model.quantize(samples, batch_size=args.batch_size, tokenizer=tokenizer, backend=BACKEND.GPTQ_TORCH)
+    model.quantize(samples, batch_size=args.batch_size, tokenizer=tokenizer, backend=BACKEND.GPTQ_TORCH,
+                   calibration_data_min_length=SHORT_SAMPLE)
     with whole_folder(output, PROVENANCE) as folder:
         model.save(str(folder))
         tokenizer.save_pretrained(folder)
         write_json(folder / PROVENANCE, {"settings": vars(args), "samples": len(samples),
+                                         "short_samples_left_out": short,
                                          "seconds": round(time.time() - start, 1)})
     print(f"saved to {output}")
 

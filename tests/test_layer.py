@@ -1,5 +1,6 @@
 """The PEFT layer and LTA on real GPTQModel models: against GPTQModel's own weights, the oracle, and each other."""
 import copy
+import json
 
 import oracle
 import pytest
@@ -252,6 +253,8 @@ def test_quantize_names_and_marks_its_folder(quantize, base_model, tmp_path):
     assert (read.bits, read.group_size, read.config["desc_act"], read.config["sym"]) == (3, 32, True, False)
     g_idx = read.tensor("model.layers.0.self_attn.q_proj.g_idx")
     assert not torch.equal(g_idx, g_idx.sort().values)                       # desc_act really shuffled the rows
+    record = json.loads((folder / gptq_quantize.PROVENANCE).read_text())
+    assert (record["samples"], record["short_samples_left_out"]) == (8, 0)
     theirs = tmp_path / folder.name
     theirs.mkdir()
     (theirs / "notes").write_text("mine")

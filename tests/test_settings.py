@@ -405,7 +405,7 @@ def test_paged_adamw_needs_bitsandbytes(gptq, monkeypatch):
 # From the bottom to the top. A module may import those that stand before it, and no others of this project.
 ROOMS = {
     "names and mistakes": ["LoTA", "LoTA.export"],                  # LoTA.export itself is only the list of formats
-    "files": ["LoTA.storage"],
+    "files": ["LoTA.storage", "LoTA.row_files"],
     "the method": ["LoTA.packing", "LoTA.packed", "LoTA.ternary", "LoTA.kernels"],
     "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.lota_merge"],
     "other engines": ["LoTA.export.shared", "LoTA.export.gptq", "LoTA.export.peft_adapter", "LoTA.export.dense",
