@@ -101,7 +101,7 @@ class GPTQFolder:
 
     def model_size(self, name: str | None = None) -> tuple[str, float]:
         """(a label such as "8B", the number of parameters), by `name` or the folder's name, else by the shapes."""
-        named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", Path(name or self.path).name)
+        named = re.search(r"(?<![a-zA-Z0-9.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", Path(name or self.path).name)
         if named:
             return f"{named[1]}B", float(named[1]) * 1e9
         count = 0
@@ -158,7 +158,7 @@ class LoraFolder(GPTQFolder):
         weight = super().weight(module)
         if module in self.adapter.modules:
             lora_A, lora_B = self.adapter.matrices(module)
-            weight.addmm_(lora_A.float(), lora_B.float(), alpha=self.adapter.scaling)
+            weight.addmm_(lora_A.float(), lora_B.float(), alpha=self.adapter.scaling(module))
         return weight
 
 

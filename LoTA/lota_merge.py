@@ -80,7 +80,7 @@ def layer_merger(adapter: AdapterFolder) -> LayerMerger:
     """The function that merges one layer of this adapter."""
     config = adapter.config
     if config.method == "QA-LoRA":
-        return lambda module, packed: (packed, qalora_offset(*adapter.matrices(module), adapter.scaling, packed,
+        return lambda module, packed: (packed, qalora_offset(*adapter.matrices(module), adapter.scaling(module), packed,
                                                              module))
 
     def merge_ternary(module: str, packed: PackedLayer) -> tuple[PackedLayer, torch.Tensor | None]:
