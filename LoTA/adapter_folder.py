@@ -251,6 +251,8 @@ class AdapterFolder:
         for layer, found in kinds.items():
             for kind in sorted({"lora_A.weight", "lora_B.weight"} - found):
                 raise UserError(f"{self.file} is not whole: {layer}.{kind} is missing")
+            if layer.startswith(PREFIX) and layer.removeprefix(PREFIX) in kinds:
+                raise UserError(f"{self.file}: {layer} is there twice, with and without {PREFIX}")
         return kinds
 
     def _check_learned(self, kinds: dict[str, set[str]]) -> None:

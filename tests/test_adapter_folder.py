@@ -76,6 +76,10 @@ def test_names_that_could_be_two_layers_are_refused(gptq, tmp_path):
               two / "adapter_model.safetensors")
     with pytest.raises(UserError, match="which is model.layers.0.self_attn.q_proj there, as .* is"):
         AdapterFolder(two, 3.0).check_match(GPTQFolder(gptq))
+    save_file(tensors | {name.removeprefix(PREFIX): t.clone() for name, t in tensors.items()},
+              two / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="q_proj is there twice, with and without base_model.model."):
+        AdapterFolder(two, 3.0)
     rename(adapter, lambda name: name.replace("q_proj", "xq_proj"))
     with pytest.raises(UserError, match="adapts xq_proj, which is no quantized layer there"):
         AdapterFolder(adapter, 3.0).check_match(GPTQFolder(gptq))
