@@ -163,8 +163,10 @@ def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_tor
     if config.method == "LoTA":
         backend = "gptq_torch"
         register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
+    # PEFT only warns of tensors that it cannot place. None leaves it the model's own mapping.
+    key_mapping = adapter.key_mapping(GPTQFolder(gptq)) or None
     return PeftModel.from_pretrained(load_gptq(gptq, backend=backend, **kwargs).model, adapter.path,
-                                     config=lora_config).eval()
+                                     config=lora_config, key_mapping=key_mapping).eval()
 
 
 def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) -> PeftModel:

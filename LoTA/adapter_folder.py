@@ -3,31 +3,47 @@
 Touches files. Knows nothing of GPTQModel or PEFT, loads no model and unpickles nothing.
 """
 import re
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 
 from LoTA import UserError
-from LoTA.storage import read_json, write_json
+from LoTA.storage import read_json, read_record, write_json
 from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
 PREFIX = "base_model.model."        # PEFT puts it before the name of every adapted layer
-# The name of an adapter folder: 8B_int4_LoTA_48_0.950_0.999_alpaca_...
-ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA|LoRA|QA-LoRA)_(?P<first>[^_]+)_[^_]+"
-                          r"_[^_]+_(?P<data_set>[^_]+)")
+# What the name of an adapter folder says: ..._int4_LoTA_48_0.950_0.999_alpaca_... Users put words before it and leave
+# numbers out.
+ADAPTER_NAME = re.compile(r"(?:^|[^a-z0-9])int(?P<bits>\d)_(?P<method>qa-lora|lota|lora)"
+                          r"_(?P<first>\d+(?:\.\d+)?(?:e-?\d+)?)"
+                          r"(?:_[\d.]+){0,2}(?:_(?P<data_set>[^\W\d_][^_]*))?(?=_|$)", re.IGNORECASE)
+METHOD_NAMES = {"lota": "LoTA", "lora": "LoRA", "qa-lora": "QA-LoRA"}
+# The tensors of an adapter file: the layer, and which of its tensors it is.
+TENSOR_NAME = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_offset|lora_scale)")
+# Entries of adapter_config.json that change nothing in a trained adapter, because they say how it was initialized or
+# trained, or which layers it has, and the tensors say that too.
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type"}
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")      # the others also change the model's weights
 
 
 @dataclass(frozen=True)
 class LotaConfig:
     """lota_config.json: how an adapter was trained, and so how it must be read."""
-    method: str = "LoTA"                        # LoTA, LoRA or QA-LoRA
+    method: Literal["LoTA", "LoRA", "QA-LoRA"] = "LoTA"
     omega: float | None = None                  # None for LoRA and QA-LoRA
     residual: bool = True                       # whether there is an offset mu
-    offset_scale: str = "omega"                 # "omega": kappa = omega; "paper": kappa = 1; "learned": a parameter
+    # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter.
+    offset_scale: Literal["omega", "paper", "learned"] = "omega"
     learned_scales: bool = False
     bits: int | None = None
     group_size: int | None = None
@@ -63,13 +79,20 @@ class LotaConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "LotaConfig":
-        """Reads lota_config.json from `folder`. Raises UserError where its format_version is another."""
+        """Reads lota_config.json from `folder`.
+
+        Raises UserError where its format_version is another, where a field has another type, and where a LoTA adapter
+        has no omega.
+        """
         content = read_json(Path(folder) / LOTA_CONFIG)
-        if content.get("format_version") != cls.format_version:
-            raise UserError(f"{folder}/{LOTA_CONFIG} has format version {content.get('format_version')}; this "
-                            f"version of LoTA reads {cls.format_version}")
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in content.items() if k in known})
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != cls.format_version:
+            raise UserError(f"{folder}/{LOTA_CONFIG} has format version {version}; this version of LoTA reads "
+                            f"{cls.format_version}")
+        config = read_record(Path(folder) / LOTA_CONFIG, cls)
+        if config.method == "LoTA" and config.omega is None:
+            raise UserError(f"{folder}/{LOTA_CONFIG} records a LoTA adapter without omega")
+        return config
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,57 @@ class AdapterRecord:
     learned_scales: bool
     data_set: str | None
     seed: int | None
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What a merge needs of adapter_config.json. The names and defaults are those of PEFT's LoraConfig."""
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    use_qalora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None      # {regular expression: rank of its layers}
+    alpha_pattern: dict[str, float] | None = None
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> "PeftConfig":
+        """Reads adapter_config.json from `folder`. Raises UserError for an entry that would change the merged model."""
+        path = folder / "adapter_config.json"
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("r") is None:
+            raise UserError(f"{folder} is not a LoRA or LoTA adapter: its {path.name} has no rank")
+        config = read_record(path, cls)
+        if config.peft_type != "LORA":
+            raise UserError(f"{path}: peft_type {config.peft_type} is not supported; LoTA reads LORA")
+        known = WITHOUT_EFFECT | {f.name for f in fields(cls)}
+        for name, value in content.items():
+            harmless = value in PLAIN_INITS if name == "init_lora_weights" else value in (None, False, "none", [], {})
+            if name not in known and not harmless:
+                raise UserError(f"{path}: {name} {repr(value)[:60]} is not supported, because a merge would leave it "
+                                "out; train without it")
+        for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{path}: '{pattern}' is no regular expression: {error}") from None
+        return config
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of one layer."""
+        return _by_pattern(self.rank_pattern, layer, self.r)
+
+    def scaling_of(self, layer: str) -> float:
+        """What PEFT multiplies A @ B of one layer by: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        rank = self.rank_of(layer)
+        return _by_pattern(self.alpha_pattern, layer, self.lora_alpha) / (rank ** 0.5 if self.use_rslora else rank)
+
+
+def _by_pattern(patterns: dict | None, layer: str, default: float) -> float:
+    """The value of the first pattern that matches the end of a layer's name from a dot on, as in PEFT."""
+    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", layer)),
+                default)
 
 
 def make_threshold(omega: float, residual: bool, offset_scale: str) -> Threshold:
@@ -124,12 +198,16 @@ class QuantizedModel(Protocol):
 class AdapterFolder:
     """An adapter folder, opened once: its LotaConfig as `config`, and its matrices, read one layer at a time.
 
-    modules: the names of the adapted layers. peft_config: the content of adapter_config.json.
+    modules: the names of the adapted layers as in the file, and after check_match() as in the model.
+    peft_config: what adapter_config.json says.
 
-    A folder without lota_config.json comes from the published scripts. Its name, or for a checkpoint its parent's name,
-    says the method, the bits and omega. Without such a name, ternary matrices mean LoTA, with `omega` (None: 0.75 r).
-    No name records whether there is an offset, so `residual` says it (None: True).
-    Raises UserError where the folder is no adapter.
+    A folder without lota_config.json comes from the published scripts or from PEFT. Its name, or for a checkpoint its
+    parent's name, says the method, the bits and omega. Without such a name, ternary matrices mean LoTA, with `omega`
+    (None: 0.75 r). No name records whether there is an offset, so `residual` says it (None: True).
+    Prints one line that says which omega was taken, and from where.
+
+    Raises UserError where the folder is no adapter, where it holds what LoTA does not read, where `omega` contradicts
+    the folder, and where the folder's name mentions LoTA but no omega is known.
     """
 
     def __init__(self, path: str | Path, omega: float | None = None, residual: bool | None = None):
@@ -139,52 +217,89 @@ class AdapterFolder:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (self.path / name).exists():
                 raise UserError(f"{path} is not an adapter folder: it has no {name}")
-        self.peft_config = read_json(self.path / "adapter_config.json")
-        if not isinstance(self.peft_config.get("r"), int):
-            raise UserError(f"{path} is not a LoRA or LoTA adapter: its adapter_config.json has no rank")
+        self.peft_config = PeftConfig.load(self.path)
         self.file = self.path / "adapter_model.safetensors"
+        kinds = self._read_names()
+        self._layer_in_file = {layer.removeprefix(PREFIX): layer for layer in kinds}
+        if (self.path / LOTA_CONFIG).exists():
+            self.config, origin = self._recorded(), f"from {LOTA_CONFIG}"
+        else:
+            self.config, origin = self._inferred(omega, residual)
+        if self.config.method == "LoTA":
+            if omega is not None and omega != self.config.omega:
+                raise UserError(f"{path} has omega {self.config.omega:g} ({origin}), not {omega:g} as given; leave the "
+                                "flag out, or rename the folder where its name is wrong")
+            print(f"{self.path}: omega is {self.config.omega:g}, {origin}")
+        self._check_learned(kinds)
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted(self._layer_in_file)
+
+    def _read_names(self) -> dict[str, set[str]]:
+        """{layer as in the file: which tensors it has}. Raises UserError for a tensor that is none of TENSOR_NAME's."""
+        kinds = defaultdict(set)
         with safe_open(self.file, "pt") as tensors:
-            names = list(tensors.keys())
-        self.modules = sorted(name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-                              for name in names if name.endswith(".lora_A.weight"))
-        self.config = self._recorded() if (self.path / LOTA_CONFIG).exists() else self._inferred(omega, residual)
+            for name in tensors.keys():
+                known = TENSOR_NAME.fullmatch(name)
+                if not known:
+                    raise UserError(f"{self.file}: {name} is not supported, because a merge would leave it out; LoTA "
+                                    "reads lora_A, lora_B, lora_offset and lora_scale")
+                kinds[known["layer"]].add(known["kind"])
+                if known["kind"].endswith("weight") and len(tensors.get_slice(name).get_shape()) != 2:
+                    raise UserError(f"{self.file}: {name} is no matrix")
+        for layer, found in kinds.items():
+            for kind in sorted({"lora_A.weight", "lora_B.weight"} - found):
+                raise UserError(f"{self.file} is not whole: {layer}.{kind} is missing")
+            if layer.startswith(PREFIX) and layer.removeprefix(PREFIX) in kinds:
+                raise UserError(f"{self.file}: {layer} is there twice, with and without {PREFIX}")
+        return kinds
+
+    def _check_learned(self, kinds: dict[str, set[str]]) -> None:
+        """Raises UserError unless exactly what the LotaConfig calls learned is there, for every layer."""
+        learned = {"lora_offset": self.config.learned_offset, "lora_scale": self.config.learned_scales}
+        for layer, found in kinds.items():
+            for kind, wanted in learned.items():
+                if wanted != (kind in found):
+                    raise UserError(f"{self.file}: {layer}.{kind} is " + (
+                        "missing" if wanted else f"there, and no {LOTA_CONFIG} says that it was learned"))
 
     def _recorded(self) -> LotaConfig:
-        config, rank = LotaConfig.load(self.path), self.peft_config["r"]
+        config, rank = LotaConfig.load(self.path), self.peft_config.r
         if config.rank != rank:
             raise UserError(f"{self.path}: {LOTA_CONFIG} says rank {config.rank}, adapter_config.json says {rank}")
         return config
 
-    def _inferred(self, omega: float | None, residual: bool | None) -> LotaConfig:
-        rank, folder = self.peft_config["r"], self.path.resolve()
-        named = ADAPTER_NAME.match(folder.name) or ADAPTER_NAME.match(folder.parent.name)
-        method = named["method"] if named else "LoTA" if self._is_ternary() else "LoRA"
-        if self.peft_config.get("use_qalora"):
+    def _inferred(self, omega: float | None, residual: bool | None) -> tuple[LotaConfig, str]:
+        """(the LotaConfig, where its omega comes from)."""
+        rank, folder = self.peft_config.r, self.path.resolve()
+        name = folder.parent.name if folder.name.startswith("checkpoint") else folder.name
+        named, origin = ADAPTER_NAME.search(name), "as given"
+        method = METHOD_NAMES[named["method"].lower()] if named else "LoTA" if self._is_ternary() else "LoRA"
+        if self.peft_config.use_qalora:
             method = "QA-LoRA"
         if method != "LoTA":
             omega = None
         elif named:
-            try:
-                omega = float(named["first"])
-            except ValueError:
-                raise UserError(f"{self.path}: no omega in the folder's name at '{named['first']}'") from None
-        else:
-            omega = omega or 0.75 * rank
+            omega, origin = float(named["first"]), f"from the folder's name {name}"
+        elif omega is None:
+            if "lota" in name.lower():
+                raise UserError(f"{self.path}: there is no {LOTA_CONFIG}, and omega cannot be read from the folder's "
+                                "name; give it with --load_ada_interval (mode 2) or --interval_point (lota_merge)")
+            omega, origin = 0.75 * rank, f"the default 0.75 r, because no {LOTA_CONFIG}, no name and no flag says it"
         return LotaConfig(method=method, omega=omega, residual=residual is None or residual, rank=rank,
                           bits=int(named["bits"]) if named else None, data_set=named["data_set"] if named else None,
-                          quantized_model_dir=self.peft_config.get("base_model_name_or_path"))
-
-    @property
-    def scaling(self) -> float:
-        """PEFT's scaling of a LoRA or QA-LoRA adapter: alpha / r, or alpha / sqrt(r) with use_rslora."""
-        alpha, rank = self.peft_config["lora_alpha"], self.peft_config["r"]
-        return alpha / (rank ** 0.5 if self.peft_config.get("use_rslora") else rank)
+                          quantized_model_dir=self.peft_config.base_model_name_or_path or None), origin
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
+    def scaling(self, module: str) -> float:
+        """PEFT's scaling of one layer of a LoRA or QA-LoRA adapter."""
+        return self.peft_config.scaling_of(self._layer_in_file[module].removeprefix(PREFIX))
+
     def matrices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [in, r], B [r, out]) of one layer, in the file's dtype. A QA-LoRA adapter's A is [groups, r]."""
-        return tuple(self._tensor(f"{module}.{matrix}.weight").t() for matrix in ("lora_A", "lora_B"))
+        return tuple(self._tensor(module, f"{matrix}.weight").t() for matrix in ("lora_A", "lora_B"))
 
     def ternary_pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """matrices() of a LoTA adapter. Raises UserError where an entry is not -1, 0 or 1."""
@@ -196,15 +311,15 @@ class AdapterFolder:
 
     def offset(self, module: str) -> torch.Tensor:
         """The learned mu of one layer, float32 [groups, out]."""
-        return self._tensor(f"{module}.lora_offset").float()
+        return self._tensor(module, "lora_offset").float()
 
     def scale_change(self, module: str) -> torch.Tensor:
         """The learned relative change of one layer's scales, float32 [groups, out]."""
-        return self._tensor(f"{module}.lora_scale").float()
+        return self._tensor(module, "lora_scale").float()
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, module: str, kind: str) -> torch.Tensor:
         with safe_open(self.file, "pt") as tensors:
-            return tensors.get_tensor(PREFIX + name)
+            return tensors.get_tensor(f"{self._layer_in_file[module]}.{kind}")
 
     def _is_ternary(self) -> bool:
         """Whether the first layer's matrices hold -1, 0, 1 only."""
@@ -216,21 +331,28 @@ class AdapterFolder:
     # --- the model it belongs to --------------------------------------------------------------------------------------
 
     def check_match(self, source: QuantizedModel) -> None:
-        """Raises UserError unless the shapes and any recorded bits, group size and fingerprint are the model's."""
+        """Takes the names of the model's layers, and checks that the adapter fits the model.
+
+        Raises UserError unless every adapted layer is one quantized layer of the model, and the shapes and any recorded
+        bits, group size and fingerprint are the model's.
+        """
         config = self.config
-        missing = [module for module in self.modules if module not in source.modules]
-        if missing or not self.modules:
-            raise UserError(f"{self.path} does not fit {source.path}: it adapts "
-                            f"{missing[0] + ', which is no quantized layer there' if missing else 'no layer'}")
+        self._layer_in_file = self._match_names(source)
         for module in self.modules:
-            (rows, rank), (_, cols) = (self._shape(module, matrix) for matrix in ("lora_A", "lora_B"))
+            rank, rows = self._shape(module, "lora_A.weight")
+            cols, other_rank = self._shape(module, "lora_B.weight")
             groups, width = source.shape(f"{module}.scales")
             shape = (source.shape(f"{module}.g_idx")[0], width)
             if config.method == "QA-LoRA" and rows == groups:          # its A has a row for each group
                 rows = shape[0]
-            if (rows, cols) != shape or rank != config.rank:
+            wanted = self.peft_config.rank_of(self._layer_in_file[module].removeprefix(PREFIX))
+            if (rows, cols) != shape or not rank == other_rank == wanted:
                 raise UserError(f"{self.path} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "
                                 f"adapter {rows} x {cols} of rank {rank}")
+            for kind, learned in (("lora_offset", config.learned_offset), ("lora_scale", config.learned_scales)):
+                if learned and self._shape(module, kind) != (groups, width):
+                    raise UserError(f"{self.path} does not fit {source.path}: {module}.{kind} is not {groups} x "
+                                    f"{width}")
         for fact, trained, given in (("bits", config.bits, source.bits),
                                      ("rows in a group", config.group_size, source.group_size)):
             if trained is not None and trained != given:
@@ -239,7 +361,44 @@ class AdapterFolder:
             raise UserError(f"{self.path} was trained on other GPTQ weights than those of {source.path} (fingerprints "
                             f"differ); it was trained on {config.quantized_model_dir}")
 
-    def _shape(self, module: str, matrix: str) -> tuple[int, int]:
-        """The shape of A, (in, r), or of B, (r, out)."""
+    def key_mapping(self, source: QuantizedModel) -> dict[str, str]:
+        """{pattern: replacement} that turns the file's names into those of `source`, as PEFT's loader wants it.
+
+        The names have no PREFIX there. It is empty where they are equal already. Raises UserError for a name without
+        PREFIX, because PEFT would leave its tensor out without a word.
+        """
+        layers = defaultdict(list)                      # {(what to cut in front, what to put there): layers}
+        for module, layer in self._match_names(source).items():
+            if not layer.startswith(PREFIX):
+                raise UserError(f"{self.file}: {layer} does not begin with {PREFIX}, so PEFT cannot load it; merge it")
+            stem = layer.removeprefix(PREFIX)
+            shared = min(len(stem), len(module))
+            if stem != module:
+                layers[stem[:len(stem) - shared], module[:len(module) - shared]].append(stem[len(stem) - shared:])
+        return {rf"^{re.escape(cut)}(?=(?:{'|'.join(map(re.escape, ends))})\.lora_)": put
+                for (cut, put), ends in layers.items()}
+
+    def _match_names(self, source: QuantizedModel) -> dict[str, str]:
+        """{layer of the model: layer as in the file}, by the end of the names, because wrappers put more before them.
+
+        Raises UserError unless there is one layer of the model for each, and another one for each.
+        """
+        found, modules = {}, set(source.modules)
+        for layer in self._layer_in_file.values():
+            stem = layer.removeprefix(PREFIX)
+            matches = [stem] if stem in modules else [m for m in source.modules if layer.endswith(f".{m}")
+                                                      or m.endswith(f".{stem}")]
+            problem = ("is no quantized layer there" if not matches else
+                       f"could be {' or '.join(matches[:2])} there" if len(matches) > 1 else
+                       f"is {matches[0]} there, as {found[matches[0]]} is" if matches[0] in found else None)
+            if problem:
+                raise UserError(f"{self.path} does not fit {source.path}: it adapts {stem}, which {problem}")
+            found[matches[0]] = layer
+        if not found:
+            raise UserError(f"{self.path} does not fit {source.path}: it adapts no layer")
+        return found
+
+    def _shape(self, module: str, kind: str) -> tuple[int, int]:
+        """The shape of one of a layer's matrices as in the file: A is [r, in], B is [out, r]."""
         with safe_open(self.file, "pt") as tensors:
-            return tuple(reversed(tensors.get_slice(f"{PREFIX}{module}.{matrix}.weight").get_shape()))
+            return tuple(tensors.get_slice(f"{self._layer_in_file[module]}.{kind}").get_shape())

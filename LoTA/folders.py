@@ -4,7 +4,10 @@ Touches files, one tensor at a time. Knows nothing of GPTQModel or PEFT, loads n
 """
 import math
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -13,8 +16,9 @@ from tqdm import tqdm
 
 from LoTA import SUPPORTED_BITS, UserError
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder, LotaConfig
-from LoTA.packed import PackedLayer
-from LoTA.storage import read_json, write_json
+from LoTA.packed import Groups, PackedLayer
+from LoTA.packing import words_of
+from LoTA.storage import read_json, read_record, write_json
 from LoTA.ternary import dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder with offsets, so that stock tools refuse it
@@ -22,6 +26,41 @@ LOTA_SUBFOLDER = "lota"             # not the root, because some loaders take ev
 OFFSETS_FILE = "offsets.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
 LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+# The dtypes of these tensors, by safetensors' names.
+LAYER_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The entries of quantize_config.json that LoTA reads, with their types."""
+    bits: int
+    group_size: int = -1
+    sym: bool | None = True
+    desc_act: bool | None = None
+    checkpoint_format: str | None = None
+    format: str | None = None               # GPTQModel's newer name of the same
+    pack_dtype: str | None = "int32"
+    dynamic: Any = None
+    meta: dict | None = None
+
+    def made_by_gptqmodel(self) -> bool:
+        """Whether meta names GPTQModel 0.9 or later, whose writer keeps a zero point of 0."""
+        makers = (self.meta or {}).get("quantizer") or []
+        versions = (re.match(r"gptqmodel:(\d+)\.(\d+)", str(maker).lower())
+                    for maker in (makers if isinstance(makers, list) else [makers]))
+        return any(v and (int(v[1]), int(v[2])) >= (0, 9) for v in versions)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says about the quantization."""
+    quantization_config: QuantizationConfig | None = None
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """model.safetensors.index.json."""
+    weight_map: dict[str, str]              # {tensor: name of its file}
 
 
 class GPTQFolder:
@@ -40,18 +79,24 @@ class GPTQFolder:
         if not self.path.is_dir():
             raise UserError(f"{path} is not a folder: --quantized_model_dir wants a GPTQ model on disk")
         self.config = read_quantization_config(self.path)
-        if self.config.get("checkpoint_format") == LOTA_FORMAT or (self.path / LOTA_SUBFOLDER).exists():
+        if LOTA_FORMAT in _formats(self.config) or (self.path / LOTA_SUBFOLDER).exists():
             raise UserError(f"{path} is a merged LoTA folder, not a GPTQ model to train on or merge into")
         self._read_index()
 
     def _read_index(self) -> None:
         self.bits, self.group_size = self.config["bits"], self.config.get("group_size", -1)
-        self.checkpoint_format = self.config.get("checkpoint_format") or "gptq"
+        forms = _formats(self.config)
+        if len(forms) > 1:
+            raise UserError(f"{self.path} has two formats, checkpoint_format {self.config['checkpoint_format']} and "
+                            f"format {self.config['format']}; remove the wrong one from its {QUANTIZE_CONFIG}")
+        self.checkpoint_format = forms.pop() if forms else "gptq"
         if self.bits not in SUPPORTED_BITS:
             raise UserError(f"{self.path} has {self.bits} bits; LoTA works on {', '.join(map(str, SUPPORTED_BITS))}")
+        if self.group_size < 1 and self.group_size != -1:
+            raise UserError(f"{self.path} has group_size {self.group_size}; it must be positive, or -1 for one group")
         if self.checkpoint_format not in ("gptq", "gptq_v2"):
             raise UserError(f"{self.path} has checkpoint_format '{self.checkpoint_format}'; LoTA reads gptq, gptq_v2")
-        if self.config.get("dynamic") or self.config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
+        if self.config.get("dynamic") or self.config.get("pack_dtype", "int32") not in ("int32", "torch.int32", None):
             raise UserError(f"{self.path} packs its layers in a way that LoTA does not read: settings of single layers "
                             "(dynamic), or words other than int32 (pack_dtype)")
         self.file_of = {}
@@ -65,6 +110,30 @@ class GPTQFolder:
             for tensor in LAYER_TENSORS:
                 if f"{module}.{tensor}" not in self.file_of:
                     raise UserError(f"{self.path} is not whole: {module}.{tensor} is missing")
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Raises UserError that names the first tensor of a layer whose dtype, shape or group numbers are wrong."""
+        headers, g_idx = {}, {}
+        for file in sorted(set(self.file_of.values())):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    module, _, kind = name.rpartition(".")
+                    if f"{module}.qweight" in self.file_of and kind in LAYER_TENSORS:
+                        header = tensors.get_slice(name)
+                        headers[name] = header.get_dtype(), tuple(header.get_shape())
+                        if kind == "g_idx":
+                            g_idx[module] = tensors.get_tensor(name)
+        for module in self.modules:
+            fault = layer_fault(*(headers[f"{module}.{kind}"] for kind in LAYER_TENSORS), self.bits, self.group_size)
+            if not fault:
+                try:
+                    Groups(g_idx[module], headers[f"{module}.scales"][1][0])
+                except UserError as error:
+                    fault = "g_idx", str(error)
+            if fault:
+                name = f"{module}.{fault[0]}"
+                raise UserError(f"{self.file_of[name]}: {name} is wrong: {fault[1]}")
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the checkpoint, on the CPU, in the file's dtype."""
@@ -101,7 +170,7 @@ class GPTQFolder:
 
     def model_size(self, name: str | None = None) -> tuple[str, float]:
         """(a label such as "8B", the number of parameters), by `name` or the folder's name, else by the shapes."""
-        named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", Path(name or self.path).name)
+        named = re.search(r"(?<![a-zA-Z0-9.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", Path(name or self.path).name)
         if named:
             return f"{named[1]}B", float(named[1]) * 1e9
         count = 0
@@ -114,6 +183,35 @@ class GPTQFolder:
         return (f"{count / 1e9:.0f}B" if count >= 1e9 else f"{max(1, round(count / 1e6))}M"), count
 
 
+Header = tuple[str, tuple[int, ...]]            # (safetensors' name of the dtype, shape) of a tensor
+
+
+def layer_fault(qweight: Header, qzeros: Header, scales: Header, g_idx: Header, bits: int,
+                group_size: int) -> tuple[str, str] | None:
+    """(the tensor of a GPTQ layer whose dtype or shape is wrong, what is wrong), or None. g_idx says the inputs."""
+    headers = dict(zip(LAYER_TENSORS, (qweight, qzeros, scales, g_idx), strict=True))
+    for kind, (dtype, shape) in headers.items():
+        if dtype not in LAYER_DTYPES[kind]:
+            return kind, f"its dtype is {dtype}, not {' or '.join(LAYER_DTYPES[kind])}"
+        if len(shape) != (1 if kind == "g_idx" else 2) or 0 in shape:
+            return kind, f"its shape is {shape}, not that of a filled {'vector' if kind == 'g_idx' else 'matrix'}"
+    (rows,), cols = g_idx[1], qweight[1][1]
+    groups = 1 if group_size == -1 else math.ceil(rows / group_size)
+    lengths = {kind: _lengths(count, bits) for kind, count in (("qweight", rows), ("qzeros", cols))}
+    wanted = {"qweight": [(n, cols) for n in lengths["qweight"]], "qzeros": [(groups, n) for n in lengths["qzeros"]],
+              "scales": [(groups, cols)]}
+    for kind, shapes in wanted.items():
+        if headers[kind][1] not in shapes:
+            return kind, (f"its shape is {headers[kind][1]}, not {shapes[0]}, which {rows} inputs, {cols} outputs, "
+                          f"{bits} bits and group_size {group_size} want")
+    return None
+
+
+def _lengths(values: int, bits: int) -> range:
+    """How many words may hold so many packed values: to the last value's word, or to the end of its unit of words."""
+    return range(math.ceil(values * bits / 32), words_of(slice(0, values), bits).stop + 1)
+
+
 class MergedFolder(GPTQFolder):
     """A merged folder: a GPTQ folder, its LotaConfig as `lota`, and the offsets where it has them."""
 
@@ -123,12 +221,27 @@ class MergedFolder(GPTQFolder):
             raise UserError(f"{path} is no merged LoTA folder: it has no {LOTA_SUBFOLDER}/{LOTA_CONFIG}")
         self.lota = LotaConfig.load(self.path / LOTA_SUBFOLDER)
         self.config = read_quantization_config(self.path)
-        if self.config.get("checkpoint_format") == LOTA_FORMAT:
-            self.config = {**self.config, "checkpoint_format": self.lota.base_format}
+        if LOTA_FORMAT in _formats(self.config):
+            self.config = {**self.config, "checkpoint_format": self.lota.base_format, "format": self.lota.base_format}
         self._read_index()
         self.offsets_file = self.path / LOTA_SUBFOLDER / OFFSETS_FILE
         if self.lota.residual != self.offsets_file.exists():
             raise UserError(f"{path} is not whole: its {OFFSETS_FILE} and its {LOTA_CONFIG} disagree; merge again")
+        self._check_offsets()
+
+    def _check_offsets(self) -> None:
+        """Raises UserError for an offset of no layer, or of another shape or dtype than float32 [groups, out]."""
+        if not self.lota.residual:
+            return
+        with safe_open(self.offsets_file, "pt") as offsets:
+            for name in offsets.keys():
+                module, _, kind = name.rpartition(".")
+                if kind != "offset" or f"{module}.qweight" not in self.file_of:
+                    raise UserError(f"{self.offsets_file}: {name} is no offset of a quantized layer")
+                header, wanted = offsets.get_slice(name), self.shape(f"{module}.scales")
+                if header.get_dtype() != "F32" or tuple(header.get_shape()) != wanted:
+                    raise UserError(f"{self.offsets_file}: {name} is {header.get_dtype()} of shape "
+                                    f"{tuple(header.get_shape())}, not F32 of shape {wanted}")
 
     def offset_modules(self) -> list[str]:
         """The names of the layers that have an offset."""
@@ -158,7 +271,7 @@ class LoraFolder(GPTQFolder):
         weight = super().weight(module)
         if module in self.adapter.modules:
             lora_A, lora_B = self.adapter.matrices(module)
-            weight.addmm_(lora_A.float(), lora_B.float(), alpha=self.adapter.scaling)
+            weight.addmm_(lora_A.float(), lora_B.float(), alpha=self.adapter.scaling(module))
         return weight
 
 
@@ -177,19 +290,58 @@ def check_model_name(flag: str, name: str) -> None:
 
 
 def read_quantization_config(path: str | Path) -> dict:
-    """The GPTQ settings of a folder. Raises UserError where it is not a GPTQ model."""
+    """The GPTQ settings of a folder.
+
+    Raises UserError where it is not a GPTQ model, where an entry that LoTA reads has another type, and where its writer
+    may have damaged the zero points.
+    """
     path = Path(path)
     if (path / QUANTIZE_CONFIG).exists():
-        config = read_json(path / QUANTIZE_CONFIG)
+        file, kind = path / QUANTIZE_CONFIG, QuantizationConfig
     elif (path / "config.json").exists():
-        config = read_json(path / "config.json").get("quantization_config") or {}
+        file, kind = path / "config.json", ModelConfig
     else:
         raise UserError(f"{path} is not a model folder: it has neither {QUANTIZE_CONFIG} nor config.json")
+    config = _object(file)
+    config = config if kind is QuantizationConfig else config.get("quantization_config") or {}
+    if not isinstance(config, dict):
+        raise UserError(f"{file} cannot be read: its quantization_config is no JSON object")
     method = config.get("quant_method") or config.get("method") or ("gptq" if "bits" in config else None)
     if method != "gptq" or "bits" not in config:
         raise UserError(f"{path} is not a GPTQ model (quantization method: {method or 'none'}); "
                         "gptq_quantize.py makes one")
+    checked = read_record(file, kind)
+    checked = checked if kind is QuantizationConfig else checked.quantization_config
+    if checked.sym is False and _formats(config) <= {"gptq"} and not checked.made_by_gptqmodel():
+        raise UserError(f"{path} has sym false and the format gptq, and its meta does not name GPTQModel 0.9 or later. "
+                        "AutoGPTQ and older writers destroyed zero points there; quantize again with gptq_quantize.py")
     return config
+
+
+def _object(file: Path) -> dict:
+    """The content of a JSON file. Raises UserError where it is no object."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} cannot be read: it is no JSON object")
+    return content
+
+
+def _formats(config: dict) -> set[str]:
+    """The values of checkpoint_format and of format, its newer name, where they are given."""
+    return {config[name] for name in ("checkpoint_format", "format") if config.get(name)}
+
+
+def copy_own_file(file: Path, folder: Path) -> None:
+    """Copies a file of a model folder into `folder`.
+
+    Raises UserError for a link that leads out of the model folder, because what lies elsewhere may not be meant for
+    others. The cache of the hub is an exception: its snapshots are links to its blobs.
+    """
+    root, target = file.parent.resolve(), file.resolve()
+    own = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(place) for place in own):
+        raise UserError(f"{file} is a link to a file outside of its folder; replace it by the file, or remove it")
+    shutil.copyfile(file, folder / file.name)
 
 
 def set_checkpoint_format(folder: Path, checkpoint_format: str) -> None:
@@ -208,11 +360,14 @@ def set_checkpoint_format(folder: Path, checkpoint_format: str) -> None:
 def safetensors_files(path: Path) -> list[Path]:
     """The weight files of a model folder: those that its index names, else all that are there.
 
-    Raises UserError where one is missing.
+    Raises UserError where one is missing, or where the index names a file by a path.
     """
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_record(index, ShardIndex).weight_map.values()))
+        for name in names:
+            if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+                raise UserError(f"{index} names the file '{name}'; a name without a path is wanted")
     else:
         names = sorted(f.name for f in path.glob("*.safetensors"))
     missing = [n for n in names if not (path / n).exists()]

@@ -9,7 +9,6 @@ becomes an offset per group and output, and moves no integer.
 """
 import argparse
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from LoTA.folders import (
     OFFSETS_FILE,
     GPTQFolder,
     MergedFolder,
+    copy_own_file,
     set_checkpoint_format,
 )
 from LoTA.packed import PackedLayer
@@ -52,7 +52,7 @@ def merge_folders(adapter: AdapterFolder, source: GPTQFolder, output: str | Path
 
     with whole_folder(output, MARKER) as folder:
         for item in tqdm([f for f in sorted(source.path.iterdir()) if f.is_file()], desc="copying", unit="file"):
-            shutil.copyfile(item, folder / item.name)
+            copy_own_file(item, folder)
         (folder / LOTA_SUBFOLDER).mkdir()
         if config.residual:
             create_safetensors(folder / LOTA_SUBFOLDER / OFFSETS_FILE, {
@@ -80,7 +80,7 @@ def layer_merger(adapter: AdapterFolder) -> LayerMerger:
     """The function that merges one layer of this adapter."""
     config = adapter.config
     if config.method == "QA-LoRA":
-        return lambda module, packed: (packed, qalora_offset(*adapter.matrices(module), adapter.scaling, packed,
+        return lambda module, packed: (packed, qalora_offset(*adapter.matrices(module), adapter.scaling(module), packed,
                                                              module))
 
     def merge_ternary(module: str, packed: PackedLayer) -> tuple[PackedLayer, torch.Tensor | None]:

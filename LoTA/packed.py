@@ -36,11 +36,16 @@ class Groups:
 
     def __init__(self, g_idx: torch.Tensor, count: int):
         g_idx = g_idx.long()
+        # Before bincount(), which takes memory for every number up to the largest.
+        lowest, highest = int(g_idx.min()), int(g_idx.max())
+        if lowest < 0 or highest >= count:
+            raise UserError(f"g_idx must name every group 0 ... {count - 1} that has scales, and no other; it names "
+                            f"{lowest if lowest < 0 else highest}")
         self.count, self.g_idx = count, g_idx
         self.sizes = torch.bincount(g_idx, minlength=count)
-        if len(self.sizes) != count or int(self.sizes.min()) == 0:
+        if int(self.sizes.min()) == 0:
             raise UserError(f"g_idx must name every group 0 ... {count - 1} that has scales, and no other; it names "
-                            f"{len(self.sizes.nonzero())} groups up to {int(g_idx.max())}")
+                            f"{len(self.sizes.nonzero())} groups up to {highest}")
         self.order = None if bool((g_idx[1:] >= g_idx[:-1]).all()) else torch.argsort(g_idx, stable=True)
         sizes = self.sizes.tolist()
         self.size = sizes[0] if all(n == sizes[0] for n in sizes[:-1]) and sizes[-1] <= sizes[0] else None

@@ -12,20 +12,40 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from LoTA import UserError
 
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+Record = TypeVar("Record")
 
 
 def read_json(path: str | Path) -> dict | list:
-    """The content of a JSON file. Raises UserError where the file is cut off or is not JSON."""
+    """The content of a JSON file. Raises UserError where the file is cut off, is nested too deeply or is not JSON."""
     try:
         return json.loads(Path(path).read_text())
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read") from None
     except ValueError as error:
         raise UserError(f"{path} is not whole: {error}") from None
+
+
+def read_record(path: str | Path, kind: type[Record]) -> Record:
+    """A JSON object as an instance of the dataclass `kind`. Fields that `kind` does not have are left out.
+
+    Raises UserError that names the file and the first field that has another type. A number in quotes is no number.
+    """
+    read_json(path)                     # its messages for what is no JSON are those that users know
+    try:
+        return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field = ".".join(map(str, wrong["loc"])) or "the content"
+        message = wrong["msg"][0].lower() + wrong["msg"][1:]
+        raise UserError(f"{path} cannot be read: {field} is {repr(wrong['input'])[:60]}; {message}") from None
 
 
 def write_json(path: str | Path, content: dict | list) -> None:

@@ -53,7 +53,8 @@ def write_gptq(folder: str | Path, layers: Mapping[str, tuple[int, int]], bits: 
             overwrite_tensor(file_of[f"{name}.{kind}"], f"{name}.{kind}", tensor)
 
     quantization = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": False, "quant_method": "gptq",
-                    "checkpoint_format": checkpoint_format, "pack_dtype": "int32", "lm_head": False}
+                    "checkpoint_format": checkpoint_format, "pack_dtype": "int32", "lm_head": False,
+                    "meta": {"quantizer": ["gptqmodel:7.7.0"]}}     # whose packing this is
     write_json(folder / "quantize_config.json", quantization)
     write_json(folder / "config.json", {**(config or {"model_type": "llama"}), "quantization_config": quantization})
     return folder

@@ -1,6 +1,7 @@
 """The merge of folders: its integers and offsets against the oracle, what it refuses, what it leaves behind."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from LoTA import UserError, lota_merge
 from LoTA.adapter_folder import PREFIX, AdapterFolder
+from LoTA.export.shared import copy_files
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.packed import PackedLayer
 from LoTA.storage import overwrite_tensor, whole_folder
@@ -238,6 +240,146 @@ def test_a_missing_shard_is_refused(tmp_path):
     (gptq / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
         GPTQFolder(gptq)
+
+
+def test_format_counts_like_checkpoint_format(tmp_path):
+    """GPTQModel's newer name alone. Two names that differ are refused."""
+    gptq = write_gptq(tmp_path / "gptq", LAYERS, checkpoint_format="gptq_v2")
+    config, name = json.loads((gptq / "quantize_config.json").read_text()), "model.layers.0.self_attn.q_proj"
+    want = GPTQFolder(gptq).packed(name).zeros
+    config["format"] = config.pop("checkpoint_format")
+    (gptq / "quantize_config.json").write_text(json.dumps(config))
+    folder = GPTQFolder(gptq)
+    assert folder.checkpoint_format == "gptq_v2" and torch.equal(folder.packed(name).zeros, want)
+    merge(write_lota_adapter(tmp_path / "adapter", gptq), gptq, tmp_path / "merged")
+    assert MergedFolder(tmp_path / "merged").checkpoint_format == "gptq_v2"
+    with pytest.raises(UserError, match="merged LoTA folder"):
+        GPTQFolder(tmp_path / "merged")
+    (gptq / "quantize_config.json").write_text(json.dumps({**config, "checkpoint_format": "gptq"}))
+    with pytest.raises(UserError, match="checkpoint_format gptq and format gptq_v2"):
+        GPTQFolder(gptq)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"bits": "4"}, "bits is '4'; input should be a valid integer"),
+    ({"group_size": 32.5}, "group_size is 32.5"), ({"group_size": 0}, "has group_size 0; it must be positive"),
+    ({"sym": "no"}, "sym is 'no'"), ({"meta": [1]}, "meta is [1]"), ({"format": ["gptq"]}, "format is ['gptq']"),
+    ({"pack_dtype": 32}, "pack_dtype is 32")])
+@pytest.mark.parametrize("file", ["quantize_config.json", "config.json"])
+def test_settings_of_other_types_are_refused_by_file_and_field(gptq, file, change, message):
+    content = json.loads((gptq / file).read_text())
+    if file == "config.json":
+        (gptq / "quantize_config.json").unlink()
+        content["quantization_config"].update(change)
+    else:
+        content.update(change)
+    (gptq / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        GPTQFolder(gptq)
+    assert "\n" not in str(error.value) and str(gptq) in str(error.value)
+    for broken in ("[1]", "null", "[" * 100_000):
+        (gptq / file).write_text(broken)
+        with pytest.raises(UserError, match=f"{file} (cannot be read: it is no JSON object|is nested too deeply)"):
+            GPTQFolder(gptq)
+
+
+def test_what_autogptq_wrote_with_sym_false_is_refused(gptq):
+    """Its zero points of 0 are lost. sym true, gptq_v2 and GPTQModel's own writer are read."""
+    config = json.loads((gptq / "quantize_config.json").read_text())
+    for change, message in (
+            ({"meta": None}, "quantize again with gptq_quantize.py"),
+            ({"meta": {"quantizer": "auto_gptq:0.7.1"}}, "quantize again"),
+            ({"meta": {"quantizer": ["gptqmodel:0.8.9"]}}, "quantize again"),
+            ({"meta": None, "checkpoint_format": None}, "quantize again"),
+            ({"meta": {"quantizer": "GPTQModel:0.9.0"}}, None), ({"meta": None, "sym": True}, None),
+            ({"meta": None, "checkpoint_format": "gptq_v2"}, None),
+            ({"meta": {"quantizer": ["optimum:1.2", "gptqmodel:10.0.1"]}}, None)):
+        (gptq / "quantize_config.json").write_text(json.dumps({**config, **change}))
+        if message:
+            with pytest.raises(UserError, match=message):
+                GPTQFolder(gptq)
+        else:
+            assert GPTQFolder(gptq).bits == 4
+
+
+@pytest.mark.parametrize("kind, tensor, message", [
+    ("qweight", torch.zeros(8, 48), "its dtype is F32, not I32"),
+    ("qweight", torch.zeros(7, 48, dtype=torch.int32), "its shape is (7, 48), not (8, 48), which 64 inputs"),
+    ("qweight", torch.zeros(8, dtype=torch.int32), "its shape is (8,), not that of a filled matrix"),
+    ("qzeros", torch.zeros(2, 5, dtype=torch.int32), "its shape is (2, 5), not (2, 6)"),
+    ("qzeros", torch.zeros(3, 6, dtype=torch.int32), "its shape is (3, 6), not (2, 6)"),
+    ("qzeros", torch.zeros(2, 6, dtype=torch.int64), "its dtype is I64"),
+    ("scales", torch.ones(2, 47).half(), "its shape is (2, 47), not (2, 48)"),
+    ("scales", torch.ones(1, 48).half(), "its shape is (1, 48), not (2, 48)"),
+    ("scales", torch.ones(2, 48, dtype=torch.int32), "its dtype is I32, not F16 or BF16 or F32"),
+    ("g_idx", torch.arange(64).float() // 32, "its dtype is F32"),
+    ("g_idx", torch.empty(0).int(), "not that of a filled vector"),
+    ("g_idx", torch.full((64,), 2**31 - 1, dtype=torch.int32), "it names 2147483647"),
+    ("g_idx", torch.full((64,), -1, dtype=torch.int32), "it names -1"),
+    ("g_idx", torch.full((64,), 2**62), "it names 4611686018427387904"),
+    ("g_idx", torch.zeros(64, dtype=torch.int32), "it names 1 groups up to 0")])
+def test_wrong_tensors_are_refused_by_name_at_the_door(gptq, kind, tensor, message):
+    """A number of a group that is out of range takes no memory."""
+    name = f"model.layers.0.self_attn.q_proj.{kind}"
+    tensors = load_file(gptq / "model.safetensors")
+    save_file({**tensors, name: tensor}, gptq / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        GPTQFolder(gptq)
+    assert f"model.safetensors: {name} is wrong: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, tensor, message", [
+    ("model.layers.0.self_attn.q_proj.offset", torch.zeros(1, 48), "F32 of shape (1, 48), not F32 of shape (2, 48)"),
+    ("model.layers.0.self_attn.q_proj.offset", torch.zeros(2, 48).half(), "F16 of shape (2, 48)"),
+    ("model.layers.9.self_attn.q_proj.offset", torch.zeros(2, 48), "is no offset of a quantized layer")])
+def test_wrong_offsets_of_a_merged_folder_are_refused_by_name(gptq, adapter, tmp_path, name, tensor, message):
+    """One row would count for all groups, and the offset of an unknown layer for none."""
+    merge(adapter, gptq, tmp_path / "merged")
+    file = tmp_path / "merged/lota/offsets.safetensors"
+    save_file({**load_file(file), name: tensor}, file)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        MergedFolder(tmp_path / "merged")
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/{folder}/model.safetensors", "sub/model.safetensors",
+                                  "..", "", "sub\\model.safetensors"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(gptq, name):
+    name = name.replace("/{folder}", str(gptq))
+    (gptq / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="a name without a path is wanted"):
+        GPTQFolder(gptq)
+
+
+@pytest.mark.parametrize("content, message", [
+    ([], "the content is []"), ({}, "weight_map is {}; field required"), ({"weight_map": []}, "weight_map is []"),
+    ({"weight_map": {"a": 1}}, "weight_map.a is 1; input should be a valid string")])
+def test_an_index_of_other_types_is_refused(gptq, content, message):
+    (gptq / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(f"model.safetensors.index.json cannot be read: {message}")):
+        GPTQFolder(gptq)
+
+
+def test_links_that_lead_out_of_the_folder_are_not_copied(gptq, adapter, tmp_path):
+    """Merge and export refuse them by name. A link inside and the hub's cache, whose files are links, are copied."""
+    (tmp_path / "secret").write_text("a key")
+    (gptq / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="notes.txt is a link to a file outside"):
+        merge(adapter, gptq, tmp_path / "merged")
+    with pytest.raises(UserError, match="notes.txt is a link to a file outside"):
+        copy_files(GPTQFolder(gptq), tmp_path)
+    assert not (tmp_path / "merged").exists()
+    (gptq / "notes.txt").unlink()
+    (gptq / "notes.txt").symlink_to("config.json")
+    snapshot = tmp_path / "models--a--b/snapshots/0123"
+    (tmp_path / "models--a--b/blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in gptq.iterdir():
+        shutil.copyfile(file, tmp_path / "models--a--b/blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    merge(adapter, snapshot, tmp_path / "merged")
+    copy = tmp_path / "merged/notes.txt"
+    assert copy.read_bytes() == (gptq / "config.json").read_bytes() and not copy.is_symlink()
 
 
 # --- what it leaves behind ----------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 """What the formats share: copying a model's own files, and comparing what was written."""
-import shutil
 from pathlib import Path
 
 import torch
 
-from LoTA.folders import QUANTIZE_CONFIG, GPTQFolder
+from LoTA.folders import QUANTIZE_CONFIG, GPTQFolder, copy_own_file
 
 MARKER = "lota_export.json"         # written last, so it says that a folder is a whole export of ours
 
@@ -14,7 +13,7 @@ def copy_files(model: GPTQFolder, folder: Path, weights: bool = False) -> None:
     for item in sorted(model.path.iterdir()):
         is_weights = item.suffix == ".safetensors" or item.name in ("model.safetensors.index.json", QUANTIZE_CONFIG)
         if item.is_file() and (weights or not is_weights) and item.name not in (MARKER, "README.md"):
-            shutil.copyfile(item, folder / item.name)
+            copy_own_file(item, folder)
 
 
 def require_equal(module: str, what: str, written: torch.Tensor, expected: torch.Tensor) -> None:
