@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from LoTA import UserError
 
@@ -38,6 +37,7 @@ def read_record(path: str | Path, kind: type[Record]) -> Record:
 
     Raises UserError that names the file and the first field that has another type. A number in quotes is no number.
     """
+    from pydantic import TypeAdapter, ValidationError       # here, because benchmarks run where it is not installed
     read_json(path)                     # its messages for what is no JSON are those that users know
     try:
         return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
