@@ -40,8 +40,8 @@ class LotaConfig:
     seed: int | None = None
     settings: dict = field(default_factory=dict)        # all flags
     versions: dict = field(default_factory=dict)        # {package: version}
-    # data (the fingerprint of the tokenized rows), runtime_s, peak_mb, steps, loss, moved. A checkpoint has what a
-    # resumed run needs to go on counting: loss_sum, loss_unlogged, last_logged.
+    # processes, data (the fingerprint of the tokenized rows), runtime_s, peak_mb, steps, loss, moved. A checkpoint has
+    # what a resumed run needs to go on counting: loss_sum, loss_unlogged, last_logged.
     training: dict = field(default_factory=dict)
     format_version: int = 1
 
@@ -135,6 +135,9 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
         before["recipe"] = OLD_RECIPES.get(before["recipe"], before["recipe"])
     different = [f"its --{name} is {before[name]}, not {value}" for name, value in config.settings.items()
                  if name not in MAY_DIFFER and name in before and before[name] != value]
+    processes = config.training.get("processes")
+    if saved.training.get("processes", processes) != processes:
+        different.append(f"it was trained by {saved.training['processes']} processes, not {processes}")
     if different:
         raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: {'; '.join(different)}")
     rows = saved.training.get("data")

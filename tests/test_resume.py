@@ -86,7 +86,20 @@ def test_a_resumed_run_ends_as_the_run_that_was_not_interrupted(whole, tmp_path,
     assert one["runtime_s"] > before > 0
 
 
-def test_every_epoch_has_an_order_of_its_own(whole):
+def test_a_run_is_resumed_twice(whole, tmp_path, monkeypatch):
+    """Also from a checkpoint of a resumed run; the sums go on."""
+    monkeypatch.setattr("LoTA.monitor.DETAILED_STEPS", 3)
+    adapter = whole("full")
+    once = train(tmp_path / "a", *FULL, "--adapter_ckpt", adapter / "checkpoint-2")
+    twice = train(tmp_path / "b", *FULL, "--adapter_ckpt", once / "checkpoint-8")
+    assert sha256(twice / "adapter_model.safetensors") == sha256(adapter / "adapter_model.safetensors")
+    assert logged(twice) == logged(adapter)
+    times = [LotaConfig.load(folder).training["runtime_s"]
+             for folder in (adapter / "checkpoint-2", once / "checkpoint-8", twice)]
+    assert 0 < times[0] < times[1] < times[2]
+
+
+def test_every_epoch_has_an_order_of_its_own():
     """The rows of an epoch are all rows, and another seed or epoch draws them in another order."""
     from LoTA.trainer import EpochSampler
     lengths = [7, 3, 9, 4, 4, 8, 1, 2] * 5
@@ -163,6 +176,15 @@ def test_all_other_settings_are_named_in_one_line(whole):
     config.settings.update(train_batch_size=4, seed=7, momentum=0.9)
     with pytest.raises(UserError, match="its --seed is 42, not 7; its --train_batch_size is 8, not 4; "
                                         "its --momentum is 0.0, not 0.9$"):
+        check_resumable(whole("published") / "checkpoint-5", config)
+
+
+def test_another_number_of_processes_is_refused(whole):
+    """It is a factor of the batch. A checkpoint that does not say it is not compared."""
+    config = LotaConfig.load(whole("published"))
+    check_resumable(whole("published") / "checkpoint-5", config)
+    config.training["processes"] = 2
+    with pytest.raises(UserError, match="it was trained by 1 processes, not 2"):
         check_resumable(whole("published") / "checkpoint-5", config)
 
 
