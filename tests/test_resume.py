@@ -304,7 +304,8 @@ class FileEvents:
         self.patch.undo()
 
 
-KILLED = (*FULL, "--max_steps", 2, "--save_number", 1, "--gradient_accumulation_steps", 1)
+SHORT = ("--max_steps", 2, "--save_number", 1, "--gradient_accumulation_steps", 1)
+KILLED = (*FULL, *SHORT)
 
 
 def merged(adapter, output):
@@ -318,17 +319,19 @@ def merged(adapter, output):
     return {file.name: sha256(file) for file in output.rglob("*.safetensors")}
 
 
-def test_a_folder_that_is_killed_while_it_is_written_is_never_merged_wrong(tmp_path):
+@pytest.mark.parametrize("flags", [FULL, ("--method", "lota", "--residual", False, "--interval_point", 1)],
+                         ids=["full", "no_residual"])
+def test_a_folder_that_is_killed_while_it_is_written_is_never_merged_wrong(tmp_path, flags):
     """At every event of a checkpoint's save and of the run's last save, a copy is taken: it is what a kill at that
     moment leaves. Each copy is refused, or merges into what the whole folder does; and half a checkpoint does not
-    resume."""
+    resume. Neither method is the published one, which a folder without lota_config.json is taken for."""
     copies = []
 
     def copy(what):
         copies.append((what, tmp_path / f"copies/{len(copies)}"))
         shutil.copytree(tmp_path / "a", copies[-1][1])
     with FileEvents(tmp_path / "a", copy):
-        final = train(tmp_path / "a", *KILLED)
+        final = train(tmp_path / "a", *flags, *SHORT)
     names = " ".join(what for what, _ in copies)
     assert "half of optimizer.pt" in names and "trainer_state.json" in names and len(copies) > 30
     want = merged(final, tmp_path / "want")
