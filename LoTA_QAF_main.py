@@ -7,7 +7,6 @@
     python LoTA_QAF_main.py --mode 2 --load_adapter ADAPTER --ft_dataset_name viggo
 """
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -41,14 +40,14 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     settings.check_training(base, training, folder)
 
     import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer
+    from transformers import DataCollatorForSeq2Seq
 
     from data_print_save import check_cuda, get_Ada_path, load_tokenizer, params_print, prepare_dataset, set_seed
     from LoTA.adapter import load_for_training
     from LoTA.adapter_folder import check_resumable
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
-    from LoTA.trainer import Checkpoints, LotaTrainer, Run, config_of_run, peak_memory_mb, training_arguments
+    from LoTA.trainer import LotaTrainer, Run, RunTrainer, config_of_run, training_arguments
     numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
                else (training.learning_rate, base.lora_r, base.lora_alpha))
     size, _ = folder.model_size(base.pretrained)
@@ -63,32 +62,30 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
                                training.target_max_len, training.debug_number, base.data_dir)
         params_print(base, training)
-        config = config_of_run(base, training, folder)
+        config = config_of_run(base, training, folder, data)
         if training.adapter_ckpt:
             check_resumable(training.adapter_ckpt, config)
 
         model = load_for_training(base, config, folder)
         model.print_trainable_parameters()
-        checkpoints = Checkpoints(config)
-        common = {"model": model, "train_dataset": data, "args": arguments, "callbacks": [checkpoints],
+        common = {"model": model, "train_dataset": data, "args": arguments, "config": config,
                   "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)}
         if base.lota_qaf:
             trainer = LotaTrainer(ternary_optimizer(model, base, training), training.interval_point, **common)
         else:
-            trainer = Trainer(**common)
-        start = time.time()
-        with checkpoints:
-            trainer.train(resume_from_checkpoint=training.adapter_ckpt)
+            trainer = RunTrainer(**common)
+        trainer.train(resume_from_checkpoint=training.adapter_ckpt)
         steps = trainer.state.global_step
-        if checkpoints.interrupted:
+        if trainer.interrupted:
             raise UserError(f"interrupted at step {steps}; resume with --adapter_ckpt "
                             f"{run.folder / f'checkpoint-{steps}'}")
 
-        runtime, peak = time.time() - start, peak_memory_mb()
+        runtime, peak = trainer.runtime_and_peak()
         if not run.writes:
             return run.folder
-        outcome = {"runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": steps,
+        outcome = {**config.training, "runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": steps,
                    "loss": trainer.state.log_history[-1].get("train_loss")}
+        config.save(run.folder, complete=False)         # a run that is killed from here on leaves no half adapter
         model.save_pretrained(str(run.folder), save_embedding_layers=False)
         write_json(run.folder / "log_history.json", trainer.state.log_history)
         replace(config, training=outcome).save(run.folder)

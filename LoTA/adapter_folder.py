@@ -56,7 +56,9 @@ class LotaConfig:
     seed: int | None = None
     settings: dict = field(default_factory=dict)        # all flags
     versions: dict = field(default_factory=dict)        # {package: version}
-    training: dict = field(default_factory=dict)        # runtime_s, peak_mb, steps, loss, moved
+    # processes, data (the fingerprint of the tokenized rows), runtime_s, peak_mb, steps, loss, moved. A checkpoint has
+    # what a resumed run needs to go on counting: loss_sum, loss_unlogged, last_logged.
+    training: dict = field(default_factory=dict)
     format_version: int = 1
 
     @property
@@ -73,22 +75,28 @@ class LotaConfig:
         """What mode 2 prints and saves about an adapter."""
         return AdapterRecord(**{f.name: getattr(self, f.name) for f in fields(AdapterRecord)})
 
-    def save(self, folder: str | Path) -> None:
-        """Writes lota_config.json into `folder`."""
-        write_json(Path(folder) / LOTA_CONFIG, asdict(self))
+    def save(self, folder: str | Path, complete: bool = True) -> None:
+        """Writes lota_config.json into `folder`.
+
+        complete: whether all other files are there. A save that takes several files writes False before the first and
+        True after the last, so that a folder is not read where the process was killed in between.
+        """
+        write_json(Path(folder) / LOTA_CONFIG, {**asdict(self), "complete": complete})
 
     @classmethod
     def load(cls, folder: str | Path) -> "LotaConfig":
         """Reads lota_config.json from `folder`.
 
-        Raises UserError where its format_version is another, where a field has another type, and where a LoTA adapter
-        has no omega.
+        Raises UserError where it is not complete, where its format_version is another, where a field has another type,
+        and where a LoTA adapter has no omega.
         """
         content = read_json(Path(folder) / LOTA_CONFIG)
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version != cls.format_version:
-            raise UserError(f"{folder}/{LOTA_CONFIG} has format version {version}; this version of LoTA reads "
-                            f"{cls.format_version}")
+        known = content if isinstance(content, dict) else {}
+        if not known.get("complete", True):             # older files do not say it, and were written last
+            raise UserError(f"{folder} is not whole, because its saving was interrupted: take an earlier checkpoint")
+        if known.get("format_version") != cls.format_version:
+            raise UserError(f"{folder}/{LOTA_CONFIG} has format version {known.get('format_version')}; this version of "
+                            f"LoTA reads {cls.format_version}")
         config = read_record(Path(folder) / LOTA_CONFIG, cls)
         if config.method == "LoTA" and config.omega is None:
             raise UserError(f"{folder}/{LOTA_CONFIG} records a LoTA adapter without omega")
@@ -170,8 +178,23 @@ def make_threshold(omega: float, residual: bool, offset_scale: str) -> Threshold
     return Threshold(omega=float(omega), kappa=kappas[offset_scale] if residual else None)
 
 
+# What may differ between a checkpoint's settings and those that resume it. All other settings must be the same.
+MAY_DIFFER = {
+    "adapter_ckpt", "adapter_path", "report_to", "logging_steps", "save_strategy", "save_number",   # what is written
+    "max_steps", "num_train_epochs",                                                                # how long it is
+    "device_map", "flash_attn", "gradient_checkpointing", "trust_remote_code",                      # the device
+    # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
+    "quantized_model_dir", "pretrained", "data_dir", "sym"}
+OLD_RECIPES = {"steps": "ternary", "grid": "scales", "learned": "full"}     # values of --recipe in old files
+# What a checkpoint must have. Trainer silently begins anew what is not there.
+STATE = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
+
+
 def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
-    """Raises UserError unless `checkpoint` is whole and agrees with `config` in the fields that are compared below."""
+    """Raises UserError unless `checkpoint` is whole and was made by a run with the settings and the data of `config`.
+
+    What a checkpoint of an older version does not record is not compared. Reads all matrices, so that none is damaged.
+    """
     checkpoint = Path(checkpoint)
     if not (checkpoint / LOTA_CONFIG).exists():
         raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {LOTA_CONFIG}, which is written last); "
@@ -181,6 +204,26 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: its {name} is "
                             f"{getattr(saved, name)}, not {getattr(config, name)}")
+    before = dict(saved.settings)
+    if "recipe" in before:
+        before["recipe"] = OLD_RECIPES.get(before["recipe"], before["recipe"])
+    different = [f"its --{name} is {before[name]}, not {value}" for name, value in config.settings.items()
+                 if name not in MAY_DIFFER and name in before and before[name] != value]
+    processes = config.training.get("processes")
+    if saved.training.get("processes", processes) != processes:
+        different.append(f"it was trained by {saved.training['processes']} processes, not {processes}")
+    if different:
+        raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: {'; '.join(different)}")
+    rows = saved.training.get("data")
+    if rows is not None and config.training.get("data") not in (None, rows):
+        raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with this data: the tokenized rows of "
+                        f"--training_data_name {config.data_set} are others than those it was trained on (fingerprint "
+                        f"{rows}, not {config.training['data']}); give the same rows and the same tokenizer")
+    for pattern in STATE:
+        if not any(checkpoint.glob(pattern)):
+            raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {pattern.replace('*', '')}); take an "
+                            "earlier checkpoint")
+    AdapterFolder(checkpoint).check_values()
 
 
 class QuantizedModel(Protocol):
@@ -214,6 +257,7 @@ class AdapterFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not an adapter folder: there is no such folder")
+        recorded = LotaConfig.load(self.path) if (self.path / LOTA_CONFIG).exists() else None
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (self.path / name).exists():
                 raise UserError(f"{path} is not an adapter folder: it has no {name}")
@@ -221,8 +265,8 @@ class AdapterFolder:
         self.file = self.path / "adapter_model.safetensors"
         kinds = self._read_names()
         self._layer_in_file = {layer.removeprefix(PREFIX): layer for layer in kinds}
-        if (self.path / LOTA_CONFIG).exists():
-            self.config, origin = self._recorded(), f"from {LOTA_CONFIG}"
+        if recorded:
+            self.config, origin = self._checked(recorded), f"from {LOTA_CONFIG}"
         else:
             self.config, origin = self._inferred(omega, residual)
         if self.config.method == "LoTA":
@@ -260,12 +304,14 @@ class AdapterFolder:
         learned = {"lora_offset": self.config.learned_offset, "lora_scale": self.config.learned_scales}
         for layer, found in kinds.items():
             for kind, wanted in learned.items():
-                if wanted != (kind in found):
-                    raise UserError(f"{self.file}: {layer}.{kind} is " + (
-                        "missing" if wanted else f"there, and no {LOTA_CONFIG} says that it was learned"))
+                if kind in found and not wanted:    # the published scripts learn neither: this is half of a folder of ours
+                    raise UserError(f"{self.path} is not whole: {layer}.{kind} is there, and no {LOTA_CONFIG} says how to "
+                                    "read it; take an earlier checkpoint")
+                if wanted and kind not in found:
+                    raise UserError(f"{self.file}: {layer}.{kind} is missing")
 
-    def _recorded(self) -> LotaConfig:
-        config, rank = LotaConfig.load(self.path), self.peft_config.r
+    def _checked(self, config: LotaConfig) -> LotaConfig:
+        rank = self.peft_config.r
         if config.rank != rank:
             raise UserError(f"{self.path}: {LOTA_CONFIG} says rank {config.rank}, adapter_config.json says {rank}")
         return config
@@ -316,6 +362,16 @@ class AdapterFolder:
     def scale_change(self, module: str) -> torch.Tensor:
         """The learned relative change of one layer's scales, float32 [groups, out]."""
         return self._tensor(module, "lora_scale").float()
+
+    def check_values(self) -> None:
+        """Reads every tensor. Raises UserError where one is not finite, or is not ternary in a LoTA adapter."""
+        with safe_open(self.file, "pt") as tensors:
+            wrong = [name for name in tensors.keys() if not bool(tensors.get_tensor(name).isfinite().all())]
+        if wrong:
+            raise UserError(f"{self.file} is damaged: {min(wrong)} is not finite; take an earlier checkpoint")
+        if self.config.method == "LoTA":
+            for module in self.modules:
+                self.ternary_pair(module)
 
     def _tensor(self, module: str, kind: str) -> torch.Tensor:
         with safe_open(self.file, "pt") as tensors:

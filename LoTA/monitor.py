@@ -5,6 +5,7 @@ adapter folder. Trainer keeps what was logged in its state, so every checkpoint 
 """
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +18,18 @@ SAMPLE_ROWS = 64        # |dW| is sampled on at least so many evenly spaced rows
 
 
 class Monitor:
-    """Reads the ternary layers of a model while tSignSGD trains them."""
+    """Reads the ternary layers of a model while tSignSGD trains them.
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, omega: float, num_steps: int):
+    log_history: what Trainer logged before, in a resumed run. Its detailed metrics go on at the same distance.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, omega: float, num_steps: int,
+                 log_history: Sequence[dict] = ()):
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
         self.optimizer, self.omega, self.num_steps = optimizer, omega, num_steps
-        self.next_detailed = 0              # the step from which on detailed metrics are due
+        self.interval = math.ceil(num_steps / DETAILED_STEPS)
+        # The step from which on detailed metrics are due.
+        self.next_detailed = max((row["step"] + self.interval for row in log_history if "moved" in row), default=0)
         self.matrix_of = {id(p): matrix for layer in self.layers.values() for matrix in ("lora_A", "lora_B")
                           for p in getattr(layer, matrix).parameters()}
         self.moved: Moved | None = None     # what a merge would have moved when the last detailed metrics were taken
@@ -38,7 +45,7 @@ class Monitor:
             flips[self.matrix_of[id(p)]] += int(count)
         numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"]}
         if step >= self.next_detailed or step == self.num_steps:
-            self.next_detailed = step + math.ceil(self.num_steps / DETAILED_STEPS)
+            self.next_detailed = step + self.interval
             numbers |= self.detailed_metrics()
         return numbers
 

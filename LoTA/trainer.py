@@ -1,22 +1,31 @@
 """A training run around transformers' Trainer: its folder, its record, its arguments, its callbacks.
 
-Touches transformers, through the hooks that Trainer offers, and the run's folder.
+Touches transformers, through the hooks that Trainer offers, PEFT's names of tensors, and the run's folder.
 """
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+import xxhash
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from LoTA import UserError
-from LoTA.adapter_folder import LotaConfig
+from LoTA.adapter_folder import AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder
 from LoTA.monitor import Monitor, console_line
 from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
@@ -101,8 +110,9 @@ def training_arguments(base: baseConfig, training: trainingConfig, folder: Path)
     return arguments
 
 
-def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder) -> LotaConfig:
-    """The LotaConfig of a run with these completed settings. It goes into the adapter folder."""
+def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder,
+                  data: Dataset | None = None) -> LotaConfig:
+    """The LotaConfig of a run with these completed settings. It goes into the adapter folder. data: tokenized rows."""
     return LotaConfig(
         method=METHODS[base.method], omega=training.interval_point if base.lota_qaf else None,
         residual=base.residual or base.method == "qalora",      # QA-LoRA merges as offsets
@@ -110,7 +120,9 @@ def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder
         group_size=base.group_size, rank=base.lora_r, pretrained=_absolute(base.pretrained),
         quantized_model_dir=_absolute(folder.path), fingerprint=folder.fingerprint(),
         data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
-        versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")})
+        versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")},
+        training={"processes": int(os.environ.get("WORLD_SIZE", "1")),      # torchrun and accelerate set WORLD_SIZE
+                  **({} if data is None else {"data": data_fingerprint(data)})})
 
 
 def _absolute(name: str | Path | None) -> str | None:
@@ -118,10 +130,113 @@ def _absolute(name: str | Path | None) -> str | None:
     return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
 
 
-class LotaTrainer(Trainer):
-    """Trainer that tells a tSignSGD the actual number of steps, and monitors the ternary layers.
+def data_fingerprint(data: Dataset) -> str:
+    """xxh3-128 over the tokens and labels of all rows, in their order. data: columns input_ids and labels."""
+    digest = xxhash.xxh3_128()
+    for rows in data.select_columns(["input_ids", "labels"]).iter(1000):
+        for pair in zip(rows["input_ids"], rows["labels"], strict=True):
+            for numbers in pair:
+                digest.update(np.asarray([len(numbers), *numbers], dtype="<i8").tobytes())
+    return digest.hexdigest()
 
-    optimizer: the tSignSGD. omega: the threshold that the Monitor measures |dW| by. The rest is Trainer's.
+
+class RunTrainer(Trainer):
+    """Trainer for a run that can be interrupted at any moment and resumed exactly. All methods train with it.
+
+    config: the LotaConfig that goes into every checkpoint. The rest is Trainer's.
+    interrupted: whether Ctrl-C has ended train().
+    """
+
+    def __init__(self, config: LotaConfig, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        self.before: dict = {}              # LotaConfig.training of the checkpoint that is resumed
+        self.checkpoints = Checkpoints(self)
+        self.add_callback(self.checkpoints)
+
+    @property
+    def interrupted(self) -> bool:
+        return self.checkpoints.interrupted
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Trainer's. Raises UserError where the checkpoint has other tensors than the model trains."""
+        self.started = time.time()
+        if resume_from_checkpoint:
+            self.before = LotaConfig.load(resume_from_checkpoint).training
+            self._check_tensors(AdapterFolder(resume_from_checkpoint))
+        with self.checkpoints:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_tensors(self, adapter: AdapterFolder) -> None:
+        """PEFT only warns about a missing tensor. The layer would silently start anew."""
+        with safe_open(adapter.file, "pt") as tensors:
+            there = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}    # noqa: SIM118
+        wanted = {name: tuple(p.shape) for name, p in get_peft_model_state_dict(self.model).items()}
+        for name in sorted(there.keys() | wanted.keys()):
+            if there.get(name) != wanted.get(name):
+                raise UserError(f"{adapter.file} does not fit this run: {name} has the shape {there.get(name)} there, "
+                                f"{wanted.get(name)} here (None: it is not there); take another checkpoint")
+
+    def runtime_and_peak(self) -> tuple[float, float]:
+        """(seconds, peak memory in MiB) of the run so far, with the parts before it was resumed."""
+        return (self.before.get("runtime_s", 0) + time.time() - self.started,
+                max(self.before.get("peak_mb", 0), peak_memory_mb()))
+
+    def record(self) -> LotaConfig:
+        """The LotaConfig of a checkpoint: with what a resumed run needs to count on from here."""
+        runtime, peak = self.runtime_and_peak()
+        return replace(self.config, training={
+            **self.config.training, "steps": self.state.global_step, "runtime_s": runtime, "peak_mb": peak,
+            "loss_sum": self._total_loss_scalar, "loss_unlogged": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged})
+
+    def restore(self) -> None:
+        """Goes on with the sums of the checkpoint, where it has them. Trainer begins them anew."""
+        if "loss_sum" in self.before:
+            self._total_loss_scalar = self.before["loss_sum"]
+            self._tr_loss.fill_(self.before["loss_unlogged"])
+            self._globalstep_last_logged = self.before["last_logged"]
+            self._initial_global_step = 0               # Trainer divides the sum by the steps since this one
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:           # before any other file; Checkpoints says after the last that all are there
+            self.config.save(output_dir or self.args.output_dir, complete=False)
+        super().save_model(output_dir, _internal_call)
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "train_runtime" in logs and "loss_sum" in self.before:
+            part, whole = logs["train_runtime"], logs["train_runtime"] + self.before["runtime_s"]
+            rates = {name: round(rate * part / whole, 3) for name, rate in logs.items() if name.endswith("_per_second")}
+            logs |= {"train_runtime": whole, **rates}
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        grouped = super()._get_train_sampler(train_dataset)
+        return EpochSampler(grouped.batch_size, grouped.lengths, self.args.data_seed,
+                            lambda: int(self.state.epoch or 0))
+
+
+class EpochSampler(LengthGroupedSampler):
+    """LengthGroupedSampler whose order depends on the seed and the epoch only, so that a resumed run draws the same.
+
+    epoch: a function -> the number of the epoch that begins, from 0. The first epoch draws from torch's own generator,
+    which a resumed run also seeds anew.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self):
+        epoch = self.epoch()
+        self.generator = torch.Generator().manual_seed(self.seed + epoch) if epoch else None
+        return super().__iter__()
+
+
+class LotaTrainer(RunTrainer):
+    """RunTrainer that tells a tSignSGD the actual number of steps, and monitors the ternary layers.
+
+    optimizer: the tSignSGD. omega: the threshold that the Monitor measures |dW| by. The rest is RunTrainer's.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, omega: float, **kwargs):
@@ -138,7 +253,8 @@ class LotaTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
-        self.monitor = Monitor(self.model, self.ternary_optimizer, self.omega, num_training_steps)
+        self.monitor = Monitor(self.model, self.ternary_optimizer, self.omega, num_training_steps,
+                               self.state.log_history)
         return self.lr_scheduler
 
     def log(self, logs: dict, *args, **kwargs) -> None:
@@ -169,12 +285,12 @@ class ConsoleLines(ProgressCallback):
 class Checkpoints(TrainerCallback):
     """Marks whole checkpoints, turns Ctrl-C into a checkpoint, and refuses to resume a run at its end.
 
-    It is a context manager around train(): while the block runs, it handles Ctrl-C. config: the LotaConfig that it
-    writes into every checkpoint, last of all files, so that its presence says that the checkpoint is whole.
+    It is a context manager around train(): while the block runs, it handles Ctrl-C. trainer: the RunTrainer whose
+    record() it writes into every checkpoint, last of all files.
     """
 
-    def __init__(self, config: LotaConfig):
-        self.config, self.interrupted = config, False
+    def __init__(self, trainer: "RunTrainer"):
+        self.trainer, self.interrupted = trainer, False
 
     def __enter__(self) -> "Checkpoints":
         self.handler_before = signal.signal(signal.SIGINT, self.interrupt)
@@ -193,6 +309,8 @@ class Checkpoints(TrainerCallback):
         if state.global_step >= state.max_steps:                    # Trainer would take one step more
             raise UserError(f"nothing to resume: the checkpoint is of step {state.global_step}, the run's last. Use it "
                             "with --load_adapter as it is, or train it further with more --max_steps")
+        state.compute_steps(args, state.max_steps)      # a resumed run logs and saves as its own flags say
+        self.trainer.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted:
@@ -200,7 +318,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.trainer.record().save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def peak_memory_mb() -> float:

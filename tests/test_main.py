@@ -177,7 +177,7 @@ def test_a_checkpoint_of_another_run_is_refused(trained, train, tmp_path):
     {"omega": 3.0}, {"rank": 12}, {"residual": False}, {"offset_scale": "paper"}, {"method": "LoRA"}, {"bits": 4},
     {"learned_scales": True}, {"fingerprint": "0" * 32}], ids=lambda change: next(iter(change)))
 def test_what_a_checkpoint_must_share_with_the_run(trained, change):
-    """Each of these facts is named where it differs. Others, as the seed and the data set, may differ."""
+    """Each of these facts is named where it differs. tests/test_resume.py has the settings and the data."""
     config, checkpoint = LotaConfig.load(trained), trained / "checkpoint-4"
     check_resumable(checkpoint, replace(config, seed=1, data_set="sql"))
     (name, value), = change.items()
