@@ -304,9 +304,10 @@ class AdapterFolder:
         learned = {"lora_offset": self.config.learned_offset, "lora_scale": self.config.learned_scales}
         for layer, found in kinds.items():
             for kind, wanted in learned.items():
-                if kind in found and not wanted:    # the published scripts learn neither: this is half of a folder of ours
-                    raise UserError(f"{self.path} is not whole: {layer}.{kind} is there, and no {LOTA_CONFIG} says how to "
-                                    "read it; take an earlier checkpoint")
+                # The published scripts learn neither, so what has them without a record is half of a folder of ours.
+                if kind in found and not wanted:
+                    raise UserError(f"{self.path} is not whole: it has learned offsets or scales, and no {LOTA_CONFIG} "
+                                    f"says that it was learned ({layer}.{kind}); take an earlier checkpoint")
                 if wanted and kind not in found:
                     raise UserError(f"{self.file}: {layer}.{kind} is missing")
 

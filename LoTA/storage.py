@@ -37,7 +37,9 @@ def read_record(path: str | Path, kind: type[Record]) -> Record:
 
     Raises UserError that names the file and the first field that has another type. A number in quotes is no number.
     """
-    from pydantic import TypeAdapter, ValidationError       # here, because benchmarks run where it is not installed
+    # Here, because benchmarks run where pydantic is not installed.
+    from pydantic import TypeAdapter, ValidationError
+
     read_json(path)                     # its messages for what is no JSON are those that users know
     try:
         return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
