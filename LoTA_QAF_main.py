@@ -44,7 +44,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     from transformers import DataCollatorForSeq2Seq, Trainer
 
     from data_print_save import check_cuda, get_Ada_path, load_tokenizer, params_print, prepare_dataset, set_seed
-    from LoTA.adapter import load_for_training
+    from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
@@ -77,7 +77,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         else:
             trainer = Trainer(**common)
         start = time.time()
-        with checkpoints:
+        with checkpoints, layers_by_name(model):            # resuming loads an adapter too
             trainer.train(resume_from_checkpoint=training.adapter_ckpt)
         steps = trainer.state.global_step
         if checkpoints.interrupted:

@@ -5,7 +5,11 @@ Touches transformers, PEFT and GPTQModel. LTA uses GPTQModel's own hook: a quant
 before a kernel sees them, so kernels that repack the weights at loading work like the others.
 """
 import logging
+import re
 import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,15 +19,16 @@ from gptqmodel.adapter.adapter import Adapter
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.logger import setup_logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from LoTA import UserError
-from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder, is_merged, set_checkpoint_format
 from LoTA.layer import register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
-from LoTA.settings import baseConfig
+from LoTA.settings import baseConfig, target_layers
 
 
 class LTA(Adapter):
@@ -163,22 +168,63 @@ def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_tor
     if config.method == "LoTA":
         backend = "gptq_torch"
         register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
-    return PeftModel.from_pretrained(load_gptq(gptq, backend=backend, **kwargs).model, adapter.path,
-                                     config=lora_config).eval()
+    model = load_gptq(gptq, backend=backend, **kwargs).model
+    # The layers in the file, because PEFT may have rewritten the names in adapter_config.json for another layout.
+    lora_config.target_modules, lora_config.target_parameters = adapter.modules, None
+    with layers_by_name(model):
+        return PeftModel.from_pretrained(model, adapter.path, config=lora_config).eval()
 
 
 def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) -> PeftModel:
-    """The GPTQ model with a fresh adapter on every targeted layer, for completed settings and the run's record."""
+    """The GPTQ model with a fresh adapter on every targeted layer, for completed settings and the run's record.
+
+    Prints how many of the quantized layers get an adapter. Raises UserError where PEFT misses a targeted layer.
+    """
     dtype = getattr(torch, base.dtype)
     model = load_gptq(folder.path, dtype, base.device_map, "gptq_torch", attention_for(base.flash_attn, dtype),
                       base.trust_remote_code).model
     model.config.use_cache = False
+    targets = target_layers(base.lora_target_modules, folder.modules)
     pooling = {"use_qalora": True, "qalora_group_size": folder.group_size} if base.method == "qalora" else {}
     lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
-                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
+                             target_modules=targets, task_type=TaskType.CAUSAL_LM, **pooling)
     if base.lota_qaf:
         register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
-    return get_peft_model(model, lora_config)
+    with layers_by_name(model):
+        model = get_peft_model(model, lora_config)
+    adapted = {name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    missed = [name for name in targets if name not in adapted]
+    if missed:
+        raise UserError(f"PEFT puts no adapter on {missed[0]} ({len(missed)} of {len(targets)} layers): leave "
+                        f"{missed[0].rsplit('.', 1)[-1]} out of --lora_target_modules")
+    print(coverage(adapted, folder.modules))
+    return model
+
+
+def coverage(adapted: set[str], quantized: Sequence[str]) -> str:
+    """How many of the quantized layers get an adapter, and which do not, with * for the numbers in their names."""
+    without = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in quantized if name not in adapted)
+    text = f"{len(quantized) - without.total()} of {len(quantized)} quantized layers get an adapter"
+    if without:
+        names = [f"{name} ({count})" for name, count in sorted(without.items())]
+        text += f"; without one: {', '.join(names[:8])}" + (f" and {len(names) - 8} more names" if names[8:] else "")
+    return text
+
+
+@contextmanager
+def layers_by_name(model: torch.nn.Module) -> Iterator[None]:
+    """While the block runs, PEFT takes the layers by the names that they have in the model.
+
+    transformers 5 stacks the experts of a layer into one tensor, and PEFT rewrites the names of experts for that, by
+    the model_type in the model's config. GPTQModel keeps every expert a layer of its own, as it is on disk. So the
+    rewritten names would reach no expert, and the config has another model_type during the block.
+    """
+    config, model_type = model.config, model.config.model_type
+    config.model_type = f"{model_type}_as_on_disk"
+    try:
+        yield
+    finally:
+        config.model_type = model_type
 
 
 def load_16bit(name: str, device: str = "auto", **kwargs) -> PreTrainedModel:

@@ -232,7 +232,7 @@ def test_old_names_of_recipes(old, new):
 
 def model(bits=4, group_size=32, parameters=8e9, **config):
     """What complete_training() asks of a GPTQ folder."""
-    return SimpleNamespace(bits=bits, group_size=group_size, path=Path("gptq"), config=config,
+    return SimpleNamespace(bits=bits, group_size=group_size, path=Path("gptq"), config=config, modules=list(LAYERS),
                            model_size=lambda name=None: ("", parameters))
 
 
@@ -340,7 +340,8 @@ REFUSED = [
     (("--quantized_model_dir", "{gptq}", "--offset_scale", "learned", "--residual", False), "leaves out"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--learned_scales", True), "beside ternary adapters"),
-    (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"), "needs a GPTQ model with groups"),
+    (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"),
+     "needs a GPTQ model with groups"),
     (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--recipe", "full"), "--recipe full is for ternary"),
     (("--lota_qaf", False, "--method", "qalora", "--recipe", "learned"), "--recipe full is for ternary"),
