@@ -201,11 +201,8 @@ def find_model(base: baseConfig, evaluation: evalConfig) -> tuple[str, "AdapterF
 def loading(base: baseConfig, evaluation: evalConfig) -> dict:
     """The keyword arguments that load_16bit(), load_gptq(), load_live() and load_merged() share."""
     import torch
-
-    from LoTA.adapter import attention_for
-    dtype = getattr(torch, base.dtype)
-    return {"device": evaluation.device or base.device_map, "dtype": dtype,
-            "attn_implementation": attention_for(base.flash_attn, dtype), "trust_remote_code": base.trust_remote_code}
+    return {"device": evaluation.device or base.device_map, "dtype": getattr(torch, base.dtype),
+            "attn_implementation": base.flash_attn, "trust_remote_code": base.trust_remote_code}
 
 
 def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, temporary: str) -> Subject:

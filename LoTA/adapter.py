@@ -20,7 +20,7 @@ from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.logger import setup_logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from LoTA import UserError
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
@@ -117,7 +117,7 @@ def load_merged(merged: MergedFolder, **kwargs):
 
 
 def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | None = None, backend: str = "auto",
-              attn_implementation: str | None = None, trust_remote_code: bool = False):
+              attn_implementation: str = "auto", trust_remote_code: bool = False):
     """A GPTQ folder as a GPTQModel in evaluation mode.
 
     dtype: with float32 the model loads in float16 and is widened afterwards, because no GPTQModel kernel is declared
@@ -125,9 +125,10 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
     device: None or "auto" takes the GPU, or all GPUs, or else the CPU.
     backend: a value of GPTQModel's BACKEND. On a machine without a GPU "auto" is the plain torch one, because the
         others compile for minutes first. The plain torch kernel computes with the scales that are on disk.
+    attn_implementation: a value of --flash_attn.
 
-    Without a GPU it switches torch.compile off in this process. Raises UserError for an unknown backend, and for a CUDA
-    device where there is no GPU.
+    Without a GPU it switches torch.compile off in this process. Raises UserError for an unknown backend, for attention
+    that the model cannot run with, and for a CUDA device where there is no GPU.
     """
     if device in (None, "auto"):
         place = {"device_map": "auto"} if torch.cuda.is_available() else {"device": "cpu"}
@@ -145,8 +146,9 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
         kernel = BACKEND.GPTQ_TORCH if wide else BACKEND(backend.lower())
     except ValueError:
         raise UserError(f"--backend {backend} is none of GPTQModel's: {', '.join(b.value for b in BACKEND)}") from None
-    model = GPTQModel.load(str(path), backend=kernel, dtype=torch.float16 if wide else dtype,
-                           trust_remote_code=trust_remote_code, attn_implementation=attn_implementation, **place)
+    with attention(attn_implementation, dtype, path, trust_remote_code) as implementation:
+        model = GPTQModel.load(str(path), backend=kernel, dtype=torch.float16 if wide else dtype,
+                               trust_remote_code=trust_remote_code, attn_implementation=implementation, **place)
     if wide:
         model.model.float()
     elif kernel == BACKEND.GPTQ_TORCH:
@@ -181,8 +183,7 @@ def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) 
     Prints how many of the quantized layers get an adapter. Raises UserError where PEFT misses a targeted layer.
     """
     dtype = getattr(torch, base.dtype)
-    model = load_gptq(folder.path, dtype, base.device_map, "gptq_torch", attention_for(base.flash_attn, dtype),
-                      base.trust_remote_code).model
+    model = load_gptq(folder.path, dtype, base.device_map, "gptq_torch", base.flash_attn, base.trust_remote_code).model
     model.config.use_cache = False
     targets = target_layers(base.lora_target_modules, folder.modules)
     pooling = {"use_qalora": True, "qalora_group_size": folder.group_size} if base.method == "qalora" else {}
@@ -227,21 +228,45 @@ def layers_by_name(model: torch.nn.Module) -> Iterator[None]:
         config.model_type = model_type
 
 
-def load_16bit(name: str, device: str = "auto", **kwargs) -> PreTrainedModel:
-    """The 16-bit model, a folder or a hub name. kwargs go to transformers. device "auto" is as in load_gptq()."""
+def load_16bit(name: str, device: str = "auto", dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "auto",
+               trust_remote_code: bool = False, **kwargs) -> PreTrainedModel:
+    """The 16-bit model, a folder or a hub name. kwargs go to transformers. The rest is as in load_gptq()."""
     place = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
-    return AutoModelForCausalLM.from_pretrained(name, device_map=place, **kwargs)
+    with attention(attn_implementation, dtype, name, trust_remote_code) as implementation:
+        return AutoModelForCausalLM.from_pretrained(
+            name, device_map=place, dtype=dtype, attn_implementation=implementation,
+            trust_remote_code=trust_remote_code, **kwargs)
 
 
-def attention_for(flash_attn: str, dtype: torch.dtype) -> str:
-    """The attention implementation that --flash_attn asks for.
+def attention_for(flash_attn: str, dtype: torch.dtype, model: str | Path,
+                  trust_remote_code: bool = False) -> str | None:
+    """The attention implementation that --flash_attn asks for, or None for the model's own default.
 
-    "auto" is flash_attention_2 where it is installed and can run, else sdpa.
+    "auto" is flash_attention_2 where it is installed and the model allows it, else the model's own default. model: a
+    folder or a hub name, whose config.json is read where the answer depends on it.
     """
     if flash_attn != "auto":
         return flash_attn
-    can_flash = torch.cuda.is_available() and find_spec("flash_attn") and dtype != torch.float32
-    return "flash_attention_2" if can_flash else "sdpa"
+    if not torch.cuda.is_available() or not find_spec("flash_attn"):
+        return None
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if dtype != torch.float32 and getattr(architecture, "_supports_flash_attn", False):
+        return "flash_attention_2"
+    # The default by name, because GPTQModel would take None for flash_attention_2, which cannot run in float32.
+    return "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
+
+
+@contextmanager
+def attention(flash_attn: str, dtype: torch.dtype, model: str | Path, trust_remote_code: bool) -> Iterator[str | None]:
+    """attention_for(), for a model that the block loads. Raises UserError where it cannot run with a flag's attention."""
+    try:
+        yield attention_for(flash_attn, dtype, model, trust_remote_code)
+    except (ValueError, ImportError) as error:
+        if flash_attn == "auto" or not re.search("attention|attn", str(error), re.IGNORECASE):
+            raise
+        raise UserError(f"{model} does not run with --flash_attn {flash_attn}; leave it at auto "
+                        f"({str(error).splitlines()[0][:200]})") from None
 
 
 def _check_hook(module: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ line. complete_...() return new groups with the defaults that depend on the mode
 UserError. Importing this file loads no library, because --help must not wait for torch.
 """
 import argparse
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -87,7 +88,8 @@ class baseConfig:
     device_map: str = setting(
         "both", "auto", "the device of the model; auto takes the GPU, or all GPUs, or else the CPU")
     flash_attn: str = setting(
-        "both", "auto", "attention implementation", shown="auto: flash_attention_2 where installed, else sdpa",
+        "both", "auto", "attention implementation", shown="auto: flash_attention_2 where it is installed and the model "
+        "allows it, else the model's default",
         choices=["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
     trust_remote_code: bool = setting("both", False, "run code that comes with a model")
     seed: int = setting("both", 42, "random seed; how a single file is cut into train and test does not depend on it")
@@ -304,7 +306,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 # --- mode 1 -------------------------------------------------------------------------------------------------------
 
 def check_method(base: baseConfig, training: trainingConfig) -> None:
-    """Raises UserError where --lota_qaf, --method and --recipe contradict each other."""
+    """Raises UserError where --lota_qaf, --method and --recipe contradict each other, or several processes train."""
+    processes = os.environ.get("WORLD_SIZE", "1")           # torchrun and accelerate launch set it
+    if processes.isdecimal() and int(processes) > 1:
+        raise UserError(f"training with several processes is not supported yet, and WORLD_SIZE is {processes}: start one "
+                        "process with python; it spreads a large model over all GPUs")
     if base.lota_qaf and base.method not in (None, "lota"):
         raise UserError(f"--lota_qaf True contradicts --method {base.method}")
     if training.recipe != "published" and not base.lota_qaf and base.method != "lota":

@@ -312,6 +312,20 @@ def test_checks_change_nothing(gptq, flags):
     assert complete_training(*done, folder) == done         # nothing is left open
 
 
+@pytest.mark.parametrize("method", ["lota", "lora"])
+def test_several_processes_are_refused_before_a_folder_is_made(monkeypatch, tmp_path, gptq, method):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    base, training, _ = parse("--mode", 1, "--method", method, "--quantized_model_dir", gptq, "--max_steps", 1)
+    with pytest.raises(UserError, match="^training with several processes is not supported yet, and WORLD_SIZE is 2: "):
+        LoTA_QAF_main.train(base, training)
+    assert list(tmp_path.iterdir()) == []
+    for one in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", one)
+        check_method(base, training)
+
+
 REFUSED = [
     (("--quantized_model_dir", "no_such_folder"), "no_such_folder is not a folder"),
     ((), "--quantized_model_dir is missing"),

@@ -1,5 +1,6 @@
 """Which layers get an adapter, on tiny models of several architectures: all of them, trained, live and merged."""
 import json
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 import gptq_quantize
 import LoTA_QAF_main
 from LoTA import UserError
-from LoTA.adapter import coverage, load_gptq, load_live, load_merged
+from LoTA.adapter import attention_for, coverage, load_16bit, load_gptq, load_live, load_merged
 from LoTA.adapter_folder import AdapterFolder
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.lota_merge import merge_folders
@@ -122,6 +123,36 @@ class TestExperts:
     (["proj"], []), (["p"], []), ([], [])])
 def test_targets_are_whole_parts_of_names(targets, found):
     assert target_layers(targets, ["a.0.q_proj", "a.1.q_proj", "a.1.up", "lm_head"]) == found
+
+
+@pytest.mark.parametrize("case", ["gemma2"], indirect=True)
+@pytest.mark.parametrize("flags", [("--flash_attn", "sdpa"), ("--flash_attn", "flash_attention_2")], ids=lambda f: f[1])
+def test_attention_that_a_model_cannot_run_is_refused(case, tmp_path, demo_data, flags):
+    if flags[1] == "flash_attention_2" and find_spec("flash_attn"):
+        pytest.skip("it is installed")
+    with pytest.raises(UserError, match=f"does not run with --flash_attn {flags[1]}; leave it at auto"):
+        train(case, tmp_path, demo_data, *LOTA, *flags)
+    base = case.gptq.parent.parent / "base"
+    with pytest.raises(UserError, match=f"does not run with --flash_attn {flags[1]}; leave it at auto"):
+        load_16bit(str(base), attn_implementation=flags[1])
+    assert load_16bit(str(base)).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("config, flash, dtype, gpu, want", [
+    (transformers.LlamaConfig, True, torch.bfloat16, True, "flash_attention_2"),
+    (transformers.LlamaConfig, True, torch.float32, True, "sdpa"),
+    (transformers.Gemma2Config, True, torch.bfloat16, True, "flash_attention_2"),
+    (transformers.Gemma2Config, True, torch.float32, True, "eager"),
+    (transformers.BloomConfig, True, torch.bfloat16, True, "eager"),            # it has neither
+    (transformers.LlamaConfig, False, torch.bfloat16, True, None),
+    (transformers.LlamaConfig, True, torch.bfloat16, False, None)])
+def test_automatic_attention(tmp_path, monkeypatch, config, flash, dtype, gpu, want):
+    """flash_attention_2 where it is installed, a GPU is there, and dtype and model allow it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("LoTA.adapter.find_spec", lambda name: flash)
+    config().save_pretrained(tmp_path)
+    assert attention_for("auto", dtype, tmp_path) == want
+    assert attention_for("eager", dtype, tmp_path) == "eager"
 
 
 def test_long_lists_of_names_are_shortened():
