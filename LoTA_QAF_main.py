@@ -288,7 +288,8 @@ def main() -> None:
 
 def cli() -> None:
     """The console command lota-qaf."""
-    run_script(main)
+    run_script(main, "in mode 1 lower --train_batch_size, --source_max_len or --target_max_len and keep "
+                     "--gradient_checkpointing True; in mode 2 lower --eval_batch_size or --max_new_tokens")
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def attention_for(flash_attn: str, dtype: torch.dtype, model: str | Path,
 
 @contextmanager
 def attention(flash_attn: str, dtype: torch.dtype, model: str | Path, trust_remote_code: bool) -> Iterator[str | None]:
-    """attention_for(), for a model that the block loads. Raises UserError where it cannot run with a flag's attention."""
+    """attention_for(), for a model that the block loads. Raises UserError where it cannot run with the flag's."""
     try:
         yield attention_for(flash_attn, dtype, model, trust_remote_code)
     except (ValueError, ImportError) as error:

@@ -309,8 +309,8 @@ def check_method(base: baseConfig, training: trainingConfig) -> None:
     """Raises UserError where --lota_qaf, --method and --recipe contradict each other, or several processes train."""
     processes = os.environ.get("WORLD_SIZE", "1")           # torchrun and accelerate launch set it
     if processes.isdecimal() and int(processes) > 1:
-        raise UserError(f"training with several processes is not supported yet, and WORLD_SIZE is {processes}: start one "
-                        "process with python; it spreads a large model over all GPUs")
+        raise UserError(f"training with several processes is not supported yet, and WORLD_SIZE is {processes}: start "
+                        "one process with python; it spreads a large model over all GPUs")
     if base.lota_qaf and base.method not in (None, "lota"):
         raise UserError(f"--lota_qaf True contradicts --method {base.method}")
     if training.recipe != "published" and not base.lota_qaf and base.method != "lota":
