@@ -43,7 +43,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     from transformers import DataCollatorForSeq2Seq
 
     from data_print_save import check_cuda, get_Ada_path, load_tokenizer, params_print, prepare_dataset, set_seed
-    from LoTA.adapter import load_for_training
+    from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
@@ -74,7 +74,8 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
             trainer = LotaTrainer(ternary_optimizer(model, base, training), training.interval_point, **common)
         else:
             trainer = RunTrainer(**common)
-        trainer.train(resume_from_checkpoint=training.adapter_ckpt)
+        with layers_by_name(model):             # resuming loads an adapter too
+            trainer.train(resume_from_checkpoint=training.adapter_ckpt)
         steps = trainer.state.global_step
         if trainer.interrupted:
             raise UserError(f"interrupted at step {steps}; resume with --adapter_ckpt "
@@ -198,11 +199,8 @@ def find_model(base: baseConfig, evaluation: evalConfig) -> tuple[str, "AdapterF
 def loading(base: baseConfig, evaluation: evalConfig) -> dict:
     """The keyword arguments that load_16bit(), load_gptq(), load_live() and load_merged() share."""
     import torch
-
-    from LoTA.adapter import attention_for
-    dtype = getattr(torch, base.dtype)
-    return {"device": evaluation.device or base.device_map, "dtype": dtype,
-            "attn_implementation": attention_for(base.flash_attn, dtype), "trust_remote_code": base.trust_remote_code}
+    return {"device": evaluation.device or base.device_map, "dtype": getattr(torch, base.dtype),
+            "attn_implementation": base.flash_attn, "trust_remote_code": base.trust_remote_code}
 
 
 def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, temporary: str) -> Subject:
@@ -288,7 +286,8 @@ def main() -> None:
 
 def cli() -> None:
     """The console command lota-qaf."""
-    run_script(main)
+    run_script(main, "in mode 1 lower --train_batch_size, --source_max_len or --target_max_len and keep "
+                     "--gradient_checkpointing True; in mode 2 lower --eval_batch_size or --max_new_tokens")
 
 
 if __name__ == "__main__":

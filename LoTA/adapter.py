@@ -5,7 +5,11 @@ Touches transformers, PEFT and GPTQModel. LTA uses GPTQModel's own hook: a quant
 before a kernel sees them, so kernels that repack the weights at loading work like the others.
 """
 import logging
+import re
 import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,15 +19,16 @@ from gptqmodel.adapter.adapter import Adapter
 from gptqmodel.utils.backend import BACKEND
 from gptqmodel.utils.logger import setup_logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft.tuners.lora import LoraLayer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from LoTA import UserError
-from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder, is_merged, set_checkpoint_format
 from LoTA.layer import register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
-from LoTA.settings import baseConfig
+from LoTA.settings import baseConfig, target_layers
 
 
 class LTA(Adapter):
@@ -112,7 +117,7 @@ def load_merged(merged: MergedFolder, **kwargs):
 
 
 def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | None = None, backend: str = "auto",
-              attn_implementation: str | None = None, trust_remote_code: bool = False):
+              attn_implementation: str = "auto", trust_remote_code: bool = False):
     """A GPTQ folder as a GPTQModel in evaluation mode.
 
     dtype: with float32 the model loads in float16 and is widened afterwards, because no GPTQModel kernel is declared
@@ -120,9 +125,10 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
     device: None or "auto" takes the GPU, or all GPUs, or else the CPU.
     backend: a value of GPTQModel's BACKEND. On a machine without a GPU "auto" is the plain torch one, because the
         others compile for minutes first. The plain torch kernel computes with the scales that are on disk.
+    attn_implementation: a value of --flash_attn.
 
-    Without a GPU it switches torch.compile off in this process. Raises UserError for an unknown backend, and for a CUDA
-    device where there is no GPU.
+    Without a GPU it switches torch.compile off in this process. Raises UserError for an unknown backend, for attention
+    that the model cannot run with, and for a CUDA device where there is no GPU.
     """
     if device in (None, "auto"):
         place = {"device_map": "auto"} if torch.cuda.is_available() else {"device": "cpu"}
@@ -140,8 +146,9 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
         kernel = BACKEND.GPTQ_TORCH if wide else BACKEND(backend.lower())
     except ValueError:
         raise UserError(f"--backend {backend} is none of GPTQModel's: {', '.join(b.value for b in BACKEND)}") from None
-    model = GPTQModel.load(str(path), backend=kernel, dtype=torch.float16 if wide else dtype,
-                           trust_remote_code=trust_remote_code, attn_implementation=attn_implementation, **place)
+    with attention(attn_implementation, dtype, path, trust_remote_code) as implementation:
+        model = GPTQModel.load(str(path), backend=kernel, dtype=torch.float16 if wide else dtype,
+                               trust_remote_code=trust_remote_code, attn_implementation=implementation, **place)
     if wide:
         model.model.float()
     elif kernel == BACKEND.GPTQ_TORCH:
@@ -163,41 +170,106 @@ def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_tor
     if config.method == "LoTA":
         backend = "gptq_torch"
         register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
+    source = GPTQFolder(gptq)
     # PEFT only warns of tensors that it cannot place. None leaves it the model's own mapping.
-    key_mapping = adapter.key_mapping(GPTQFolder(gptq)) or None
-    return PeftModel.from_pretrained(load_gptq(gptq, backend=backend, **kwargs).model, adapter.path,
-                                     config=lora_config, key_mapping=key_mapping).eval()
+    key_mapping = adapter.key_mapping(source) or None
+    model = load_gptq(gptq, backend=backend, **kwargs).model
+    # The layers in the file, because PEFT may have rewritten the names in adapter_config.json for another layout.
+    lora_config.target_modules, lora_config.target_parameters = list(adapter.match_names(source)), None
+    with layers_by_name(model):
+        return PeftModel.from_pretrained(model, adapter.path, config=lora_config, key_mapping=key_mapping).eval()
 
 
 def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) -> PeftModel:
-    """The GPTQ model with a fresh adapter on every targeted layer, for completed settings and the run's record."""
+    """The GPTQ model with a fresh adapter on every targeted layer, for completed settings and the run's record.
+
+    Prints how many of the quantized layers get an adapter. Raises UserError where PEFT misses a targeted layer.
+    """
     dtype = getattr(torch, base.dtype)
-    model = load_gptq(folder.path, dtype, base.device_map, "gptq_torch", attention_for(base.flash_attn, dtype),
-                      base.trust_remote_code).model
+    model = load_gptq(folder.path, dtype, base.device_map, "gptq_torch", base.flash_attn, base.trust_remote_code).model
     model.config.use_cache = False
+    targets = target_layers(base.lora_target_modules, folder.modules)
     pooling = {"use_qalora": True, "qalora_group_size": folder.group_size} if base.method == "qalora" else {}
     lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
-                             target_modules=base.lora_target_modules, task_type=TaskType.CAUSAL_LM, **pooling)
+                             target_modules=targets, task_type=TaskType.CAUSAL_LM, **pooling)
     if base.lota_qaf:
         register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
-    return get_peft_model(model, lora_config)
+    with layers_by_name(model):
+        model = get_peft_model(model, lora_config)
+    adapted = {name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    missed = [name for name in targets if name not in adapted]
+    if missed:
+        raise UserError(f"PEFT puts no adapter on {missed[0]} ({len(missed)} of {len(targets)} layers): leave "
+                        f"{missed[0].rsplit('.', 1)[-1]} out of --lora_target_modules")
+    print(coverage(adapted, folder.modules))
+    return model
 
 
-def load_16bit(name: str, device: str = "auto", **kwargs) -> PreTrainedModel:
-    """The 16-bit model, a folder or a hub name. kwargs go to transformers. device "auto" is as in load_gptq()."""
+def coverage(adapted: set[str], quantized: Sequence[str]) -> str:
+    """How many of the quantized layers get an adapter, and which do not, with * for the numbers in their names."""
+    without = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in quantized if name not in adapted)
+    text = f"{len(quantized) - without.total()} of {len(quantized)} quantized layers get an adapter"
+    if without:
+        names = [f"{name} ({count})" for name, count in sorted(without.items())]
+        text += f"; without one: {', '.join(names[:8])}" + (f" and {len(names) - 8} more names" if names[8:] else "")
+    return text
+
+
+@contextmanager
+def layers_by_name(model: torch.nn.Module) -> Iterator[None]:
+    """While the block runs, PEFT takes the layers by the names that they have in the model.
+
+    transformers 5 stacks the experts of a layer into one tensor, and PEFT rewrites the names of experts for that, by
+    the model_type in the model's config. GPTQModel keeps every expert a layer of its own, as it is on disk. So the
+    rewritten names would reach no expert, and the config has another model_type during the block.
+    """
+    config, model_type = model.config, model.config.model_type
+    config.model_type = f"{model_type}_as_on_disk"
+    try:
+        yield
+    finally:
+        config.model_type = model_type
+
+
+def load_16bit(name: str, device: str = "auto", dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "auto",
+               trust_remote_code: bool = False, **kwargs) -> PreTrainedModel:
+    """The 16-bit model, a folder or a hub name. kwargs go to transformers. The rest is as in load_gptq()."""
     place = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
-    return AutoModelForCausalLM.from_pretrained(name, device_map=place, **kwargs)
+    with attention(attn_implementation, dtype, name, trust_remote_code) as implementation:
+        return AutoModelForCausalLM.from_pretrained(
+            name, device_map=place, dtype=dtype, attn_implementation=implementation,
+            trust_remote_code=trust_remote_code, **kwargs)
 
 
-def attention_for(flash_attn: str, dtype: torch.dtype) -> str:
-    """The attention implementation that --flash_attn asks for.
+def attention_for(flash_attn: str, dtype: torch.dtype, model: str | Path,
+                  trust_remote_code: bool = False) -> str | None:
+    """The attention implementation that --flash_attn asks for, or None for the model's own default.
 
-    "auto" is flash_attention_2 where it is installed and can run, else sdpa.
+    "auto" is flash_attention_2 where it is installed and the model allows it, else the model's own default. model: a
+    folder or a hub name, whose config.json is read where the answer depends on it.
     """
     if flash_attn != "auto":
         return flash_attn
-    can_flash = torch.cuda.is_available() and find_spec("flash_attn") and dtype != torch.float32
-    return "flash_attention_2" if can_flash else "sdpa"
+    if not torch.cuda.is_available() or not find_spec("flash_attn"):
+        return None
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if dtype != torch.float32 and getattr(architecture, "_supports_flash_attn", False):
+        return "flash_attention_2"
+    # The default by name, because GPTQModel would take None for flash_attention_2, which cannot run in float32.
+    return "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
+
+
+@contextmanager
+def attention(flash_attn: str, dtype: torch.dtype, model: str | Path, trust_remote_code: bool) -> Iterator[str | None]:
+    """attention_for(), for a model that the block loads. Raises UserError where it cannot run with the flag's."""
+    try:
+        yield attention_for(flash_attn, dtype, model, trust_remote_code)
+    except (ValueError, ImportError) as error:
+        if flash_attn == "auto" or not re.search("attention|attn", str(error), re.IGNORECASE):
+            raise
+        raise UserError(f"{model} does not run with --flash_attn {flash_attn}; leave it at auto "
+                        f"({str(error).splitlines()[0][:200]})") from None
 
 
 def _check_hook(module: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -394,7 +394,7 @@ class AdapterFolder:
         bits, group size and fingerprint are the model's.
         """
         config = self.config
-        self._layer_in_file = self._match_names(source)
+        self._layer_in_file = self.match_names(source)
         for module in self.modules:
             rank, rows = self._shape(module, "lora_A.weight")
             cols, other_rank = self._shape(module, "lora_B.weight")
@@ -425,7 +425,7 @@ class AdapterFolder:
         PREFIX, because PEFT would leave its tensor out without a word.
         """
         layers = defaultdict(list)                      # {(what to cut in front, what to put there): layers}
-        for module, layer in self._match_names(source).items():
+        for module, layer in self.match_names(source).items():
             if not layer.startswith(PREFIX):
                 raise UserError(f"{self.file}: {layer} does not begin with {PREFIX}, so PEFT cannot load it; merge it")
             stem = layer.removeprefix(PREFIX)
@@ -435,7 +435,7 @@ class AdapterFolder:
         return {rf"^{re.escape(cut)}(?=(?:{'|'.join(map(re.escape, ends))})\.lora_)": put
                 for (cut, put), ends in layers.items()}
 
-    def _match_names(self, source: QuantizedModel) -> dict[str, str]:
+    def match_names(self, source: QuantizedModel) -> dict[str, str]:
         """{layer of the model: layer as in the file}, by the end of the names, because wrappers put more before them.
 
         Raises UserError unless there is one layer of the model for each, and another one for each.

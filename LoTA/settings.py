@@ -5,6 +5,7 @@ line. complete_...() return new groups with the defaults that depend on the mode
 UserError. Importing this file loads no library, because --help must not wait for torch.
 """
 import argparse
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from LoTA.export import FORMATS
 if typing.TYPE_CHECKING:
     from LoTA.folders import GPTQFolder
 
+# The usual names of layers, in the order in which they are printed and recorded.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LAYERS = "all"          # the value of --lora_target_modules that means every quantized layer but lm_head
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 
@@ -85,7 +88,8 @@ class baseConfig:
     device_map: str = setting(
         "both", "auto", "the device of the model; auto takes the GPU, or all GPUs, or else the CPU")
     flash_attn: str = setting(
-        "both", "auto", "attention implementation", shown="auto: flash_attention_2 where installed, else sdpa",
+        "both", "auto", "attention implementation", shown="auto: flash_attention_2 where it is installed and the model "
+        "allows it, else the model's default",
         choices=["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"])
     trust_remote_code: bool = setting("both", False, "run code that comes with a model")
     seed: int = setting("both", 42, "random seed; how a single file is cut into train and test does not depend on it")
@@ -102,7 +106,8 @@ class baseConfig:
         "baseline that merges into an offset per group and output", choices=list(METHODS),
         shown="lota with --lota_qaf True, else lora")
     lora_target_modules: list[str] = setting(
-        "method", TARGET_MODULES, "the projections that get an adapter", shown=" ".join(TARGET_MODULES))
+        "method", (ALL_LAYERS,), "the quantized layers that get an adapter, each by its name or the end of its name; "
+        "all: every quantized layer but lm_head", shown=ALL_LAYERS)
     lora_r: int | None = setting("method", None, "the rank r", shown="64 below 30B parameters, else 32")
     lora_alpha: int | None = setting("method", None, "LoRA's alpha; LoTA only records it", shown="2 r")
     lora_dropout: float = setting("method", 0.0, "dropout of LoRA and QA-LoRA; LoTA has none")
@@ -301,7 +306,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 # --- mode 1 -------------------------------------------------------------------------------------------------------
 
 def check_method(base: baseConfig, training: trainingConfig) -> None:
-    """Raises UserError where --lota_qaf, --method and --recipe contradict each other."""
+    """Raises UserError where --lota_qaf, --method and --recipe contradict each other, or several processes train."""
+    processes = os.environ.get("WORLD_SIZE", "1")           # torchrun and accelerate launch set it
+    if processes.isdecimal() and int(processes) > 1:
+        raise UserError(f"training with several processes is not supported yet, and WORLD_SIZE is {processes}: start "
+                        "one process with python; it spreads a large model over all GPUs")
     if base.lota_qaf and base.method not in (None, "lota"):
         raise UserError(f"--lota_qaf True contradicts --method {base.method}")
     if training.recipe != "published" and not base.lota_qaf and base.method != "lota":
@@ -323,7 +332,7 @@ def complete_base(base: baseConfig, folder: "GPTQFolder") -> baseConfig:
 
 def complete_training(base: baseConfig, training: trainingConfig,
                       folder: "GPTQFolder") -> tuple[baseConfig, trainingConfig]:
-    """The settings of a training run with method, rank and alpha, and for LoTA omega and sigma, filled in.
+    """The settings of a training run with method, targets, rank and alpha, and for LoTA omega and sigma, filled in.
 
     Raises UserError where a flag contradicts the folder.
     """
@@ -332,7 +341,11 @@ def complete_training(base: baseConfig, training: trainingConfig,
     _, parameters = folder.model_size(base.pretrained)
     rank = base.lora_r if base.lora_r is not None else 64 if parameters < LARGE_MODEL else 32
     alpha = base.lora_alpha if base.lora_alpha is not None else 2 * rank
-    base = replace(base, method=method, lota_qaf=method == "lota", lora_r=rank, lora_alpha=alpha)
+    targets = base.lora_target_modules
+    if ALL_LAYERS in targets:
+        targets = [name for name in layer_names(folder.modules) if name != "lm_head"]
+    base = replace(base, method=method, lota_qaf=method == "lota", lora_target_modules=targets, lora_r=rank,
+                   lora_alpha=alpha)
     if method == "lota":
         omega_share, sigma = omega_and_sigma(training.recipe, folder.bits)
         training = replace(
@@ -348,6 +361,18 @@ def omega_and_sigma(recipe: str, bits: int) -> tuple[float, float]:
     return OMEGA_AND_SIGMA[row][recipe]
 
 
+def layer_names(modules: Sequence[str]) -> list[str]:
+    """The last parts of the names of layers, each once. The usual ones come first, in their usual order."""
+    names = {module.rsplit(".", 1)[-1] for module in modules}
+    return [name for name in TARGET_MODULES if name in names] + sorted(names.difference(TARGET_MODULES))
+
+
+def target_layers(targets: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Those of `modules` whose name is one of `targets`, or ends with a dot and one of them."""
+    ends = tuple(f".{target}" for target in targets)
+    return [module for module in modules if f".{module}".endswith(ends)]
+
+
 def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:
     """Raises UserError where a run with these completed settings cannot start."""
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
@@ -357,8 +382,10 @@ def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFold
             raise UserError(f"--{flag} must be at least 1, not {getattr(training, flag)}")
     if training.adapter_ckpt and not Path(training.adapter_ckpt).is_dir():
         raise UserError(f"--adapter_ckpt {training.adapter_ckpt} is not a folder")
-    if not any(name.rsplit(".", 1)[-1] in base.lora_target_modules for name in folder.modules):
-        raise UserError(f"--lora_target_modules {' '.join(base.lora_target_modules)}: the model has no such layer")
+    unknown = [target for target in base.lora_target_modules if not target_layers([target], folder.modules)]
+    if unknown or not base.lora_target_modules:
+        raise UserError(f"--lora_target_modules {' '.join(unknown)}: {folder.path} has no such quantized layer; it has "
+                        f"{', '.join(layer_names(folder.modules))}")
     if base.lora_r < 1:
         raise UserError(f"--lora_r must be at least 1, not {base.lora_r}")
     if base.dtype == "float16":

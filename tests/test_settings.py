@@ -1,6 +1,7 @@
 """The command line, recipes, completed settings and refusals; what --help costs; which modules may import which."""
 import ast
 import copy
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from random_gptq import write_gptq, write_lota_adapter
 
 import LoTA_QAF_main
 from data_print_save import TASKS
-from LoTA import UserError
+from LoTA import UserError, run_script
 from LoTA.export import FORMATS
 from LoTA.folders import GPTQFolder
 from LoTA.settings import (
@@ -233,7 +234,7 @@ def test_old_names_of_recipes(old, new):
 
 def model(bits=4, group_size=32, parameters=8e9, **config):
     """What complete_training() asks of a GPTQ folder."""
-    return SimpleNamespace(bits=bits, group_size=group_size, path=Path("gptq"), config=config,
+    return SimpleNamespace(bits=bits, group_size=group_size, path=Path("gptq"), config=config, modules=list(LAYERS),
                            model_size=lambda name=None: ("", parameters))
 
 
@@ -313,6 +314,119 @@ def test_checks_change_nothing(gptq, flags):
     assert complete_training(*done, folder) == done         # nothing is left open
 
 
+@pytest.mark.parametrize("method", ["lota", "lora"])
+def test_several_processes_are_refused_before_a_folder_is_made(monkeypatch, tmp_path, gptq, method):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    base, training, _ = parse("--mode", 1, "--method", method, "--quantized_model_dir", gptq, "--max_steps", 1)
+    with pytest.raises(UserError, match="^training with several processes is not supported yet, and WORLD_SIZE is 2: "):
+        LoTA_QAF_main.train(base, training)
+    assert list(tmp_path.iterdir()) == []
+    for one in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", one)
+        check_method(base, training)
+
+
+class SafetensorError(Exception):
+    """As safetensors has it: a subclass of Exception only."""
+
+
+def wrapped(cause):
+    """A library's error that was raised from another."""
+    error = ValueError("the model could not be loaded")
+    error.__cause__ = cause
+    return error
+
+
+def raised(call):
+    """What a call raises."""
+    with pytest.raises(Exception) as caught:        # noqa: PT011
+        call()
+    return caught.value
+
+
+# Most of the disk's wordings were met on a full tmpfs with the pinned versions. Those of the quota, of
+# PytorchStreamWriter and of CUDA were not met here.
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    raised(lambda: torch.empty(10**15)),            # DefaultCPUAllocator: can't allocate memory
+    raised(lambda: bytearray(10**15)),              # MemoryError without a text
+    MemoryError("Unable to allocate 7.11 PiB for an array with shape (1000000000000000,) and data type float64"),
+    OSError(12, "Cannot allocate memory"), SafetensorError("I/O error: Cannot allocate memory (os error 12)"),
+    wrapped(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))]
+DISK = [
+    OSError(28, "No space left on device", "model.safetensors"), OSError(122, "Disk quota exceeded"),
+    OSError("1000000 requested and 25584 written"),                     # numpy
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    Exception("No space left on device (os error 28)"),                 # tokenizers
+    RuntimeError("write(): fd 3 failed with No space left on device"),  # torch.save in the old format
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),      # torch.save
+    RuntimeError("basic_ios::clear: iostream error"),
+    RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0: file "
+                 "write failed")]
+OTHERS = [
+    (UserError("no such flag\nsecond line"), "no such flag"), (FileNotFoundError(2, "No such file", "a"),
+                                                               "[Errno 2] No such file: 'a'"),
+    (Exception("Permission denied (os error 13)"), "Permission denied (os error 13)"),
+    (SafetensorError("Error while deserializing header"), "Error while deserializing header"),
+    (FloatingPointError("a gradient is nan"), "a gradient is nan")]
+DEFECTS = [KeyError("out of memory"), ValueError("no space left on device"), RuntimeError("shapes differ"),
+           Exception("anything"), wrapped(UserError("a mistake")),
+           wrapped(FileNotFoundError(2, "no file")), RuntimeError("PytorchStreamReader failed reading zip archive")]
+
+
+def line_of(error, *memory_help):
+    """What run_script() prints for an error."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main, *memory_help)
+    line = stopped.value.code
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda e: f"{type(e).__name__}: {str(e)[:30]}")
+def test_out_of_memory_says_what_to_lower(error):
+    assert line_of(error, "lower --train_batch_size").startswith("error: out of memory: lower --train_batch_size (")
+    assert line_of(error).startswith("error: out of memory: free some, or take a machine with more (")
+
+
+@pytest.mark.parametrize("error", DISK, ids=lambda e: f"{type(e).__name__}: {str(e)[:50]}")
+def test_a_full_disk_is_one_line(error):
+    line, said = line_of(error), str(error)
+    sure = any(word in said for word in ("space", "quota", "requested"))
+    start = ("the disk is full, or a quota is reached: free space, or write to another disk" if sure
+             else "a checkpoint could not be written: look whether the disk is full")
+    assert line == f"error: {start} ({said})"
+
+
+@pytest.mark.parametrize("error, line", OTHERS, ids=lambda e: type(e).__name__)
+def test_other_mistakes_are_one_line(error, line):
+    assert line_of(error, "lower it") == f"error: {line}"
+
+
+@pytest.mark.parametrize("error", DEFECTS, ids=lambda e: f"{type(e).__name__}: {e}")
+def test_a_defect_keeps_its_traceback(error):
+    def main():
+        raise error
+    with pytest.raises(type(error)) as caught:
+        run_script(main)
+    assert caught.value is error
+
+
+def test_the_main_script_names_its_own_flags(monkeypatch):
+    monkeypatch.setattr("LoTA_QAF_main.main", lambda: bytearray(10**15))
+    with pytest.raises(SystemExit) as stopped:
+        LoTA_QAF_main.cli()
+    named = set(re.findall(r"--(\w+)", stopped.value.code))
+    assert {"train_batch_size", "source_max_len", "gradient_checkpointing", "eval_batch_size"} <= named
+    assert named <= {f.name for config in CONFIGS for f in fields(config)}
+
+
 REFUSED = [
     (("--quantized_model_dir", "no_such_folder"), "no_such_folder is not a folder"),
     ((), "--quantized_model_dir is missing"),
@@ -341,7 +455,8 @@ REFUSED = [
     (("--quantized_model_dir", "{gptq}", "--offset_scale", "learned", "--residual", False), "leaves out"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--learned_scales", True), "beside ternary adapters"),
-    (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"), "needs a GPTQ model with"),
+    (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"),
+     "needs a GPTQ model with groups"),
     (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--recipe", "full"), "--recipe full is for ternary"),
     (("--lota_qaf", False, "--method", "qalora", "--recipe", "learned"), "--recipe full is for ternary"),
