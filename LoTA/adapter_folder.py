@@ -38,6 +38,7 @@ class LotaConfig:
     base_format: str | None = None              # merged folders only: the checkpoint_format of the integers
     data_set: str | None = None
     seed: int | None = None
+    template_date: str | None = None            # the day that the chat template wrote, 2026-07-31; None: it wrote none
     settings: dict = field(default_factory=dict)        # all flags
     versions: dict = field(default_factory=dict)        # {package: version}
     training: dict = field(default_factory=dict)        # runtime_s, peak_mb, steps, loss, moved

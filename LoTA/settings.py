@@ -21,6 +21,7 @@ if typing.TYPE_CHECKING:
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
+MAX_NEW_TOKENS = 512        # of an answer, where --max_new_tokens is not given and the model has room for them
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 
 # --recipe: settings that go together, for the flags that are not given.
@@ -128,7 +129,7 @@ class trainingConfig:
     max_steps: int = setting("data", -1, "optimizer steps; they override the epochs")
     train_batch_size: int = setting("data", 64, "rows of one forward pass on one device")
     gradient_accumulation_steps: int = setting("data", 1, "forward passes whose gradients make one optimizer step")
-    source_max_len: int = setting("data", 1024, "tokens of a prompt at most; a longer one loses its beginning")
+    source_max_len: int = setting("data", 1024, "tokens of a prompt at most; a longer one loses the beginning of its question")
     target_max_len: int = setting(
         "data", 256, "tokens of an answer at most; a longer one loses its end and its end token")
     recipe: str = setting(
@@ -194,7 +195,9 @@ class evalConfig:
         "adapters always take gptq_torch")
     device: str | None = setting("model", None, "device of the evaluation", shown="--device_map's")
     ft_dataset_name: str = setting("measure", "none", "generate and score on this data set")
-    max_new_tokens: int = setting("measure", 512, "tokens of a generated answer at most")
+    max_new_tokens: int | None = setting(
+        "measure", None, "tokens of a generated answer at most; refused where the longest prompt leaves less room",
+        shown=f"{MAX_NEW_TOKENS}, or the room that the longest prompt leaves")
     answer_loss: bool = setting(
         "measure", False, "with --ft_dataset_name: also the mean cross entropy of the reference answers, in nats a "
         "token")
@@ -402,7 +405,7 @@ def check_evaluation(evaluation: evalConfig) -> None:
         raise UserError("--export FORMAT and --export_path FOLDER go together")
     if evaluation.export and evaluation.load_adapter == "none":
         raise UserError("--export writes a merged model: name it, or its adapter, with --load_adapter")
-    if evaluation.eval_batch_size < 1 or evaluation.max_new_tokens < 1:
+    if evaluation.eval_batch_size < 1 or (evaluation.max_new_tokens or 1) < 1:
         raise UserError("--eval_batch_size and --max_new_tokens must be at least 1")
 
 
