@@ -40,6 +40,8 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     folder = GPTQFolder(base.quantized_model_dir)
     base, training = settings.complete_training(base, training, folder)
     settings.check_training(base, training, folder)
+    if training.max_steps > 0 and training.num_train_epochs > 0:
+        print(f"--max_steps {training.max_steps} decides; --num_train_epochs {training.num_train_epochs} has no effect")
 
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer
@@ -65,7 +67,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         if training.adapter_ckpt:
             check_resumable(training.adapter_ckpt, config)
             date = LotaConfig.load(training.adapter_ckpt).template_date
-        config = replace(config, template_date=template_date(tokenizer, date))
+        config = replace(config, settings={**config.settings, "template_date": template_date(tokenizer, date)})
         data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
                                training.target_max_len, training.debug_number, base.data_dir, config.template_date)
         check_fit(base.quantized_model_dir, tokenizer, data["input_ids"], trust_remote_code=base.trust_remote_code)

@@ -38,8 +38,7 @@ class LotaConfig:
     base_format: str | None = None              # merged folders only: the checkpoint_format of the integers
     data_set: str | None = None
     seed: int | None = None
-    template_date: str | None = None            # the day that the chat template wrote, 2026-07-31; None: it wrote none
-    settings: dict = field(default_factory=dict)        # all flags
+    settings: dict = field(default_factory=dict)        # all flags, and template_date
     versions: dict = field(default_factory=dict)        # {package: version}
     training: dict = field(default_factory=dict)        # runtime_s, peak_mb, steps, loss, moved
     format_version: int = 1
@@ -53,6 +52,11 @@ class LotaConfig:
     def learned_offset(self) -> bool:
         """Whether mu is a parameter of the adapter."""
         return self.method == "LoTA" and self.residual and self.offset_scale == "learned"
+
+    @property
+    def template_date(self) -> str | None:
+        """The day that the chat template wrote into the prompts, such as 2026-07-31. None: it wrote none."""
+        return self.settings.get("template_date")
 
     def record(self) -> "AdapterRecord":
         """What mode 2 prints and saves about an adapter."""

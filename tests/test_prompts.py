@@ -329,7 +329,8 @@ def test_new_tokens_must_fit_too(changed, evaluate, demo_data, tmp_path, monkeyp
     results = evaluate(tmp_path, "--quantized_model_dir", folder, "--max_new_tokens", 20, "--limit", 4)
     longest = max(len(encode_prompt(load_tokenizer([str(folder)]), p["prompt"])) for p in results["predictions"])
     base, _, evaluation = parse("--mode", 2, "--quantized_model_dir", folder, "--ft_dataset_name", "viggo",
-                                "--data_dir", demo_data, "--dtype", "float32", "--limit", 4, "--output_path", tmp_path / "default")
+                                "--data_dir", demo_data, "--dtype", "float32", "--limit", 4, "--output_path",
+                                tmp_path / "default")
     assert evaluation.max_new_tokens is None
     LoTA_QAF_main.evaluate(base, evaluation)
     assert f"answers have at most {100 - longest} tokens" in capsys.readouterr().out
