@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_print_save import TASKS, scored_tasks
+from data_print_save import TASKS, check_cuda, load_tokenizer, params_print, scored_tasks, set_seed
 from LoTA import UserError, run_script, settings
 from LoTA.settings import METHODS, baseConfig, evalConfig, trainingConfig
 
 # Torch and the libraries are imported in the functions that need them, so that --help and mistakes answer at once.
 if TYPE_CHECKING:
+    from evalGSV import Scorer
     from LoTA.adapter_folder import AdapterFolder
     from LoTA.folders import GPTQFolder, MergedFolder
 
@@ -38,13 +39,15 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     folder = GPTQFolder(base.quantized_model_dir)
     base, training = settings.complete_training(base, training, folder)
     settings.check_training(base, training, folder)
+    if training.max_steps > 0 and training.num_train_epochs > 0:
+        print(f"--max_steps {training.max_steps} decides; --num_train_epochs {training.num_train_epochs} has no effect")
 
     import torch
     from transformers import DataCollatorForSeq2Seq
 
-    from data_print_save import check_cuda, get_Ada_path, load_tokenizer, params_print, prepare_dataset, set_seed
+    from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
     from LoTA.adapter import layers_by_name, load_for_training
-    from LoTA.adapter_folder import check_resumable
+    from LoTA.adapter_folder import check_resumable, date_of_checkpoint
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
     from LoTA.trainer import LotaTrainer, Run, RunTrainer, config_of_run, training_arguments
@@ -59,10 +62,13 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         check_cuda()
         set_seed(base.seed)
         tokenizer = load_tokenizer([base.quantized_model_dir, base.pretrained], base.trust_remote_code)
+        date = template_date(tokenizer, date_of_checkpoint(training.adapter_ckpt))
         data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
-                               training.target_max_len, training.debug_number, base.data_dir)
+                               training.target_max_len, training.debug_number, base.data_dir, date)
+        check_fit(base.quantized_model_dir, tokenizer, data["input_ids"], trust_remote_code=base.trust_remote_code)
         params_print(base, training)
         config = config_of_run(base, training, folder, data)
+        config = replace(config, settings={**config.settings, "template_date": date})
         if training.adapter_ckpt:
             check_resumable(training.adapter_ckpt, config)
 
@@ -124,6 +130,7 @@ class Subject:
     base: the settings, completed by what the model's folder says. name: the beginning of its results' names.
     load: a function that loads it. tokenizer: where its tokenizer may be. exportable: what --export may write.
     extra: what its results say beside the settings: the adapter's record, and the share of integers that a merge moved.
+    date: the day that the prompts of its training take for today, where they say one.
     """
     base: baseConfig
     name: str
@@ -131,12 +138,16 @@ class Subject:
     tokenizer: list[str | None]
     exportable: "AdapterFolder | MergedFolder | None" = None
     extra: dict = field(default_factory=dict)
+    date: str | None = None
 
 
 def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
     """Merges where there is something to merge, evaluates, exports. Returns {data set or "lm_eval": results}."""
     settings.check_evaluation(evaluation)
-    scorers = find_scorers(evaluation, base.data_dir)
+    scorers = {}
+    if not settings.only_merges(evaluation):
+        from evalGSV import find_scorers
+        scorers = find_scorers(evaluation, base.data_dir)
     which, source = find_model(base, evaluation)
     with tempfile.TemporaryDirectory() as temporary:
         subject = SUBJECTS[which](base, evaluation, source, temporary)
@@ -149,37 +160,18 @@ def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
     return results
 
 
-def find_scorers(evaluation: evalConfig, data_dir: str | None) -> dict[str, tuple[str, Callable]]:
-    """What is measured: {key in evaluate()'s result: (part of the file's name, the function that measures)}.
-
-    It reads the test rows and looks up lm-eval's tasks, so that a mistake is found before a model is loaded.
-    """
-    if settings.only_merges(evaluation):
-        return {}
-    from data_print_save import load_rows
-    from evalGSV import eval_lm_harness, evalgsv, find_lm_eval_tasks
-    scorers = {}
-    if evaluation.ft_dataset_name != "none":
-        rows = load_rows(evaluation.ft_dataset_name, "test", data_dir)
-        scorers[evaluation.ft_dataset_name] = evaluation.ft_dataset_name, partial(
-            evalgsv, subsample=evaluation.limit, rows=rows)
-    tasks = find_lm_eval_tasks(evaluation)
-    if tasks:
-        scorers["lm_eval"] = "_".join(tasks.names)[:80], partial(eval_lm_harness, tasks=tasks)
-    return scorers
-
-
-def measure(subject: Subject, evaluation: evalConfig, scorers: dict[str, tuple[str, Callable]]) -> dict:
-    """Loads a model and runs every scorer on it."""
-    from data_print_save import check_cuda, load_tokenizer, params_print, set_seed
+def measure(subject: Subject, evaluation: evalConfig, scorers: "dict[str, Scorer]") -> dict:
+    """Loads a model and runs every scorer on it. scorers: as find_scorers() in evalGSV.py returns them."""
     check_cuda()
     set_seed(subject.base.seed)
     tokenizer = load_tokenizer(subject.tokenizer, subject.base.trust_remote_code)
     params_print(subject.base, evaluation, *filter(None, [subject.extra.get("adapter")]))
+    ready = {key: (label, prepare(tokenizer, subject.tokenizer[0], subject.date, subject.base.trust_remote_code))
+             for key, (label, prepare) in scorers.items()}
     extra = {name: vars(value) if name == "adapter" else value for name, value in subject.extra.items()}
     model, when = subject.load(), datetime.now().strftime("%d_%H%M%S")
     return {key: score(model, tokenizer, base_args=subject.base, eval_args=evaluation, extra=extra,
-                       name=f"{subject.name}_{label}_{when}") for key, (label, score) in scorers.items()}
+                       name=f"{subject.name}_{label}_{when}") for key, (label, score) in ready.items()}
 
 
 def find_model(base: baseConfig, evaluation: evalConfig) -> tuple[str, "AdapterFolder | MergedFolder | None"]:
@@ -238,7 +230,7 @@ def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFold
         from LoTA.adapter import load_live
         return load_live(adapter, folder.path, backend=evaluation.backend, **loading(base, evaluation))
     return Subject(base, f"{adapter.path.resolve().name}_live", load, [str(folder.path), base.pretrained],
-                   adapter, {"adapter": adapter.config.record()})
+                   adapter, {"adapter": adapter.config.record()}, adapter.config.template_date)
 
 
 def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFolder | MergedFolder",
@@ -260,8 +252,9 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
         from LoTA.adapter import load_merged
         return load_merged(merged, backend=evaluation.backend, **loading(base, evaluation)).model
     return Subject(settings.complete_base(base, merged), f"{source.path.resolve().name}_merged", load,
-                   [str(merged.path), base.pretrained], merged,
-                   {"moved": merged.lota.training.get("moved"), "adapter": merged.lota.record()})
+                   [str(merged.path), base.pretrained or merged.lota.pretrained], merged,
+                   {"moved": merged.lota.training.get("moved"), "adapter": merged.lota.record()},
+                   merged.lota.template_date)
 
 
 SUBJECTS = {"16bit": subject_16bit, "gptq": subject_gptq, "live": subject_live, "merged": subject_merged}

@@ -7,9 +7,12 @@ names of the data sets for --help.
 """
 import random
 import re
+import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date as Date
+from datetime import datetime, time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +57,14 @@ FALLBACK_CHAT_TEMPLATE = (
     "{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
     "{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
+
+# Put before a template that writes the date: it hides transformers' own strftime_now(). transformers hands a template
+# plain data only, no function, so the date comes as {code of strftime: its text}. The newline at the end is eaten by
+# transformers' trim_blocks, so that the template still begins at the beginning of a line.
+FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{%- set written = namespace(text=format) -%}"
+    "{%- for code, text in date_codes.items() -%}{%- set written.text = written.text.replace(code, text) -%}"
+    "{%- endfor -%}{{ written.text }}{%- endmacro %}\n")
 
 
 # --- tasks --------------------------------------------------------------------------------------------------------
@@ -416,18 +427,73 @@ def _say_unused(folder: Path, unused: list[Path]) -> None:
 # --- prompts and tokens -------------------------------------------------------------------------------------------
 
 def load_tokenizer(places: list[str | None], trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the first place that is a hub name, or a folder that has one. Raises UserError without any."""
+    """The tokenizer of the first place that is a hub name, or a folder that has one.
+
+    Where it has no chat template, it gets that of the next place that has one. prepare_tokenizer() adds what is still
+    missing. Raises UserError where no place has a tokenizer, and where a file of it is damaged.
+    """
+    found = [place for place in dict.fromkeys(filter(None, places))
+             if (Path(place) / "tokenizer_config.json").exists() or not Path(place).is_dir()]
+    if not found:
+        raise UserError(f"no tokenizer in {places[0]}; name the 16-bit model with --pretrained")
+    tokenizer = _read_tokenizer(found[0], trust_remote_code)
+    for place in found[1:]:
+        if tokenizer.chat_template is None:
+            _take_template(tokenizer, found[0], place, trust_remote_code)
+    return prepare_tokenizer(tokenizer)
+
+
+def _read_tokenizer(place: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """AutoTokenizer's, with a UserError that names the file where one is damaged."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
-    for place in filter(None, places):
-        if (Path(place) / "tokenizer_config.json").exists() or not Path(place).is_dir():
-            return prepare_tokenizer(AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code))
-    raise UserError(f"no tokenizer in {places[0]}; name the 16-bit model with --pretrained")
+
+    from LoTA.storage import read_json
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except OSError:                                     # transformers says in one line what it misses
+        raise
+    except Exception as error:                          # tokenizers raises Exception itself
+        for file in sorted(Path(place).glob("*.json")):
+            read_json(file)                             # its UserError names the file
+        file = Path(place) / "tokenizer.json"
+        try:
+            if file.exists():
+                Tokenizer.from_file(str(file))
+        except Exception as damage:
+            raise UserError(f"{file} is damaged, copy it anew: {damage}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer of {place} cannot be loaded: {reason}") from error
+
+
+def _take_template(tokenizer: "PreTrainedTokenizerBase", its_place: str, place: str, trust_remote_code: bool) -> None:
+    """Gives `tokenizer` the chat template of the tokenizer at `place`, where that has one, and says so.
+
+    A template that writes added tokens which `tokenizer` lacks is not taken, because they would fall to pieces.
+    """
+    try:
+        other = _read_tokenizer(place, trust_remote_code)
+    except (OSError, UserError) as error:
+        if Path(place).is_dir():
+            raise
+        # A hub name may be there only to say the model's size, on a machine that does not reach the hub.
+        print(f"the chat template of {place} could not be read: {(str(error).splitlines() or ['no reason given'])[0]}")
+        return
+    if other.chat_template is None:
+        return
+    vocabulary, template = tokenizer.get_vocab(), other.get_chat_template()
+    lacking = [token for token in other.get_added_vocab() if token in template and token not in vocabulary]
+    if lacking:
+        print(f"the chat template of {place} is not used: {its_place} has no token {lacking[0]}")
+    else:
+        tokenizer.chat_template = other.chat_template
+        print(f"{its_place} has no chat template: that of {place} is used")
 
 
 def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """Gives a tokenizer what it lacks: a pad token (its eos token) and a chat template (FALLBACK_CHAT_TEMPLATE).
 
-    Changes it in place and returns it. Raises UserError where it has no eos token.
+    Changes it in place, says it where the fallback is used, and returns it. Raises UserError where it has no eos token.
     """
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no eos token, which ends every answer")
@@ -435,32 +501,90 @@ def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeni
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+        print("the tokenizer has no chat template: prompts have the headings '### Instruction:' and '### Response:'")
     return tokenizer
 
 
-def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+def template_date(tokenizer: "PreTrainedTokenizerBase", recorded: str | None = None) -> str | None:
+    """The date that prompts are rendered with, such as 2026-07-31: `recorded`, else today's.
+
+    None where the chat template writes no date.
+    """
+    if "strftime_now" not in tokenizer.get_chat_template():
+        return None
+    return recorded or Date.today().isoformat()
+
+
+@cache
+def _date_codes(date: str) -> dict[str, str]:
+    """{code of strftime, such as "%d" or "%-d": its text at the beginning of that day}."""
+    day = datetime.combine(Date.fromisoformat(date), time.min)
+    codes = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in string.ascii_letters]
+    texts = {code: day.strftime(code) for code in codes}
+    known = {code: text for code, text in texts.items() if text != code}
+    return {"%%": "\0", **known, "\0": "%"}            # replaced in this order, so "%%d" is "%d" and no day
+
+
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, date: str | None = None) -> str:
     """The text before the answer. Training and evaluation both call this, so their prompts never differ.
 
+    date: the day that a template which writes a date takes for today, such as 2026-07-31. None: the real one.
     A template that knows no system turn gets its text at the head of the user turn. Raises UserError where the template
     refuses the prompt.
     """
+    options, date = {}, template_date(tokenizer, date)
+    if date:
+        options = {"chat_template": FIXED_DATE + tokenizer.get_chat_template(), "date_codes": _date_codes(date)}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as refused:
-        if messages[0]["role"] != "system":
+        if len(messages) < 2 or messages[0]["role"] != "system":
             raise UserError(f"the tokenizer's chat template refuses the prompt: {refused}") from refused
         user = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        return render_prompt(tokenizer, [user, *messages[2:]])
+        return render_prompt(tokenizer, [user, *messages[2:]], date)
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_len: int | None = None) -> list[int]:
-    """The token ids of a rendered prompt, at most `max_len`.
+    """The token ids of a rendered prompt. With `max_len` the last so many of them; fit_prompt() cuts with more care.
 
-    No special tokens are added, because the template wrote them. A prompt that is too long loses its beginning, never
-    the end that asks for the answer.
+    No special tokens are added, because the template wrote them.
     """
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return ids[-max_len:] if max_len else ids
+
+
+def fit_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, max_len: int,
+               date: str | None = None) -> tuple[list[int], bool]:
+    """(the token ids of the prompt, at most `max_len`; whether text was cut). date: as in render_prompt().
+
+    A prompt that is too long stays well formed: what the template writes and the system turns are kept. The text of the
+    other turns loses its beginning, never the end that asks for the answer. Raises UserError where `max_len` has no
+    room for what must be kept.
+    """
+    def encode(kept: int) -> list[int]:
+        """The prompt with the last `kept` characters of those texts."""
+        turns = []
+        for message in reversed(messages):
+            text = message["content"]
+            if message["role"] != "system":
+                text = text[max(0, len(text) - kept):]
+                kept -= len(text)
+            turns.insert(0, {**message, "content": text})
+        return encode_prompt(tokenizer, render_prompt(tokenizer, turns, date))
+
+    ids = encode_prompt(tokenizer, render_prompt(tokenizer, messages, date))
+    if len(ids) <= max_len:
+        return ids, False
+    most = encode(0)
+    if len(most) > max_len:
+        raise UserError(f"--source_max_len {max_len} has no room for a question: the chat template and the system turn "
+                        f"take {len(most)} tokens of every prompt")
+    fits, too_many = 0, sum(len(m["content"]) for m in messages if m["role"] != "system")
+    while too_many - fits > 1:                          # bisection: the number of characters that just fits
+        middle = (fits + too_many) // 2
+        ids = encode(middle)
+        fits, too_many, most = (middle, too_many, ids) if len(ids) <= max_len else (fits, middle, most)
+    return most, True
 
 
 def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
@@ -468,16 +592,50 @@ def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int
     return tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
 
 
+def check_fit(place: str, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[list[int]], new_tokens: int = 0,
+              trust_remote_code: bool = False) -> int | None:
+    """Checks that rows fit the model at `place`, a folder or a hub name. Reads its config only.
+
+    rows: their token ids. new_tokens: how many more may be generated after each. Returns how many new tokens fit after
+    the longest row; None where the model's config sets no limit. Raises UserError where a row does not fit.
+    Every id must have a row of the embeddings, and a row with its new tokens must fit max_position_embeddings.
+    """
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code).get_text_config()
+    embeddings, positions = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    longest, its_number = 0, 0
+    for number, ids in enumerate(rows, 1):
+        if len(ids) > longest:
+            longest, its_number = len(ids), number
+        # Shorter rows of a batch are padded, so the pad token must be there as well.
+        for largest, where in ((max(ids, default=0), f"row {number}"), (tokenizer.pad_token_id, "the padding")):
+            if embeddings and largest >= embeddings:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise UserError(f"{where} has token {largest} ({token!r}), but {place} has {embeddings} embeddings "
+                                "(vocab_size): it needs the tokenizer of its own model")
+    if positions and longest + new_tokens > positions:
+        if not new_tokens:
+            remedy = "shorten the row, or lower --source_max_len or --target_max_len where it trains"
+        elif longest < positions:
+            remedy = f"lower --max_new_tokens to {positions - longest} or less"
+        else:
+            remedy = "leave the row out"
+        more = f" before {new_tokens} new ones" if new_tokens else ""
+        raise UserError(f"row {its_number} has {longest} tokens{more}, but {place} takes {positions} "
+                        f"(max_position_embeddings): {remedy}")
+    return positions - longest if positions else None
+
+
 def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_ratio: float = 1.0,
                     source_max_len: int = 1024, target_max_len: int = 256, debug_number: int = -1,
-                    data_dir: str | None = None) -> "Dataset":
+                    data_dir: str | None = None, date: str | None = None) -> "Dataset":
     """The training split, tokenized: columns input_ids, labels, length.
 
-    Prompt tokens have the label IGNORE_INDEX. A prompt has at most `source_max_len` tokens, an answer with its end
-    token at most `target_max_len`: a longer one loses its end and its end token, so no token of it trains the model to
-    go on for ever: the loss says nothing about what follows the last token. Prints how many of both are cut.
+    Prompt tokens have the label IGNORE_INDEX. A prompt has at most `source_max_len` tokens: fit_prompt() cuts a longer
+    one. An answer with its end token has at most `target_max_len`: a longer one loses its end and its end token, so the
+    loss says nothing about what follows its last token. Prints how many of both are cut.
     train_ratio: the share of the rows to keep, from the first on. debug_number: where it is positive, keep at most so
-    many rows.
+    many rows. date: as in render_prompt().
     """
     prepare_tokenizer(tokenizer)
     rows = load_rows(data_name, "train", data_dir)
@@ -489,14 +647,12 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
 
     def encode(row: dict) -> dict:
         messages, answer = read_messages(data_name, row)
-        prompt = render_prompt(tokenizer, messages)
-        whole_source, whole_target = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, answer)
-        fits = not source_max_len or len(whole_source) <= source_max_len
-        source = whole_source if fits else encode_prompt(tokenizer, prompt, source_max_len)
+        source, prompt_cut = fit_prompt(tokenizer, messages, source_max_len, date)
+        whole_target = encode_answer(tokenizer, answer)
         target = whole_target[:target_max_len]
         return {"input_ids": source + target, "labels": [IGNORE_INDEX] * len(source) + target,
                 "length": len(source) + len(target),
-                "prompt_cut": not fits, "answer_cut": len(target) < len(whole_target)}
+                "prompt_cut": prompt_cut, "answer_cut": len(target) < len(whole_target)}
 
     data = rows.select(range(keep)).map(encode, remove_columns=rows.column_names, desc=f"tokenizing {data_name}",
                                         keep_in_memory=True)

@@ -3,7 +3,9 @@
 Touches a transformers model, data through data_print_save, and writes JSON files.
 """
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_print_save import (
     IGNORE_INDEX,
     TASKS,
+    check_fit,
     encode_answer,
     encode_prompt,
     load_rows,
@@ -19,9 +22,28 @@ from data_print_save import (
     read_messages,
     render_prompt,
     save_results,
+    template_date,
 )
 from LoTA import UserError
-from LoTA.settings import baseConfig, evalConfig, split_names
+from LoTA.settings import MAX_NEW_TOKENS, baseConfig, evalConfig, split_names
+
+# What find_scorers() finds: (part of the file's name, a function (tokenizer, place, date, trust_remote_code) -> the
+# function that measures a model). place: the model's folder or hub name. date: as in ask(). The first function checks
+# what it can and raises UserError, so that a mistake is found before the model is loaded.
+Scorer = tuple[str, Callable[..., Callable[..., dict]]]
+
+
+def find_scorers(eval_args: evalConfig, data_dir: str | None) -> dict[str, Scorer]:
+    """What is measured: {data set or "lm_eval": its Scorer}. Reads the test rows and looks up lm-eval's tasks."""
+    scorers, data_name = {}, eval_args.ft_dataset_name
+    if data_name != "none":
+        rows = load_rows(data_name, "test", data_dir)
+        rows = rows.select(range(min(eval_args.limit or len(rows), len(rows))))
+        scorers[data_name] = data_name, partial(prepare_evalgsv, eval_args, rows)
+    tasks = find_lm_eval_tasks(eval_args)
+    if tasks:
+        scorers["lm_eval"] = "_".join(tasks.names)[:80], lambda *_: partial(eval_lm_harness, tasks=tasks)
+    return scorers
 
 
 def is_correct(pred: str, label: str, dataset_name: str) -> bool:
@@ -43,15 +65,26 @@ def confidence_interval(correct: int, total: int, z: float = 1.96) -> tuple[floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's eos token, and those of the model's generation_config.
+
+    Chat models often end their turn with a token that is not the tokenizer's eos, and only generation_config says so.
+    """
+    theirs = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    theirs = theirs if isinstance(theirs, list | tuple) else [theirs]
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *theirs) if token is not None))
+
+
 @torch.inference_mode()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int,
              max_new_tokens: int) -> list[str]:
     """Greedy answers to rendered prompts, in the order of the prompts. Sets the tokenizer's padding side to left.
 
+    An answer goes as far as the first of end_tokens().
     Internally batches hold prompts of similar length, and the longest come first.
     """
     tokenizer.padding_side = "left"
-    encoded = [encode_prompt(tokenizer, p) for p in prompts]
+    encoded, ends = [encode_prompt(tokenizer, p) for p in prompts], end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [None] * len(prompts)
     with tqdm(total=len(prompts), desc="generating", unit="row") as bar:
@@ -62,10 +95,10 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
             out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=None,
                                  top_p=None, top_k=None, repetition_penalty=1.0, no_repeat_ngram_size=0,
                                  use_cache=True, pad_token_id=tokenizer.pad_token_id,
-                                 eos_token_id=tokenizer.eos_token_id)
-            new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
-            for i, text in zip(rows, new, strict=True):
-                answers[i] = text.strip()
+                                 eos_token_id=ends if len(ends) > 1 else ends[0])
+            for i, new in zip(rows, out[:, batch["input_ids"].shape[1]:].tolist(), strict=True):
+                end = next((place for place, token in enumerate(new) if token in ends), len(new))
+                answers[i] = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
             bar.update(len(rows))
     return answers
 
@@ -96,23 +129,47 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     return total / tokens
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Test rows as rendered prompts with their labels.
+
+    date: what template_date() says of them. room: how many new tokens fit after the longest prompt; None: not known.
+    """
+    prompts: list[str]
+    labels: list[str]
+    date: str | None
+    room: int | None = None
+
+
+def ask(tokenizer: PreTrainedTokenizerBase, data_name: str, rows, date: str | None = None) -> Questions:
+    """The Questions of test rows. date: the day of the training, where the adapter's lota_config.json has it."""
+    date = template_date(tokenizer, date)
+    pairs = [read_messages(data_name, row) for row in rows]
+    return Questions([render_prompt(tokenizer, messages, date) for messages, _ in pairs],
+                     [label for _, label in pairs], date)
+
+
 def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_args: baseConfig, eval_args: evalConfig,
-            subsample: int | None = None, name: str | None = None, extra: dict | None = None, rows=None) -> dict:
+            subsample: int | None = None, name: str | None = None, extra: dict | None = None, rows=None,
+            questions: Questions | None = None) -> dict:
     """Evaluates `model` on the test split of eval_args.ft_dataset_name. Returns the results and saves them as JSON.
 
     subsample: take only so many rows. name: of the JSON file. extra: more entries for it.
-    rows: the test rows, where the caller has read them already.
-    The results are the accuracy with its 95 % interval, every prediction with its prompt and label, and with
-    eval_args.answer_loss the loss of the labels.
+    rows: the test rows, where the caller has read them already. questions: the rendered rows; the others are not read
+    then.
+    The results are the accuracy with its 95 % interval, every prediction with its prompt and label, the date in the
+    prompts where the chat template writes one, and with eval_args.answer_loss the loss of the labels.
     """
     data_name = eval_args.ft_dataset_name
     prepare_tokenizer(tokenizer)
-    if rows is None:
-        rows = load_rows(data_name, "test", base_args.data_dir)
-    if subsample:
-        rows = rows.select(range(min(subsample, len(rows))))
-    pairs = [read_messages(data_name, row) for row in rows]
-    prompts, labels = [render_prompt(tokenizer, messages) for messages, _ in pairs], [label for _, label in pairs]
+    if questions is None:
+        rows = load_rows(data_name, "test", base_args.data_dir) if rows is None else rows
+        questions = ask(tokenizer, data_name, rows.select(range(min(subsample or len(rows), len(rows)))))
+    prompts, labels = questions.prompts, questions.labels
+    if eval_args.max_new_tokens is None:
+        eval_args = replace(eval_args, max_new_tokens=min(MAX_NEW_TOKENS, questions.room or MAX_NEW_TOKENS))
+        if eval_args.max_new_tokens < MAX_NEW_TOKENS:
+            print(f"{data_name}: answers have at most {questions.room} tokens: the longest prompt leaves no more")
     model.eval()
     predictions = generate(model, tokenizer, prompts, eval_args.eval_batch_size, eval_args.max_new_tokens)
     items = [{"prompt": prompt, "label": label, "prediction": prediction,
@@ -120,7 +177,8 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
              for prompt, label, prediction in zip(prompts, labels, predictions, strict=True)]
     correct = sum(item["correct"] for item in items)
     results = {"data_set": data_name, "rows": len(items), "correct": correct, "accuracy": correct / len(items),
-               "interval_95": confidence_interval(correct, len(items)), **(extra or {}), "predictions": items}
+               "interval_95": confidence_interval(correct, len(items)), **(extra or {}),
+               **({"template_date": questions.date} if questions.date else {}), "predictions": items}
     low, high = results["interval_95"]
     print(f"{data_name}: {correct} of {len(items)} correct, accuracy {correct / len(items):.2%} "
           f"(95 % interval {low:.2%} to {high:.2%})")
@@ -129,6 +187,21 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
         print(f"{data_name}: mean loss of the answers' tokens {results['loss']:.4f}")
     save_results(eval_args.output_path, name or data_name, results, base_args, eval_args)
     return results
+
+
+def prepare_evalgsv(eval_args: evalConfig, rows, tokenizer: PreTrainedTokenizerBase, place: str,
+                    date: str | None = None, trust_remote_code: bool = False) -> Callable[..., dict]:
+    """evalgsv() of these test rows, rendered. See Scorer.
+
+    Raises UserError where a prompt with --max_new_tokens, or with its label for --answer_loss, does not fit the model.
+    """
+    questions = ask(tokenizer, eval_args.ft_dataset_name, rows, date)
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in questions.prompts]
+    room = check_fit(place, tokenizer, prompts, eval_args.max_new_tokens or 1, trust_remote_code)
+    if eval_args.answer_loss:
+        answered = [ids + encode_answer(tokenizer, label) for ids, label in zip(prompts, questions.labels, strict=True)]
+        check_fit(place, tokenizer, answered, trust_remote_code=trust_remote_code)
+    return partial(evalgsv, questions=replace(questions, room=room))
 
 
 @dataclass(frozen=True)

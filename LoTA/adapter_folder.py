@@ -54,7 +54,7 @@ class LotaConfig:
     base_format: str | None = None              # merged folders only: the checkpoint_format of the integers
     data_set: str | None = None
     seed: int | None = None
-    settings: dict = field(default_factory=dict)        # all flags
+    settings: dict = field(default_factory=dict)        # all flags, and template_date
     versions: dict = field(default_factory=dict)        # {package: version}
     # processes, data (the fingerprint of the tokenized rows), runtime_s, peak_mb, steps, loss, moved. A checkpoint has
     # what a resumed run needs to go on counting: loss_sum, loss_unlogged, last_logged.
@@ -70,6 +70,11 @@ class LotaConfig:
     def learned_offset(self) -> bool:
         """Whether mu is a parameter of the adapter."""
         return self.method == "LoTA" and self.residual and self.offset_scale == "learned"
+
+    @property
+    def template_date(self) -> str | None:
+        """The day that the chat template wrote into the prompts, such as 2026-07-31. None: it wrote none."""
+        return self.settings.get("template_date")
 
     def record(self) -> "AdapterRecord":
         """What mode 2 prints and saves about an adapter."""
@@ -184,7 +189,8 @@ MAY_DIFFER = {
     "max_steps", "num_train_epochs",                                                                # how long it is
     "device_map", "flash_attn", "gradient_checkpointing", "trust_remote_code",                      # the device
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
-    "quantized_model_dir", "pretrained", "data_dir", "sym"}
+    "quantized_model_dir", "pretrained", "data_dir", "sym",
+    "template_date"}                        # a resumed run takes the checkpoint's
 OLD_RECIPES = {"steps": "ternary", "grid": "scales", "learned": "full"}     # values of --recipe in old files
 # What a checkpoint must have. Trainer silently begins anew what is not there.
 STATE = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
@@ -224,6 +230,13 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
             raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {pattern.replace('*', '')}); take an "
                             "earlier checkpoint")
     AdapterFolder(checkpoint).check_values()
+
+
+def date_of_checkpoint(checkpoint: str | Path | None) -> str | None:
+    """The date in the prompts of a checkpoint's run, or None where it recorded none. A resumed run keeps it."""
+    if checkpoint is None or not (Path(checkpoint) / LOTA_CONFIG).exists():
+        return None
+    return LotaConfig.load(checkpoint).template_date
 
 
 class QuantizedModel(Protocol):

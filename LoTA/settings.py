@@ -24,6 +24,7 @@ if typing.TYPE_CHECKING:
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LAYERS = "all"          # the value of --lora_target_modules that means every quantized layer but lm_head
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
+MAX_NEW_TOKENS = 512        # of an answer, where --max_new_tokens is not given and the model has room for them
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 
 # --recipe: settings that go together, for the flags that are not given.
@@ -55,14 +56,15 @@ GROUPS = {
 
 
 def setting(group: str, default, help: str, *, shown=None, choices: Sequence | None = None, off: str | None = None,
-            aliases: Sequence[str] = ()):
+            aliases: Sequence[str] = (), several: bool = False):
     """A field of a settings group.
 
     group: one of GROUPS. shown: what --help shows as the default, where that is not `default` itself.
     off: what --no_NAME does, for a flag that is True by default. aliases: other names of the flag.
+    several: the flag takes several names, "a,b" or "a b". The field is a text with commas between them.
     """
     metadata = {"group": group, "help": help, "shown": default if shown is None else shown, "choices": choices,
-                "off": off, "aliases": aliases}
+                "off": off, "aliases": aliases, "several": several}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -120,7 +122,7 @@ class baseConfig:
         choices=["omega", "paper", "learned"])
     learned_scales: bool = setting(
         "method", False, "LoTA: also train the scales of the groups; the merged model has them as its own scales")
-    report_to: str = setting("run", "none", "trackers that get the metrics, such as tensorboard or wandb")
+    report_to: str = setting("run", "none", "trackers that get the metrics, such as tensorboard or wandb", several=True)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class trainingConfig:
     max_steps: int = setting("data", -1, "optimizer steps; they override the epochs")
     train_batch_size: int = setting("data", 64, "rows of one forward pass on one device")
     gradient_accumulation_steps: int = setting("data", 1, "forward passes whose gradients make one optimizer step")
-    source_max_len: int = setting("data", 1024, "tokens of a prompt at most; a longer one loses its beginning")
+    source_max_len: int = setting(
+        "data", 1024, "tokens of a prompt at most; a longer one loses the beginning of its question")
     target_max_len: int = setting(
         "data", 256, "tokens of an answer at most; a longer one loses its end and its end token")
     recipe: str = setting(
@@ -199,11 +202,13 @@ class evalConfig:
         "adapters always take gptq_torch")
     device: str | None = setting("model", None, "device of the evaluation", shown="--device_map's")
     ft_dataset_name: str = setting("measure", "none", "generate and score on this data set")
-    max_new_tokens: int = setting("measure", 512, "tokens of a generated answer at most")
+    max_new_tokens: int | None = setting(
+        "measure", None, "tokens of a generated answer at most; refused where the longest prompt leaves less room",
+        shown=f"{MAX_NEW_TOKENS}, or the room that the longest prompt leaves")
     answer_loss: bool = setting(
         "measure", False, "with --ft_dataset_name: also the mean cross entropy of the reference answers, in nats a "
         "token")
-    tasks: str | None = setting("measure", None, "lm-eval tasks, comma-separated, such as mmlu", shown="none")
+    tasks: str | None = setting("measure", None, "lm-eval tasks, such as mmlu", shown="none", several=True)
     num_fewshot: int = setting("measure", 5, "lm-eval: solved examples before each question")
     include_path: str | None = setting("measure", None, "lm-eval: a folder of local task files", shown="none")
     limit: int | None = setting("measure", None, "evaluate only the first so many rows", shown="all")
@@ -235,8 +240,11 @@ def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequ
     parser.set_defaults(**RECIPES[parse().recipe])      # a recipe's settings are defaults: a flag that is given wins
     values = vars(parse())
     values["lora_target_modules"] = [name for names in values["lora_target_modules"] for name in split_names(names)]
-    return tuple(config(**{f.name: values[f.name] for f in fields(config)})
-                 for config in (baseConfig, trainingConfig, evalConfig))
+    configs = (baseConfig, trainingConfig, evalConfig)
+    for f in (f for config in configs for f in fields(config) if f.metadata["several"]):
+        if isinstance(values[f.name], list):            # the flag was given
+            values[f.name] = ",".join(split_names(" ".join(filter(None, values[f.name])))) or None
+    return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
 
 
 def split_names(text: str | None) -> list[str]:
@@ -264,8 +272,11 @@ def _build_parser(description: str, training_sets: Sequence[str],
             elif typing.get_origin(types[f.name]) is list:
                 options |= {"nargs": "+", "metavar": "NAME"}
             else:
-                options |= {"type": _recipe_name if f.name == "recipe" else value_type,
+                optional = value_type is str and NoneType in typing.get_args(types[f.name]) and not options["choices"]
+                options |= {"type": _recipe_name if f.name == "recipe" else _text_or_none if optional else value_type,
                             "metavar": None if options["choices"] else value_type.__name__.upper()}
+                if f.metadata["several"]:
+                    options |= {"nargs": "+", "metavar": "NAME"}
             groups[f.metadata["group"]].add_argument(*_spellings(f.name, *f.metadata["aliases"]), **options)
             if f.metadata["off"]:
                 groups[f.metadata["group"]].add_argument(
@@ -285,6 +296,11 @@ def _true_or_false(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"True or False is wanted, not '{text}'")
     return values[text.lower()]
+
+
+def _text_or_none(text: str) -> str | None:
+    """None for "none", because scripts give a flag that has no default so."""
+    return None if text.lower() == "none" else text
 
 
 def _recipe_name(text: str) -> str:
@@ -431,8 +447,11 @@ def check_evaluation(evaluation: evalConfig) -> None:
         raise UserError("--export writes a merged model: name it, or its adapter, with --load_adapter")
     if evaluation.include_path and not Path(evaluation.include_path).is_dir():
         raise UserError(f"--include_path {evaluation.include_path} is not a folder")
-    if evaluation.eval_batch_size < 1 or evaluation.max_new_tokens < 1:
+    new_tokens, limit = evaluation.max_new_tokens, evaluation.limit
+    if evaluation.eval_batch_size < 1 or (new_tokens is not None and new_tokens < 1):
         raise UserError("--eval_batch_size and --max_new_tokens must be at least 1")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}; leave it out to evaluate all rows")
 
 
 def only_merges(evaluation: evalConfig) -> bool:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 import torch
-from conftest import predictions
+from conftest import parse, predictions
 from pairs import pairwise
 from test_data import (
     ANSWERS,
@@ -28,7 +28,8 @@ import evalGSV
 from data_print_save import load_rows, prepare_dataset
 from evalGSV import answer_loss, confidence_interval, evalgsv, generate, is_correct
 from LoTA import UserError
-from LoTA.settings import baseConfig, evalConfig
+from LoTA.adapter_folder import LotaConfig
+from LoTA.settings import baseConfig, check_evaluation, evalConfig
 
 # --- scoring ------------------------------------------------------------------------------------------------------
 
@@ -416,3 +417,35 @@ def test_evalgsv_with_bad_data(tmp_path, monkeypatch, data_name, files, message)
     with pytest.raises(UserError, match=message):
         evalgsv(Stub({}), char_tokenizer(), *settings_of(tmp_path, data_name, tmp_path / "data"))
     assert not (tmp_path / "results").exists()
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("given", [("a,b",), ("a", "b"), ("a,", "b"), ("a b",)])
+def test_several_names(given):
+    """With commas or as words: the same setting, and nothing is left over."""
+    assert parse("--tasks", *given, "--limit", 3)[2] == evalConfig(tasks="a,b", limit=3)
+    assert parse("--report-to", *given)[0] == baseConfig(report_to="a,b")
+
+
+def test_none_is_not_a_name():
+    """A script says none for a flag that has no default; --report_to none stays the text that it is."""
+    assert parse("--adapter_ckpt", "none", "--tasks", "none", "--data_dir", "none", "--pretrained", "None",
+                 "--merged_path", "none", "--report_to", "none") == parse()
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limits_that_are_refused(limit):
+    """Neither stands for all rows, and the message says what does."""
+    with pytest.raises(UserError, match=f"--limit must be at least 1, not {limit}; leave it out to evaluate all rows"):
+        check_evaluation(parse("--mode", 2, "--ft_dataset_name", "viggo", "--limit", limit)[2])
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--num_train_epochs", 1.5), "--max_steps 1 decides; --num_train_epochs 1.5 has no effect\n"), ((), "")])
+def test_steps_and_epochs(train, tmp_path, capsys, flags, said):
+    """Where both are given, one line says which decides."""
+    adapter = train(tmp_path, "--max_steps", 1, "--save_strategy", "no", *flags)
+    lines = [line for line in capsys.readouterr().out.splitlines(True) if "decides" in line]
+    assert "".join(lines) == said
+    assert LotaConfig.load(adapter).training["steps"] == 1
