@@ -91,11 +91,11 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
                    "loss": trainer.state.log_history[-1].get("train_loss")}
         model.save_pretrained(str(run.folder), save_embedding_layers=False)
         write_json(run.folder / "log_history.json", trainer.state.log_history)
-        replace(config, training=outcome).save(run.folder)
+        replace(config, training=outcome).save_adapter(run.folder)
         if base.lota_qaf:               # the adapter is on disk already, whatever becomes of its report
             moved = trainer.monitor.moved.shares()
             print_moved(moved)
-            replace(config, training={**outcome, "moved": moved}).save(run.folder)
+            replace(config, training={**outcome, "moved": moved}).save_adapter(run.folder)
             trainer.monitor.write(run.folder, trainer.state.log_history)
         final = run.finish(runtime, peak)
     print(f"adapter saved to {final}")

@@ -2,8 +2,10 @@
 
 Touches files. Knows nothing of GPTQModel or PEFT, loads no model and unpickles nothing.
 """
+import hashlib
+import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +13,11 @@ import torch
 from safetensors import safe_open
 
 from LoTA import UserError
-from LoTA.storage import read_json, write_json
+from LoTA.storage import checksums, read_json, require_unchanged, write_json
 from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")        # what PEFT writes
 PREFIX = "base_model.model."        # PEFT puts it before the name of every adapted layer
 # The name of an adapter folder: 8B_int4_LoTA_48_0.950_0.999_alpaca_...
 ADAPTER_NAME = re.compile(r"(?P<size>[\d.]+[BM])_int(?P<bits>\d)_(?P<method>LoTA|LoRA|QA-LoRA)_(?P<first>[^_]+)_[^_]+"
@@ -41,6 +44,8 @@ class LotaConfig:
     settings: dict = field(default_factory=dict)        # all flags
     versions: dict = field(default_factory=dict)        # {package: version}
     training: dict = field(default_factory=dict)        # runtime_s, peak_mb, steps, loss, moved
+    fingerprint_all: str | None = None          # "all:...": of every tensor, so of embeddings and norms too
+    sha256: dict = field(default_factory=dict)          # {file: SHA-256}; empty: made before they were recorded
     format_version: int = 1
 
     @property
@@ -53,23 +58,56 @@ class LotaConfig:
         """Whether mu is a parameter of the adapter."""
         return self.method == "LoTA" and self.residual and self.offset_scale == "learned"
 
+    def other_weights(self, source: "QuantizedModel") -> str | None:
+        """What of `source` differs by the recorded fingerprints; None where nothing does, or none is recorded."""
+        if self.fingerprint_all is None:                            # folders made before have the other one only
+            differs = self.fingerprint is not None and self.fingerprint != source.fingerprint()
+            return "GPTQ weights" if differs else None
+        quantized, everything = source.fingerprints()
+        if self.fingerprint not in (None, quantized):
+            return "GPTQ weights"
+        return "embeddings, norms or biases" if self.fingerprint_all != everything else None
+
     def record(self) -> "AdapterRecord":
         """What mode 2 prints and saves about an adapter."""
         return AdapterRecord(**{f.name: getattr(self, f.name) for f in fields(AdapterRecord)})
 
     def save(self, folder: str | Path) -> None:
-        """Writes lota_config.json into `folder`."""
-        write_json(Path(folder) / LOTA_CONFIG, asdict(self))
+        """Writes lota_config.json into `folder`. With checksums it gets one of its own."""
+        content = asdict(self)
+        if self.sha256:
+            content["sha256"] = {**self.sha256, LOTA_CONFIG: _own_checksum(content)}
+        write_json(Path(folder) / LOTA_CONFIG, content)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes lota_config.json into an adapter folder, with the checksums of the files that are loaded."""
+        replace(self, sha256=checksums(folder, ADAPTER_FILES)).save(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "LotaConfig":
-        """Reads lota_config.json from `folder`. Raises UserError where its format_version is another."""
+        """Reads lota_config.json from `folder`.
+
+        Raises UserError where its format_version is another, or its content is not what was written.
+        """
         content = read_json(Path(folder) / LOTA_CONFIG)
         if content.get("format_version") != cls.format_version:
             raise UserError(f"{folder}/{LOTA_CONFIG} has format version {content.get('format_version')}; this "
                             f"version of LoTA reads {cls.format_version}")
+        own = content.get("sha256", {}).pop(LOTA_CONFIG, None)
+        # Every version that writes fingerprint_all writes sha256 too. Where it is gone, its name was changed.
+        lost = "fingerprint_all" in content and "sha256" not in content
+        if lost or own not in (None, _own_checksum(content)):
+            raise UserError(f"{folder}/{LOTA_CONFIG} has other content than what was written; copy the folder again "
+                            "or make it again")
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in content.items() if k in known})
+
+
+def _own_checksum(content: dict) -> str:
+    """SHA-256 of lota_config.json's content. The base models' paths are left out, because users move folders."""
+    kept = {key: value for key, value in content.items() if key not in ("pretrained", "quantized_model_dir")}
+    kept["sha256"] = {name: value for name, value in content.get("sha256", {}).items() if name != LOTA_CONFIG}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -107,6 +145,9 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: its {name} is "
                             f"{getattr(saved, name)}, not {getattr(config, name)}")
+    if saved.fingerprint_all not in (None, config.fingerprint_all):
+        raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed on this GPTQ model: its embeddings, norms or "
+                        "biases are others (fingerprints differ)")
 
 
 class QuantizedModel(Protocol):
@@ -119,6 +160,8 @@ class QuantizedModel(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def fingerprint(self) -> str: ...
+
+    def fingerprints(self) -> tuple[str, str]: ...
 
 
 class AdapterFolder:
@@ -136,7 +179,7 @@ class AdapterFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not an adapter folder: there is no such folder")
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in ADAPTER_FILES:
             if not (self.path / name).exists():
                 raise UserError(f"{path} is not an adapter folder: it has no {name}")
         self.peft_config = read_json(self.path / "adapter_config.json")
@@ -213,6 +256,27 @@ class AdapterFolder:
         except UserError:
             return False
 
+    def misfits(self) -> list[str]:
+        """One line for each tensor whose name fits no adapted layer, and for each one that a layer lacks."""
+        config = self.config
+        roles = ["lora_A.weight", "lora_B.weight", *["lora_offset"] * config.learned_offset,
+                 *["lora_scale"] * (config.method == "LoTA" and config.learned_scales)]
+        with safe_open(self.file, "pt") as tensors:
+            present = set(tensors.keys())
+        # A letter that changed in one name leaves the layer's other names, so every layer that any name tells counts.
+        modules = {name.removesuffix(f".{role}") for name in present for role in roles if name.endswith(f".{role}")}
+        expected = {f"{module}.{role}" for module in modules for role in roles}
+        # A LoRA of others may hold more than pairs of matrices, and PEFT knows what that is.
+        unknown = set() if config.method == "LoRA" else present - expected
+        return [f"{name} is missing" for name in sorted(expected - present)] + [
+            f"{name} is no tensor of a {config.method} adapter" for name in sorted(unknown)]
+
+    def require_whole(self) -> None:
+        """Raises UserError where a file has other bytes than those that were written, or a tensor fits nowhere."""
+        require_unchanged(self.path, self.config.sha256, "copy the folder again, or take an earlier checkpoint")
+        for misfit in self.misfits():
+            raise UserError(f"{self.path}/{self.file.name}: {misfit}; copy the folder again")
+
     # --- the model it belongs to --------------------------------------------------------------------------------------
 
     def check_match(self, source: QuantizedModel) -> None:
@@ -235,8 +299,9 @@ class AdapterFolder:
                                      ("rows in a group", config.group_size, source.group_size)):
             if trained is not None and trained != given:
                 raise UserError(f"{self.path} was trained on {trained} {fact}, {source.path} has {given}")
-        if config.fingerprint is not None and source.fingerprint() != config.fingerprint:
-            raise UserError(f"{self.path} was trained on other GPTQ weights than those of {source.path} (fingerprints "
+        other = config.other_weights(source)
+        if other:
+            raise UserError(f"{self.path} was trained on other {other} than those of {source.path} (fingerprints "
                             f"differ); it was trained on {config.quantized_model_dir}")
 
     def _shape(self, module: str, matrix: str) -> tuple[int, int]:

@@ -104,12 +104,13 @@ def training_arguments(base: baseConfig, training: trainingConfig, folder: Path)
 
 def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder) -> LotaConfig:
     """The LotaConfig of a run with these completed settings. It goes into the adapter folder."""
+    fingerprint, fingerprint_all = folder.fingerprints()
     return LotaConfig(
         method=METHODS[base.method], omega=training.interval_point if base.lota_qaf else None,
         residual=base.residual or base.method == "qalora",      # QA-LoRA merges as offsets
         offset_scale=base.offset_scale, learned_scales=base.lota_qaf and base.learned_scales, bits=base.w_bits,
         group_size=base.group_size, rank=base.lora_r, pretrained=_absolute(base.pretrained),
-        quantized_model_dir=_absolute(folder.path), fingerprint=folder.fingerprint(),
+        quantized_model_dir=_absolute(folder.path), fingerprint=fingerprint, fingerprint_all=fingerprint_all,
         data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
         versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")})
 
@@ -201,7 +202,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.config.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.config.save_adapter(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def peak_memory_mb() -> float:

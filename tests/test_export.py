@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 from LoTA import UserError
 from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.check import check_folder
 from LoTA.export import FORMATS, gguf
 from LoTA.export.run import export
 from LoTA.folders import GPTQFolder, MergedFolder
@@ -346,6 +347,39 @@ def test_the_verification_catches_damage(merged, tmp_path, format):
             content[place] ^= 1
         file.write_bytes(content)
     check(model, out)
+
+
+@pytest.mark.parametrize("format, file, old, new", [
+    ("gptq", "model.safetensors", b"model.norm.weight", b"model.norn.weight"),
+    ("peft", "model.safetensors", b"model.norm.weight", b"model.norn.weight"),
+    ("peft", "adapter/adapter_model.safetensors", b"0.mlp.down_proj.lora_A", b"0.mlp.down_proj.lora_C"),
+    ("peft", "adapter/adapter_model.safetensors", b"0.mlp.down_proj.lora_B", b"0.mlp.down_prok.lora_B"),
+    ("gguf", gguf.GGUF_FILE, b"output_norm.weight", b"output_norn.weight"),
+    ("gguf", gguf.GGUF_FILE, b"blk.0.ffn_down.weight", b"blk.0.ffn_dowm.weight"),
+    ("dense", "model.safetensors", b"model.norm.weight", b"model.norn.weight"),
+    ("dense", "model.safetensors", b"0.mlp.down_proj.weight", b"0.mlp.down_prok.weight")])
+def test_the_verification_catches_renamed_tensors(merged, tmp_path, format, file, old, new):
+    """One changed letter in a name. The bytes of the tensor are right, and no engine would load it."""
+    folder, out = merged(4, residual=format != "gptq"), tmp_path / "out"
+    export(folder, format, out)
+    content = (out / file).read_bytes()
+    assert content.count(old) == 1
+    (out / file).write_bytes(content.replace(old, new))
+    with pytest.raises(RuntimeError, match="does not hold the merged model's"):
+        FORMATS[format].load().check(MergedFolder(folder), out)
+
+
+def test_an_export_checks_itself(merged, tmp_path):
+    """A flipped bit, a missing and an added file in an exported folder."""
+    export(merged(4), "peft", tmp_path / "out")
+    assert check_folder(tmp_path / "out").findings == []
+    file = tmp_path / "out/adapter/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    (tmp_path / "out/tokenizer.json").unlink()
+    (tmp_path / "out/more.json").write_text("{}")
+    assert check_folder(tmp_path / "out").findings == [
+        "adapter/adapter_model.safetensors has other bytes than those that were written", "tokenizer.json is missing",
+        "more.json was not there when the folder was written"]
 
 
 @pytest.mark.parametrize("format", ["peft", "gguf", "dense"])

@@ -52,7 +52,7 @@ def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -
     """Compares every tensor of the checkpoint and of the adapter. Raises RuntimeError where one differs."""
     gptq.check(model, folder)
     adapter = AdapterFolder(folder / "adapter")
-    if adapter.modules != model.offset_modules():
+    if adapter.modules != model.offset_modules() or adapter.misfits():
         raise RuntimeError(f"{folder}/adapter does not hold the merged model's offsets")
     for module in tqdm(adapter.modules, desc="verifying the offsets", unit="layer"):
         for written, expected in zip(adapter.matrices(module), offset_as_lora(model, module), strict=True):
