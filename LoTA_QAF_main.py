@@ -45,7 +45,8 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
 
     from data_print_save import check_cuda, get_Ada_path, load_tokenizer, params_print, prepare_dataset, set_seed
     from LoTA.adapter import load_for_training
-    from LoTA.adapter_folder import check_resumable
+    from LoTA.adapter_folder import LotaConfig, check_resumable
+    from LoTA.export.card import write_adapter_card
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
     from LoTA.trainer import Checkpoints, LotaTrainer, Run, config_of_run, peak_memory_mb, training_arguments
@@ -98,6 +99,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
             replace(config, training={**outcome, "moved": moved}).save_adapter(run.folder)
             trainer.monitor.write(run.folder, trainer.state.log_history)
         final = run.finish(runtime, peak)
+        write_adapter_card(final, LotaConfig.load(final))
     print(f"adapter saved to {final}")
     return final
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from LoTA import UserError, run_script
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder
+from LoTA.export.card import write_merged_card
 from LoTA.folders import (
     LOTA_FORMAT,
     LOTA_SUBFOLDER,
@@ -82,6 +83,7 @@ def merge_folders(adapter: AdapterFolder, source: GPTQFolder, output: str | Path
         record.save(folder / LOTA_SUBFOLDER)
         if verify:
             verify_folders(adapter, source, MergedFolder(folder), merge_layer)
+        write_merged_card(folder, Path(output).name, record, source.bits, source.group_size)
         names = [name for name in files_below(folder) if name != MARKER]
         replace(record, sha256=checksums(folder, names)).save(folder / LOTA_SUBFOLDER)
     return moved.shares()

@@ -17,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from LoTA import UserError
 from LoTA.adapter_folder import LotaConfig
+from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
 from LoTA.monitor import Monitor, console_line
 from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
@@ -202,7 +203,9 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.config.save_adapter(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_adapter_card(checkpoint, self.config)
+            self.config.save_adapter(checkpoint)
 
 
 def peak_memory_mb() -> float:

@@ -251,6 +251,36 @@ def test_old_fingerprints_are_compared_as_before(gptq, tmp_path):
         adapter.check_match(GPTQFolder(gptq))
 
 
+# --- cards --------------------------------------------------------------------------------------------------------
+
+def test_a_merged_folder_has_a_card(merged, gptq, tmp_path):
+    """Base, method, settings, what moved, where the checksums are, how it is loaded. A source's own is replaced."""
+    moved = MergedFolder(merged).lota.training["moved"]["all"]
+    card = (merged / "README.md").read_text()
+    for text in ("base_model: gptq", "# gptq, 4 bits, fine-tuned with LoTA", "| Omega | 3.0 |", "| Rank | 8 |",
+                 "GPTQ, 4 bits, group size 32", f"{moved:.4%}", 'LTA(path="merged").load()', "`lota/lota_config.json`",
+                 "Stock GPTQ tools refuse"):
+        assert text in card, text
+    (gptq / "README.md").write_text("of the source")
+    plain = AdapterFolder(write_lota_adapter(tmp_path / "plain", gptq, residual=False))
+    merge_folders(plain, GPTQFolder(gptq), tmp_path / "other")
+    assert "a plain GPTQ checkpoint" in (tmp_path / "other/README.md").read_text()
+
+
+def test_an_adapter_has_a_card(trained):
+    """The run's folder and its checkpoints, instead of the form that PEFT leaves to be filled in."""
+    for folder in (trained, trained / "checkpoint-4"):
+        card, config = (folder / "README.md").read_text(), LotaConfig.load(folder)
+        for text in ("library_name: peft", "fine-tuned with LoTA", "| Training data | viggo |", "| Omega | 4",
+                     "| Sigma | 0.95, ", f'LTA(path="{folder.name}")', "`lota_config.json`"):
+            assert text in card, text
+        assert "More Information Needed" not in card
+        assert set(config.sha256) == set(ADAPTER_FILES) and config.fingerprint_all.startswith("all:")
+        assert check_folder(folder).findings == []
+    moved = LotaConfig.load(trained).training["moved"]["all"]
+    assert f"| Integer weights moved by the merge | {moved:.4%} |" in (trained / "README.md").read_text()
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 def run(folder):
