@@ -53,14 +53,15 @@ class LTA(Adapter):
     def parameter_keys(cls) -> list[str]:
         return ["offset"]
 
-    def load(self, base: str | Path | None = None, **kwargs):
+    def load(self, base: str | Path | None = None, check: bool = True, **kwargs):
         """The GPTQModel with the offsets on it.
 
         base: the GPTQ folder, for an adapter that does not name its own. kwargs go to load_gptq() (dtype, device,
         backend ...). An adapter folder is merged into a temporary folder first; TMPDIR says where.
+        check: whether a merged folder's files are compared with their checksums, which reads them once more.
         """
         if is_merged(self.path):
-            return self._load_checked(MergedFolder(self.path), **kwargs)
+            return self._load_checked(MergedFolder(self.path), check=check, **kwargs)
         adapter = AdapterFolder(self.path, self.threshold, self.residual)
         base = base or adapter.config.quantized_model_dir
         if base is None:
@@ -68,7 +69,7 @@ class LTA(Adapter):
         with tempfile.TemporaryDirectory() as folder:
             merged = Path(folder) / "merged"
             merge_folders(adapter, GPTQFolder(base), merged, verify=False)
-            return self._load_checked(MergedFolder(merged), **kwargs)
+            return self._load_checked(MergedFolder(merged), check=False, **kwargs)      # written just now
 
     def _load_checked(self, merged: MergedFolder, **kwargs):
         for given, recorded, fact in ((self.rank, merged.lota.rank, "rank"),
@@ -97,11 +98,14 @@ class LTA(Adapter):
         return out.add_((sums @ self._ready[2]).view(out.shape))
 
 
-def load_merged(merged: MergedFolder, **kwargs):
+def load_merged(merged: MergedFolder, check: bool = True, **kwargs):
     """A merged folder as a GPTQModel with the offsets on it. kwargs go to load_gptq().
 
-    Raises UserError where GPTQModel's kernel would drop the offsets.
+    check: whether its files are compared with their checksums first.
+    Raises UserError where a file was changed, and where GPTQModel's kernel would drop the offsets.
     """
+    if check:
+        merged.require_whole()
     with tempfile.TemporaryDirectory() as view:
         model = load_gptq(_as_plain_gptq(merged, Path(view)), **kwargs)
     attached = {}
@@ -165,7 +169,9 @@ def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_tor
     """A PEFT model in evaluation mode: the adapter (LoTA, LoRA or QA-LoRA) unmerged on its GPTQ folder.
 
     kwargs go to load_gptq(). A LoTA adapter runs on the plain torch kernel's layers, whatever `backend` says.
+    Raises UserError where a file of the adapter has other bytes than those that were written.
     """
+    adapter.require_whole()
     config, lora_config = adapter.config, LoraConfig.from_pretrained(adapter.path)
     if config.method == "LoTA":
         backend = "gptq_torch"

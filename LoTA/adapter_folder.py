@@ -2,9 +2,11 @@
 
 Touches files. Knows nothing of GPTQModel or PEFT, loads no model and unpickles nothing.
 """
+import hashlib
+import json
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -13,10 +15,11 @@ from pydantic import Field
 from safetensors import safe_open
 
 from LoTA import UserError
-from LoTA.storage import read_json, read_record, write_json
+from LoTA.storage import checksums, read_json, read_record, require_unchanged, write_json
 from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")        # what PEFT writes
 PREFIX = "base_model.model."        # PEFT puts it before the name of every adapted layer
 # What the name of an adapter folder says: ..._int4_LoTA_48_0.950_0.999_alpaca_... Users put words before it and leave
 # numbers out.
@@ -59,6 +62,8 @@ class LotaConfig:
     # processes, data (the fingerprint of the tokenized rows), runtime_s, peak_mb, steps, loss, moved. A checkpoint has
     # what a resumed run needs to go on counting: loss_sum, loss_unlogged, last_logged.
     training: dict = field(default_factory=dict)
+    fingerprint_all: str | None = None          # "all:...": of every tensor, so of embeddings and norms too
+    sha256: dict = field(default_factory=dict)          # {file: SHA-256}; empty: made before they were recorded
     format_version: int = 1
 
     @property
@@ -76,24 +81,41 @@ class LotaConfig:
         """The day that the chat template wrote into the prompts, such as 2026-07-31. None: it wrote none."""
         return self.settings.get("template_date")
 
+    def other_weights(self, source: "QuantizedModel") -> str | None:
+        """What of `source` differs by the recorded fingerprints; None where nothing does, or none is recorded."""
+        if self.fingerprint_all is None:                            # folders made before have the other one only
+            differs = self.fingerprint is not None and self.fingerprint != source.fingerprint()
+            return "GPTQ weights" if differs else None
+        quantized, everything = source.fingerprints()
+        if self.fingerprint not in (None, quantized):
+            return "GPTQ weights"
+        return "embeddings, norms or biases" if self.fingerprint_all != everything else None
+
     def record(self) -> "AdapterRecord":
         """What mode 2 prints and saves about an adapter."""
         return AdapterRecord(**{f.name: getattr(self, f.name) for f in fields(AdapterRecord)})
 
     def save(self, folder: str | Path, complete: bool = True) -> None:
-        """Writes lota_config.json into `folder`.
+        """Writes lota_config.json into `folder`. With checksums it gets one of its own.
 
         complete: whether all other files are there. A save that takes several files writes False before the first and
         True after the last, so that a folder is not read where the process was killed in between.
         """
-        write_json(Path(folder) / LOTA_CONFIG, {**asdict(self), "complete": complete})
+        content = {**asdict(self), "complete": complete}
+        if self.sha256:
+            content["sha256"] = {**self.sha256, LOTA_CONFIG: _own_checksum(content)}
+        write_json(Path(folder) / LOTA_CONFIG, content)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes lota_config.json into an adapter folder, with the checksums of the files that are loaded."""
+        replace(self, sha256=checksums(folder, ADAPTER_FILES)).save(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "LotaConfig":
         """Reads lota_config.json from `folder`.
 
-        Raises UserError where it is not complete, where its format_version is another, where a field has another type,
-        and where a LoTA adapter has no omega.
+        Raises UserError where it is not complete, where its format_version is another, where its content is not what
+        was written, where a field has another type, and where a LoTA adapter has no omega.
         """
         content = read_json(Path(folder) / LOTA_CONFIG)
         known = content if isinstance(content, dict) else {}
@@ -103,9 +125,22 @@ class LotaConfig:
             raise UserError(f"{folder}/{LOTA_CONFIG} has format version {known.get('format_version')}; this version of "
                             f"LoTA reads {cls.format_version}")
         config = read_record(Path(folder) / LOTA_CONFIG, cls)
+        own = config.sha256.pop(LOTA_CONFIG, None)
+        # Every version that writes fingerprint_all writes sha256 too. Where it is gone, its name was changed.
+        lost = "fingerprint_all" in content and "sha256" not in content
+        if lost or own not in (None, _own_checksum(content)):
+            raise UserError(f"{folder}/{LOTA_CONFIG} has other content than what was written; copy the folder again "
+                            "or make it again")
         if config.method == "LoTA" and config.omega is None:
             raise UserError(f"{folder}/{LOTA_CONFIG} records a LoTA adapter without omega")
         return config
+
+
+def _own_checksum(content: dict) -> str:
+    """SHA-256 of lota_config.json's content. The base models' paths are left out, because users move folders."""
+    kept = {key: value for key, value in content.items() if key not in ("pretrained", "quantized_model_dir")}
+    kept["sha256"] = {name: value for name, value in content.get("sha256", {}).items() if name != LOTA_CONFIG}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -210,6 +245,9 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: its {name} is "
                             f"{getattr(saved, name)}, not {getattr(config, name)}")
+    if saved.fingerprint_all not in (None, config.fingerprint_all):
+        raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed on this GPTQ model: its embeddings, norms or "
+                        "biases are others (fingerprints differ)")
     before = dict(saved.settings)
     if "recipe" in before:
         before["recipe"] = OLD_RECIPES.get(before["recipe"], before["recipe"])
@@ -250,6 +288,8 @@ class QuantizedModel(Protocol):
 
     def fingerprint(self) -> str: ...
 
+    def fingerprints(self) -> tuple[str, str]: ...
+
 
 class AdapterFolder:
     """An adapter folder, opened once: its LotaConfig as `config`, and its matrices, read one layer at a time.
@@ -271,7 +311,7 @@ class AdapterFolder:
         if not self.path.is_dir():
             raise UserError(f"{path} is not an adapter folder: there is no such folder")
         recorded = LotaConfig.load(self.path) if (self.path / LOTA_CONFIG).exists() else None
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in ADAPTER_FILES:
             if not (self.path / name).exists():
                 raise UserError(f"{path} is not an adapter folder: it has no {name}")
         self.peft_config = PeftConfig.load(self.path)
@@ -398,6 +438,27 @@ class AdapterFolder:
         except UserError:
             return False
 
+    def misfits(self) -> list[str]:
+        """One line for each tensor whose name fits no adapted layer, and for each one that a layer lacks."""
+        config = self.config
+        roles = ["lora_A.weight", "lora_B.weight", *["lora_offset"] * config.learned_offset,
+                 *["lora_scale"] * (config.method == "LoTA" and config.learned_scales)]
+        with safe_open(self.file, "pt") as tensors:
+            present = set(tensors.keys())
+        # A letter that changed in one name leaves the layer's other names, so every layer that any name tells counts.
+        modules = {name.removesuffix(f".{role}") for name in present for role in roles if name.endswith(f".{role}")}
+        expected = {f"{module}.{role}" for module in modules for role in roles}
+        # A LoRA of others may hold more than pairs of matrices, and PEFT knows what that is.
+        unknown = set() if config.method == "LoRA" else present - expected
+        return [f"{name} is missing" for name in sorted(expected - present)] + [
+            f"{name} is no tensor of a {config.method} adapter" for name in sorted(unknown)]
+
+    def require_whole(self) -> None:
+        """Raises UserError where a file has other bytes than those that were written, or a tensor fits nowhere."""
+        require_unchanged(self.path, self.config.sha256, "copy the folder again, or take an earlier checkpoint")
+        for misfit in self.misfits():
+            raise UserError(f"{self.path}/{self.file.name}: {misfit}; copy the folder again")
+
     # --- the model it belongs to --------------------------------------------------------------------------------------
 
     def check_match(self, source: QuantizedModel) -> None:
@@ -427,8 +488,9 @@ class AdapterFolder:
                                      ("rows in a group", config.group_size, source.group_size)):
             if trained is not None and trained != given:
                 raise UserError(f"{self.path} was trained on {trained} {fact}, {source.path} has {given}")
-        if config.fingerprint is not None and source.fingerprint() != config.fingerprint:
-            raise UserError(f"{self.path} was trained on other GPTQ weights than those of {source.path} (fingerprints "
+        other = config.other_weights(source)
+        if other:
+            raise UserError(f"{self.path} was trained on other {other} than those of {source.path} (fingerprints "
                             f"differ); it was trained on {config.quantized_model_dir}")
 
     def key_mapping(self, source: QuantizedModel) -> dict[str, str]:

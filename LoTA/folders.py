@@ -5,10 +5,12 @@ Touches files, one tensor at a time. Knows nothing of GPTQModel or PEFT, loads n
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import safe_open
@@ -18,7 +20,7 @@ from LoTA import SUPPORTED_BITS, UserError
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder, LotaConfig
 from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import words_of
-from LoTA.storage import read_json, read_record, write_json
+from LoTA.storage import files_below, read_json, read_record, require_unchanged, write_json
 from LoTA.ternary import dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder with offsets, so that stock tools refuse it
@@ -161,12 +163,66 @@ class GPTQFolder:
     def fingerprint(self) -> str:
         """xxh3-128 over the names and bytes of every quantized tensor. Equal only for the same GPTQ weights."""
         digest = xxhash.xxh3_128()
-        for module in tqdm(self.modules, desc="fingerprinting the GPTQ weights", unit="layer", leave=False):
-            for tensor in LAYER_TENSORS:
-                name = f"{module}.{tensor}"
-                digest.update(name.encode())
-                digest.update(self.tensor(name).contiguous().view(torch.uint8).numpy())
+        for name, data in self._bytes_of(self._quantized_names(), "fingerprinting the GPTQ weights"):
+            digest.update(name.encode())
+            digest.update(data)
         return digest.hexdigest()
+
+    def fingerprints(self) -> tuple[str, str]:
+        """(fingerprint(), "all:" and an xxh3-128 over the names, dtypes, shapes and bytes of every tensor)."""
+        of_quantized, of_all = xxhash.xxh3_128(), xxhash.xxh3_128()
+        quantized = self._quantized_names()
+        others = sorted(set(self.file_of) - set(quantized))
+        for i, (name, data) in enumerate(self._bytes_of(quantized + others, "fingerprinting the model")):
+            if i < len(quantized):
+                of_quantized.update(name.encode())
+                of_quantized.update(data)
+            of_all.update(f"{name} {self._header(name)}".encode())
+            of_all.update(data)
+        return of_quantized.hexdigest(), f"all:{of_all.hexdigest()}"
+
+    def _quantized_names(self) -> list[str]:
+        return [f"{module}.{tensor}" for module in self.modules for tensor in LAYER_TENSORS]
+
+    def _bytes_of(self, names: list[str], desc: str) -> Iterator[tuple[str, np.ndarray]]:
+        for name in tqdm(names, desc=desc, unit="tensor", leave=False):
+            yield name, self.tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
+
+    def _header(self, name: str) -> tuple[str, list[int]]:
+        """(safetensors' name of a tensor's dtype, its shape), from the file's header."""
+        with safe_open(self.file_of[name], "pt") as tensors:
+            entry = tensors.get_slice(name)
+            return entry.get_dtype(), entry.get_shape()
+
+    def _words(self, integers: int) -> int:
+        return math.ceil(integers * self.bits / 32)
+
+    def _words_of_blocks(self, integers: int) -> int:
+        return math.ceil(integers / 32) * self.bits
+
+    def misfits(self) -> list[str]:
+        """One line for each quantized tensor whose name, dtype, shape or groups are not what GPTQ's format demands.
+
+        It reads headers, and of each layer g_idx.
+        """
+        found = [f"{name} belongs to no quantized layer: its layer has no qweight" for name in sorted(self.file_of)
+                 if name.endswith((".qzeros", ".g_idx")) and name.rpartition(".")[0] not in self.modules]
+        for module in self.modules:
+            rows, cols = self._header(f"{module}.g_idx")[1][0], self._header(f"{module}.scales")[1][-1]
+            groups = self._header(f"{module}.scales")[1][0]
+            for tensor in LAYER_TENSORS:
+                # Words of 32 bits. Some writers of 3 bits fill the last block of 32 integers up.
+                shapes = [{"qweight": [words(rows), cols], "qzeros": [groups, words(cols)], "scales": [groups, cols],
+                           "g_idx": [rows]}[tensor] for words in (self._words, self._words_of_blocks)]
+                dtype, given = self._header(f"{module}.{tensor}")
+                allowed = ("F16", "BF16", "F32") if tensor == "scales" else ("I32",)
+                if given not in shapes or dtype not in allowed:
+                    found.append(f"{module}.{tensor} is {dtype} {given}, expected {' or '.join(allowed)} {shapes[0]}")
+            g_idx = self.tensor(f"{module}.g_idx")
+            if g_idx.unique().tolist() != list(range(groups)):
+                found.append(f"{module}.g_idx names the groups {int(g_idx.min())} ... {int(g_idx.max())}, and there "
+                             f"are scales for 0 ... {groups - 1}")
+        return found
 
     def model_size(self, name: str | None = None) -> tuple[str, float]:
         """(a label such as "8B", the number of parameters), by `name` or the folder's name, else by the shapes."""
@@ -249,6 +305,32 @@ class MergedFolder(GPTQFolder):
             return []
         with safe_open(self.offsets_file, "pt") as offsets:
             return sorted(name.removesuffix(".offset") for name in offsets.keys())
+
+    def misfits(self) -> list[str]:
+        """GPTQFolder's, and one line for each offset whose name, dtype or shape fits no quantized layer."""
+        found = super().misfits()
+        if self.lota.residual:
+            with safe_open(self.offsets_file, "pt") as offsets:
+                for name in sorted(offsets.keys()):
+                    module, _, role = name.rpartition(".")
+                    if role != "offset" or module not in self.modules:
+                        found.append(f"{LOTA_SUBFOLDER}/{OFFSETS_FILE}: {name} is the offset of no quantized layer")
+                        continue
+                    dtype, shape = offsets.get_slice(name).get_dtype(), offsets.get_slice(name).get_shape()
+                    expected = self._header(f"{module}.scales")[1]
+                    if dtype != "F32" or shape != expected:
+                        found.append(f"{LOTA_SUBFOLDER}/{OFFSETS_FILE}: {name} is {dtype} {shape}, expected F32 "
+                                     f"{expected}")
+        return found
+
+    def require_whole(self) -> None:
+        """Raises UserError where a file has other bytes than those that were written, or a tensor fits nowhere."""
+        require_unchanged(self.path, self.lota.sha256, "copy the folder again or merge again")
+        for name in self.lota.sha256 and files_below(self.path):
+            if name.endswith(".safetensors") and name not in self.lota.sha256:
+                raise UserError(f"{self.path}: {name} was not there when the folder was written; move it away")
+        for misfit in self.misfits():
+            raise UserError(f"{self.path}: {misfit}; merge again")
 
     def offset(self, module: str) -> torch.Tensor | None:
         """mu of one layer, float32 [groups, out], or None where the layer has no adapter or no offset."""

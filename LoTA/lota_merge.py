@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from LoTA import UserError, run_script
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder
+from LoTA.export.card import write_merged_card
 from LoTA.folders import (
     LOTA_FORMAT,
     LOTA_SUBFOLDER,
@@ -29,7 +30,14 @@ from LoTA.folders import (
 )
 from LoTA.packed import PackedLayer
 from LoTA.packing import count_different
-from LoTA.storage import check_output_folder, create_safetensors, overwrite_tensor, whole_folder
+from LoTA.storage import (
+    check_output_folder,
+    checksums,
+    create_safetensors,
+    files_below,
+    overwrite_tensor,
+    whole_folder,
+)
 from LoTA.ternary import check_settings, is_merge, merge
 
 MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"
@@ -47,6 +55,7 @@ def merge_folders(adapter: AdapterFolder, source: GPTQFolder, output: str | Path
     if config.method == "LoRA":
         raise UserError(f"{adapter.path} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
                         "which the GPTQ grid cannot hold; python -m LoTA.export ADAPTER --format dense writes the sum")
+    adapter.require_whole()
     adapter.check_match(source)
     merge_layer = layer_merger(adapter)
 
@@ -69,10 +78,14 @@ def merge_folders(adapter: AdapterFolder, source: GPTQFolder, output: str | Path
             if offset is not None:
                 overwrite_tensor(folder / LOTA_SUBFOLDER / OFFSETS_FILE, f"{module}.offset", offset)
             moved.add(module, packed, merged)
-        replace(config, quantized_model_dir=str(source.path.resolve()), base_format=source.checkpoint_format,
-                training={**config.training, "moved": moved.shares()}).save(folder / LOTA_SUBFOLDER)
+        record = replace(config, quantized_model_dir=str(source.path.resolve()), base_format=source.checkpoint_format,
+                         training={**config.training, "moved": moved.shares()}, sha256={})
+        record.save(folder / LOTA_SUBFOLDER)
         if verify:
             verify_folders(adapter, source, MergedFolder(folder), merge_layer)
+        write_merged_card(folder, Path(output).name, record, source.bits, source.group_size)
+        names = [name for name in files_below(folder) if name != MARKER]
+        replace(record, sha256=checksums(folder, names)).save(folder / LOTA_SUBFOLDER)
     return moved.shares()
 
 
@@ -111,11 +124,18 @@ def qalora_offset(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, pa
 def verify_folders(adapter: AdapterFolder, source: GPTQFolder, merged: MergedFolder, merge_layer: LayerMerger) -> None:
     """Reads the merged folder back and checks that each integer, offset and scale is what the equations say.
 
+    The names of its tensors must be the source's, and those of its offsets exactly the adapter's layers.
+
     It computes the step of every weight again, because the merge may have computed only those that can step. Where
     integers, offsets, scales and all other tensors are equal, W' is equal. Raises RuntimeError, because a difference is
     a defect of this program or of the disk.
     """
     config = merged.lota
+    renamed = sorted(set(merged.file_of) ^ set(source.file_of))
+    if config.residual:
+        renamed += [f"{module}.offset" for module in sorted(set(merged.offset_modules()) ^ set(adapter.modules))]
+    for wrong in [*renamed, *merged.misfits()]:
+        raise RuntimeError(f"{wrong}: the merged folder's tensors are not those of the model and its adapter")
     for module in tqdm(adapter.modules, desc="verifying", unit="layer"):
         before, after, offset = source.packed(module), merged.packed(module), merged.offset(module)
         untouched = ["qzeros", "g_idx", "scales"]

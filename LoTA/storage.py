@@ -9,12 +9,14 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 from LoTA import UserError
 
@@ -62,10 +64,68 @@ def write_json(path: str | Path, content: dict | list) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+# --- checksums ----------------------------------------------------------------------------------------------------
+
+CHUNK_BYTES = 1 << 22
+CARD = "README.md"
+# {what os.stat says of a file: its SHA-256}. It spares reading a large file again that this process has just hashed.
+_known: dict[tuple[int, ...], str] = {}
+
+
+def sha256(path: str | Path, progress: tqdm | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal. progress: a bar that counts bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while chunk := f.read(CHUNK_BYTES):
+            digest.update(chunk)
+            if progress is not None:
+                progress.update(len(chunk))
+    return digest.hexdigest()
+
+
+def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: SHA-256} of files, by their paths below `root`. Shows a progress bar, and reads an unchanged file once."""
+    files = {name: Path(root) / name for name in names}
+    found = {}
+    with tqdm(total=sum(file.stat().st_size for file in files.values()), desc="checksums", unit="B", unit_scale=True,
+              leave=False) as progress:
+        for name, file in files.items():
+            stat = file.stat()
+            key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+            if key in _known:
+                progress.update(stat.st_size)
+            found[name] = _known.get(key) or sha256(file, progress)
+            # The clock of a file system is coarse: a file of this very moment may change again and look the same.
+            if time.time_ns() - stat.st_ctime_ns > 10**9:
+                _known[key] = found[name]
+    return found
+
+
+def files_below(root: str | Path) -> list[str]:
+    """The paths of all files below `root`, relative to it. Hidden ones are left out, because tools leave them there."""
+    root = Path(root)
+    return sorted(str(path) for path in (file.relative_to(root) for file in root.rglob("*") if file.is_file())
+                  if not any(part.startswith(".") for part in path.parts))
+
+
+def differences(root: str | Path, recorded: dict[str, str]) -> list[str]:
+    """One line for each file of `recorded`, {name: SHA-256}, that is missing below `root` or has other bytes."""
+    present = {name for name in recorded if (Path(root) / name).is_file()}
+    found = checksums(root, [name for name in recorded if name in present])
+    return [f"{name} is missing" if name not in present else f"{name} has other bytes than those that were written"
+            for name in recorded if found.get(name) != recorded[name]]
+
+
+def require_unchanged(root: str | Path, recorded: dict[str, str], remedy: str) -> None:
+    """Raises UserError, which ends in `remedy`, where a recorded file is missing or has other bytes.
+
+    An empty `recorded` passes: the folder was made before checksums were recorded. The model card may be edited,
+    because nothing is loaded from it.
+    """
+    changed = differences(root, {name: value for name, value in recorded.items() if name != CARD})
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(f"{root}: {changed[0]}{more}; {remedy}")
 
 
 # --- safetensors --------------------------------------------------------------------------------------------------

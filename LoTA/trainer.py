@@ -26,6 +26,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from LoTA import UserError
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
 from LoTA.monitor import Monitor, console_line
 from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
@@ -113,12 +114,13 @@ def training_arguments(base: baseConfig, training: trainingConfig, folder: Path)
 def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder,
                   data: Dataset | None = None) -> LotaConfig:
     """The LotaConfig of a run with these completed settings. It goes into the adapter folder. data: tokenized rows."""
+    fingerprint, fingerprint_all = folder.fingerprints()
     return LotaConfig(
         method=METHODS[base.method], omega=training.interval_point if base.lota_qaf else None,
         residual=base.residual or base.method == "qalora",      # QA-LoRA merges as offsets
         offset_scale=base.offset_scale, learned_scales=base.lota_qaf and base.learned_scales, bits=base.w_bits,
         group_size=base.group_size, rank=base.lora_r, pretrained=_absolute(base.pretrained),
-        quantized_model_dir=_absolute(folder.path), fingerprint=folder.fingerprint(),
+        quantized_model_dir=_absolute(folder.path), fingerprint=fingerprint, fingerprint_all=fingerprint_all,
         data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
         versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")},
         training={"processes": int(os.environ.get("WORLD_SIZE", "1")),      # torchrun and accelerate set WORLD_SIZE
@@ -318,7 +320,9 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.trainer.record().save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint, record = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.trainer.record()
+            write_adapter_card(checkpoint, record)
+            record.save_adapter(checkpoint)
 
 
 def peak_memory_mb() -> float:

@@ -18,15 +18,17 @@ from peft import PeftModel
 from random_gptq import write_gptq, write_lota_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from LoTA import UserError
 from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.check import check_folder
 from LoTA.export import FORMATS, gguf
+from LoTA.export.dense import check_logits
 from LoTA.export.run import export
 from LoTA.folders import MergedFolder
-from LoTA.storage import sha256
+from LoTA.storage import overwrite_tensor, sha256
 
 RANK = 8
 
@@ -215,6 +217,94 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
+def random_model(folder, config, layers, **settings):
+    """A random GPTQ model of an architecture, whole, with a LoTA adapter, as (folder, adapter).
+
+    layers: {name: (in, out)} as GPTQModel keeps them, from the shapes of transformers' state_dict.
+    """
+    torch.manual_seed(0)
+    tensors = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    layers = layers({name: tuple(t.shape) for name, t in tensors.items()})
+    taken = {name.replace(part, "gate_up_proj") for name in layers for part in ("gate_proj", "up_proj")}
+    # Numbers that float16 holds, because load_gptq() takes float32 models through it.
+    others = {name: (t + 0.1 * torch.randn_like(t)).half().float() for name, t in tensors.items()
+              if name.removesuffix(".weight") not in taken | set(layers) and name != "lm_head.weight"
+              or name == "lm_head.weight" and not config.tie_word_embeddings}
+    gptq = write_gptq(folder / "gptq", layers, checkpoint_format="gptq_v2", zeros=(6, 8), scales=(0.01, 0.03),
+                      other_tensors=others, config={**config.to_dict(), "dtype": "float32"}, **settings)
+    for name in ("tokenizer.json", "tokenizer_config.json"):        # GPTQModel opens no model without a tokenizer
+        shutil.copyfile(ROOT / "tests/fixtures/old/gptq" / name, gptq / name)
+    return gptq, write_lota_adapter(folder / "adapter", gptq, rank=RANK, omega=4.0)
+
+
+COMMON = {"vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+          "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+SMALL = {"phi3": COMMON, "glm": {**COMMON, "head_dim": 32}, "llama": COMMON, "gpt2": {
+    "vocab_size": 60, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}}
+
+
+def layers_of(kind):
+    """A function: the shapes of transformers' tensors -> {layer: (in, out)} as GPTQModel keeps them."""
+    def layers(shapes):
+        found = {}
+        for name, shape in shapes.items():
+            module = name.removesuffix(".weight")
+            if module.endswith("gate_up_proj"):
+                found |= {module.replace("gate_up", part): (shape[1], shape[0] // 2) for part in ("gate", "up")}
+            elif len(shape) == 2 and (module.endswith("_proj") or ".h." in module):
+                found[module] = shape if kind == "gpt2" else shape[::-1]
+        return found
+    return layers
+
+
+@pytest.mark.parametrize("kind", ["phi3", "glm", "gpt2"])
+def test_dense_is_in_transformers_layout(kind, tmp_path):
+    """GPTQModel splits gate_up_proj, and turns GPT-2's Conv1D into linear layers. The weights are the oracle's.
+
+    attn.c_proj of GPT-2 is square, so its shape says nothing about its layout.
+    """
+    gptq, adapter = random_model(tmp_path, AutoConfig.for_model(kind, **SMALL[kind]), layers_of(kind))
+    merge(adapter, gptq, tmp_path / "merged")
+    export(tmp_path / "merged", "dense", tmp_path / "out", verify=True)
+    dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    source, seen = MergedFolder(tmp_path / "merged"), 0
+    for name, layer in dense.named_modules():
+        if name in source.modules:
+            want = oracle_weight(source, name)
+        elif name.endswith("gate_up_proj"):
+            want = torch.cat([oracle_weight(source, name.replace("gate_up", part)) for part in ("gate", "up")], 1)
+            seen += 1
+        else:
+            continue
+        got = layer.weight.double()
+        torch.testing.assert_close(got if kind == "gpt2" else got.t(), want, rtol=1e-6, atol=1e-6)
+        seen += 1
+    assert seen == len(source.modules)
+    inputs = [torch.arange(5, 40)[None]]
+    merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
+    torch.testing.assert_close(logits(dense, inputs), logits(merged, inputs), rtol=1e-4, atol=2e-4)
+
+
+def test_a_layout_that_transformers_does_not_find_is_refused(tmp_path, monkeypatch):
+    """As any layout that GPTQModel may come to keep: what transformers would fill at random is not exported.
+
+    A right shape in a wrong order is found by the logits.
+    """
+    gptq, adapter = random_model(tmp_path, AutoConfig.for_model("gpt2", **SMALL["gpt2"]), layers_of("gpt2"))
+    merge(adapter, gptq, tmp_path / "merged")
+    export(tmp_path / "merged", "dense", tmp_path / "right", verify=True)
+    file, name = tmp_path / "right/model.safetensors", "transformer.h.0.attn.c_proj.weight"
+    overwrite_tensor(file, name, load_file(file)[name].t().contiguous())
+    with pytest.raises(RuntimeError, match="the logits in transformers differ"):
+        check_logits(MergedFolder(tmp_path / "merged"), tmp_path / "right", torch.float32)
+    monkeypatch.setattr("LoTA.export.dense.transformers_layers", lambda model: {})
+    with pytest.raises(UserError, match="would fill transformer.h.0.attn.c_attn.weight, .* at random"):
+        export(tmp_path / "merged", "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not find_spec("llama_cpp"), reason="needs llama-cpp-python: runs/deploy.sh installs it")
 @pytest.mark.parametrize("kind, extra", [("llama", {}), ("llama", {"rope_parameters": LLAMA3_ROPE}), ("mistral", {}),
                                          ("qwen2", {}), ("qwen3", {"head_dim": 32})])
@@ -279,9 +369,12 @@ def test_blocks_across_groups_are_refused(tmp_path):
 
 
 def test_sharded_models(tmp_path):
-    """A model in three shards gives the same dense weights and offsets as in one file."""
-    folders = {shards: tiny_merged(tmp_path / str(shards), shards=shards) for shards in (1, 3)}
-    for shards, folder in folders.items():
+    """A model in three shards with an index: the same dense weights and offsets as in one file."""
+    for shards in (1, 3):
+        folder = tmp_path / str(shards) / "merged"
+        gptq, adapter = random_model(tmp_path / str(shards), AutoConfig.for_model("llama", **SMALL["llama"]),
+                                     layers_of("llama"), shards=shards)
+        merge(adapter, gptq, folder)
         for format in ("dense", "peft"):
             export(folder, format, tmp_path / f"{format}{shards}", verify=True)
     assert len(list((tmp_path / "peft3").glob("model-*-of-00003.safetensors"))) == 3
@@ -293,6 +386,7 @@ def test_sharded_models(tmp_path):
 def test_other_architectures_and_tokenizers_are_refused(merged, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(merged(4), folder)
+    LotaConfig(**{**vars(LotaConfig.load(folder / "lota")), "sha256": {}}).save(folder / "lota")    # it is changed here
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
@@ -340,6 +434,39 @@ def test_the_verification_catches_damage(merged, tmp_path, format):
             content[place] ^= 1
         file.write_bytes(content)
     check(model, out)
+
+
+@pytest.mark.parametrize("format, file, old, new", [
+    ("gptq", "model.safetensors", b"model.norm.weight", b"model.norn.weight"),
+    ("peft", "model.safetensors", b"model.norm.weight", b"model.norn.weight"),
+    ("peft", "adapter/adapter_model.safetensors", b"0.mlp.down_proj.lora_A", b"0.mlp.down_proj.lora_C"),
+    ("peft", "adapter/adapter_model.safetensors", b"0.mlp.down_proj.lora_B", b"0.mlp.down_prok.lora_B"),
+    ("gguf", gguf.GGUF_FILE, b"output_norm.weight", b"output_norn.weight"),
+    ("gguf", gguf.GGUF_FILE, b"blk.0.ffn_down.weight", b"blk.0.ffn_dowm.weight"),
+    ("dense", "model.safetensors", b"model.norm.weight", b"model.norn.weight"),
+    ("dense", "model.safetensors", b"0.mlp.down_proj.weight", b"0.mlp.down_prok.weight")])
+def test_the_verification_catches_renamed_tensors(merged, tmp_path, format, file, old, new):
+    """One changed letter in a name. The bytes of the tensor are right, and no engine would load it."""
+    folder, out = merged(4, residual=format != "gptq"), tmp_path / "out"
+    export(folder, format, out)
+    content = (out / file).read_bytes()
+    assert content.count(old) == 1
+    (out / file).write_bytes(content.replace(old, new))
+    with pytest.raises(RuntimeError, match="does not hold the merged model's"):
+        FORMATS[format].load().check(MergedFolder(folder), out)
+
+
+def test_an_export_checks_itself(merged, tmp_path):
+    """A flipped bit, a missing and an added file in an exported folder."""
+    export(merged(4), "peft", tmp_path / "out")
+    assert check_folder(tmp_path / "out").findings == []
+    file = tmp_path / "out/adapter/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    (tmp_path / "out/tokenizer.json").unlink()
+    (tmp_path / "out/more.json").write_text("{}")
+    assert check_folder(tmp_path / "out").findings == [
+        "adapter/adapter_model.safetensors has other bytes than those that were written", "tokenizer.json is missing",
+        "more.json was not there when the folder was written"]
 
 
 @pytest.mark.parametrize("format", ["peft", "gguf", "dense"])

@@ -428,6 +428,22 @@ def test_the_verification_catches_damage(gptq, tmp_path, damage, message):
         lota_merge.verify_folders(adapter, source, MergedFolder(folder), merge_layer)
 
 
+@pytest.mark.parametrize("file, old, new", [
+    ("model.safetensors", "model.norm.weight", "model.norn.weight"),
+    ("model.safetensors", "model.layers.0.mlp.down_proj.qzeros", "model.layers.0.mlp.down_proj.qzeror"),
+    ("lota/offsets.safetensors", "model.layers.0.mlp.down_proj.offset", "model.layers.0.mlp.down_prok.offset")])
+def test_the_verification_catches_renamed_tensors(tmp_path, file, old, new):
+    """One changed letter: the tensor is there, and nothing would load it."""
+    gptq = write_gptq(tmp_path / "gptq", LAYERS, other_tensors={"model.norm.weight": torch.ones(64)})
+    adapter, source = AdapterFolder(write_lota_adapter(tmp_path / "adapter", gptq)), GPTQFolder(gptq)
+    lota_merge.merge_folders(adapter, source, tmp_path / "merged")
+    merged, merge_layer = MergedFolder(tmp_path / "merged"), lota_merge.layer_merger(adapter)
+    path = tmp_path / "merged" / file
+    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
+    with pytest.raises((RuntimeError, UserError), match=f"{old}|{new}"):
+        lota_merge.verify_folders(adapter, source, MergedFolder(merged.path), merge_layer)
+
+
 def test_whole_folder_replaces_only_at_the_end(tmp_path):
     target = tmp_path / "target"
     with whole_folder(target, "marker") as folder:

@@ -113,7 +113,7 @@ def test_merging_again_gives_the_same_bytes(tmp_path, name):
 def test_old_records_are_read(name):
     """Every field of the old lota_config.json, and the adapter fits the model that it was trained on."""
     adapter, record = AdapterFolder(OLD / name), json.loads((OLD / name / "lota_config.json").read_text())
-    assert vars(adapter.config) == record and adapter.config.quantized_model_dir == "gptq"
+    assert vars(adapter.config) == vars(LotaConfig(**record)) and adapter.config.quantized_model_dir == "gptq"
     adapter.check_match(GPTQFolder(OLD / "gptq"))
     assert len(adapter.modules) == 7
 

@@ -1,27 +1,71 @@
-"""The README.md of an exported folder: what it came from, how it was made, how to load it. Writes one file."""
+"""The README.md of exports, merged models and adapters: what it came from, how it was made, how to load it."""
 from pathlib import Path
 
+from LoTA.adapter_folder import LotaConfig
 from LoTA.export import Format
 from LoTA.folders import LoraFolder, MergedFolder
+from LoTA.storage import CARD
+
+LOAD_MERGED = """\
+# pip install lota-qaf[train]
+from LoTA.adapter import LTA
+model = LTA(path="{name}").load()
+"""
+LOAD_ADAPTER = """\
+# pip install lota-qaf[train]
+from LoTA.adapter import LTA
+model = LTA(path="{name}").load(base="GPTQ_MODEL")      # merges it into the GPTQ model first
+"""
+LOAD_LORA = """\
+# pip install lota-qaf[train]
+from LoTA.adapter import load_live
+from LoTA.adapter_folder import AdapterFolder
+model = load_live(AdapterFolder("{name}"), "GPTQ_MODEL")
+"""
 
 
 def write_model_card(folder: Path, name: str, model: MergedFolder | LoraFolder, format: Format,
                      evaluation: dict | None = None) -> None:
-    """Writes README.md into `folder`.
+    """Writes the README.md of an export into `folder`.
 
     name: what the folder will be called. evaluation: the content of a results file of mode 2, or None. Results of
     lm-eval are not quoted.
     """
-    config = model.lota
+    _write(folder, name, model.lota, model.bits, model.group_size, format.rounding, format.loading, format.library,
+           "The SHA-256 of every file is in `lota_export.json`.", evaluation)
+
+
+def write_merged_card(folder: Path, name: str, config: LotaConfig, bits: int, group_size: int) -> None:
+    """Writes the README.md of a merged model into `folder`. name: what the folder will be called."""
+    text = ("The integers are the merged ones, and `lota/` holds the offset of every group. Stock GPTQ tools refuse "
+            "the folder, because they would drop the offsets; `python -m LoTA.export` writes other formats."
+            if config.residual else "It is a plain GPTQ checkpoint, which GPTQ engines open as it is.")
+    _write(folder, name, config, bits, group_size, text, LOAD_MERGED, "gptqmodel",
+           "The SHA-256 of every file is in `lota/lota_config.json`; `python -m LoTA.check` compares them.")
+
+
+def write_adapter_card(folder: Path, config: LotaConfig) -> None:
+    """Writes the README.md of an adapter into `folder`, in the place of PEFT's form."""
+    text = ("It merges into its GPTQ model without loss: `python -m LoTA.lota_merge`." if config.method != "LoRA" else
+            "It does not merge into a GPTQ model, because its sum is off the grid.")
+    _write(folder, folder.name, config, config.bits, config.group_size, f"This is an adapter. {text}",
+           LOAD_LORA if config.method == "LoRA" else LOAD_ADAPTER, "peft",
+           "The SHA-256 of its files, its settings and the fingerprints of its GPTQ model are in `lota_config.json`; "
+           "`python -m LoTA.check` compares them.")
+
+
+def _write(folder: Path, name: str, config: LotaConfig, bits: int, group_size: int, text: str, loading: str,
+           library: str, checksums: str, evaluation: dict | None = None) -> None:
     base = config.pretrained or config.quantized_model_dir or "unknown"
     base_name = Path(base).name
     public_base = base_name if Path(base).is_absolute() else base       # a path of this machine helps nobody else
     rows = [("Method", f"{config.method} (https://arxiv.org/abs/2505.18724)" if config.method == "LoTA"
              else config.method),
             ("Base model", public_base),
-            ("Quantization", f"GPTQ, {model.bits} bits, group size {model.group_size}"),
+            ("Quantization", f"GPTQ, {bits} bits, group size {group_size}"),
             ("Rank", config.rank), ("Omega", config.omega),
             ("Offset", "yes" if config.residual and config.method != "LoRA" else "no"),
+            ("Learned scales", "yes" if config.learned_scales else None), ("Sigma", _sigma(config)),
             ("Training data", config.data_set), ("Optimizer steps", config.training.get("steps")),
             ("Seed", config.seed)]
     moved = (config.training.get("moved") or {}).get("all")
@@ -32,10 +76,16 @@ def write_model_card(folder: Path, name: str, model: MergedFolder | LoraFolder, 
         rows.append((f"Accuracy on {evaluation['data_set']}",
                      f"{evaluation['accuracy']:.1%} ({low:.1%} to {high:.1%}), {evaluation['correct']} of "
                      f"{evaluation['rows']} rows"))
-    lines = ["---", f"library_name: {format.library}", f"base_model: {public_base}", "tags:", "- lota-qaf", "- gptq",
-             "---", "", f"# {base_name}, {model.bits} bits, fine-tuned with {config.method}", "",
+    lines = ["---", f"library_name: {library}", f"base_model: {public_base}", "tags:", "- lota-qaf", "- gptq",
+             "---", "", f"# {base_name}, {bits} bits, fine-tuned with {config.method}", "",
              "| | |", "|---|---|", *(f"| {title} | {value} |" for title, value in rows if value is not None), "",
-             format.rounding, "", "## Load it", "", "```python",
-             format.loading.format(name=name).rstrip(), "```", "",
-             "The SHA-256 of every file is in `lota_export.json`.", ""]
-    (folder / "README.md").write_text("\n".join(lines))
+             text, "", "## Load it", "", "```python",
+             loading.format(name=name).rstrip(), "```", "",
+             checksums, ""]
+    (folder / CARD).write_text("\n".join(lines))
+
+
+def _sigma(config: LotaConfig) -> str | None:
+    """The share of entries that a step leaves alone: at the start, at 80 %, at the end. None where it had none."""
+    values = [config.settings.get(name) for name in ("filter_ratio", "min_grad", "filter_upper")]
+    return ", ".join(map(str, values)) if config.method == "LoTA" and None not in values else None

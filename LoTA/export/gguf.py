@@ -87,6 +87,10 @@ def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     written = {t.name: t for t in gguf.GGUFReader(file).tensors}
     expected = {named(names, f"{m}.weight") for m in model.modules}
+    expected |= {named(names, name) for name in model.file_of
+                 if name.rpartition(".")[0] not in model.modules or name.rpartition(".")[2] not in LAYER_TENSORS}
+    if set(written) - {"rope_freqs.weight"} != expected:
+        raise RuntimeError(f"{file} does not hold the merged model's tensors")
     for module in tqdm(model.modules, desc="verifying GGUF", unit="layer"):
         tensor = written[named(names, f"{module}.weight")]
         rows, heads = model.shape(f"{module}.g_idx")[0], heads_of(module, config) if permuted else None
@@ -109,9 +113,6 @@ def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -
                 np.array(tensor.data).reshape(-1).view(np.uint8), as_numpy(permute(values, heads)).reshape(-1).view(
                     np.uint8)):
             raise RuntimeError(f"{name}: what was written differs from the merged model")
-        expected.add(tensor.name)
-    if set(written) - {"rope_freqs.weight"} != expected:
-        raise RuntimeError(f"{file} does not hold the merged model's tensors")
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------

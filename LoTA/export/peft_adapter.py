@@ -3,6 +3,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from tqdm import tqdm
 
 from LoTA import UserError
@@ -51,9 +52,11 @@ def offset_as_lora(model: MergedFolder, module: str) -> tuple[torch.Tensor, torc
 def check(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Compares every tensor of the checkpoint and of the adapter. Raises RuntimeError where one differs."""
     gptq.check(model, folder)
-    adapter = AdapterFolder(folder / "adapter")
-    if adapter.modules != model.offset_modules():
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as tensors:
+        names = set(tensors.keys())
+    if names != {f"{PREFIX}{m}.{matrix}.weight" for m in model.offset_modules() for matrix in ("lora_A", "lora_B")}:
         raise RuntimeError(f"{folder}/adapter does not hold the merged model's offsets")
+    adapter = AdapterFolder(folder / "adapter")
     for module in tqdm(adapter.modules, desc="verifying the offsets", unit="layer"):
         for written, expected in zip(adapter.matrices(module), offset_as_lora(model, module), strict=True):
             require_equal(module, "offset", written.t(), expected)

@@ -13,7 +13,7 @@ from LoTA.export.card import write_model_card
 from LoTA.export.shared import MARKER
 from LoTA.folders import GPTQFolder, LoraFolder, MergedFolder, is_merged
 from LoTA.lota_merge import merge_folders
-from LoTA.storage import check_output_folder, sha256, whole_folder, write_json
+from LoTA.storage import check_output_folder, checksums, files_below, whole_folder, write_json
 
 
 def export(source: str | Path | MergedFolder | AdapterFolder, format: str, output: str | Path,
@@ -35,10 +35,9 @@ def export(source: str | Path | MergedFolder | AdapterFolder, format: str, outpu
         if verify:
             module.check(model, folder, dtype)
         write_model_card(folder, Path(output).name, model, FORMATS[format], evaluation)
-        checksums = {str(file.relative_to(folder)): sha256(file)
-                     for file in sorted(folder.rglob("*")) if file.is_file()}
         origin = Path(getattr(source, "path", source)).resolve()
-        write_json(folder / MARKER, {"format": format, "source": str(origin), "verified": verify, "sha256": checksums})
+        write_json(folder / MARKER, {"format": format, "source": str(origin), "verified": verify,
+                                     "sha256": checksums(folder, files_below(folder))})
 
 
 @contextmanager
@@ -49,6 +48,7 @@ def opened(source: str | Path | MergedFolder | AdapterFolder, format: str,
         if not is_merged(source) and not (Path(source) / "adapter_config.json").exists():
             raise UserError(f"{source} is neither a merged folder nor an adapter folder")
         source = MergedFolder(source) if is_merged(source) else AdapterFolder(source)
+    source.require_whole()
     if isinstance(source, MergedFolder):
         yield source
         return
