@@ -19,7 +19,7 @@ if ! what_to_install | cmp -s - "$stamp"; then
     echo "installing into $env_dir (about 5 minutes the first time)"
     [ "$python" = "$env_dir/bin/python" ] || "$python" -m venv "$env_dir"
     "$env_dir/bin/python" -m pip install --quiet --progress-bar on -r requirements.txt
-    # The commands lota-qaf, lota-quantize, lota-merge and lota-export. They run this checkout's files.
+    # The commands lota-qaf, lota-quantize, lota-merge, lota-export and lota-check. They run this checkout's files.
     "$env_dir/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
     what_to_install > "$stamp"
 fi

@@ -151,7 +151,7 @@ def test_the_size_is_read_from_the_name(gptq, name, size):
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_bias": True}, "lora_bias"),
     ({"bias": "all"}, "bias 'all'"), ({"use_dora": True}, "use_dora"),
     ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"), ({"layer_replication": [[0, 2]]}, "layer_repl"),
-    ({"target_parameters": ["experts"]}, "target_parameters"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ({"use_bdlora": {"a": 1}}, "use_bdlora"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"invented_next_year": 0.5}, "invented_next_year"), ({"peft_type": "ADALORA"}, "peft_type ADALORA"),
     ({"alpha_pattern": {"(": 4}}, "no regular expression")])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LAYERS, ROOT
+from conftest import LAYERS, ROOT, forget_checksums
 from random_gptq import write_gptq, write_lota_adapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -58,14 +58,6 @@ def rename(file, old, new):
     """Renames a tensor in a safetensors file, as one changed letter in its header does."""
     assert len(old) == len(new) and file.read_bytes().count(f'"{old}"'.encode()) == 1
     file.write_bytes(file.read_bytes().replace(f'"{old}"'.encode(), f'"{new}"'.encode()))
-
-
-def forget_checksums(folder):
-    """Makes a folder as it was before checksums were recorded."""
-    content = json.loads((folder / LOTA_CONFIG).read_text())
-    content.pop("sha256")
-    content.pop("fingerprint_all")
-    (folder / LOTA_CONFIG).write_text(json.dumps(content))
 
 
 # --- checksums ----------------------------------------------------------------------------------------------------

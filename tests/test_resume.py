@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, parse
+from conftest import ROOT, forget_checksums, parse
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
@@ -112,9 +112,9 @@ def test_loss_and_runtime_cover_the_whole_run(whole, tmp_path):
     """train_loss is the mean over all 12 steps, the runtime is the sum of the parts, the rates are of the whole."""
     adapter = whole("lora")
     checkpoint = shutil.copytree(adapter / "checkpoint-8", tmp_path / "checkpoint-8")
-    record = json.loads((checkpoint / "lota_config.json").read_text())
-    record["training"] |= {"runtime_s": 1000.0, "peak_mb": 1e9}
-    (checkpoint / "lota_config.json").write_text(json.dumps(record))
+    record = LotaConfig.load(checkpoint)
+    record.training.update(runtime_s=1000.0, peak_mb=1e9)
+    record.save(checkpoint)
     resumed = train(tmp_path / "a", *METHODS["lora"], "--adapter_ckpt", checkpoint)
     rows = json.loads((resumed / "log_history.json").read_text())
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -138,6 +138,7 @@ def test_a_checkpoint_without_the_new_records_resumes(whole, tmp_path):
     """What it does not record is not compared, and the adapter is the same."""
     adapter = whole("full")
     checkpoint = shutil.copytree(adapter / "checkpoint-5", tmp_path / "checkpoint-5")
+    forget_checksums(checkpoint)
     record = json.loads((checkpoint / "lota_config.json").read_text())
     assert record.pop("complete") is True
     record |= {"training": {}, "settings": {"recipe": "learned"}}

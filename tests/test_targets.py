@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import parse, run_main
+from conftest import forget_checksums, parse, run_main
 from transformers import AutoTokenizer
 
 import gptq_quantize
@@ -113,6 +113,7 @@ class TestExperts:
         config |= {"target_parameters": ["gate_up_proj", "down_proj"], "rank_pattern": {r".*\.gate_up_proj": 16},
                    "alpha_pattern": {r".*\.gate_up_proj": 32}}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
+        forget_checksums(adapter)
         after = logits(load_live(AdapterFolder(adapter), case.gptq, dtype=torch.float32))
         assert torch.equal(before, after)
 
