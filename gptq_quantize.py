@@ -25,9 +25,11 @@ SMALL_MODEL = 400e6     # bytes; a smaller model stays in memory, and is packed 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the 16-bit model: a folder or a hub name")
-    parser.add_argument("--output_dir", required=True, help="where the folder int{bits}_{group}_{name} is written")
-    parser.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS, help="bits of an integer weight [4]")
+    parser.add_argument("--model", "--pretrained", required=True, help="the 16-bit model: a folder or a hub name")
+    parser.add_argument("--output_dir", "--quantized_model_save", required=True,
+                        help="where the folder int{bits}_{group}_{name} is written")
+    parser.add_argument("--bits", "--w_bits", type=int, default=4, choices=SUPPORTED_BITS,
+                        help="bits of an integer weight [4]")
     parser.add_argument("--group_size", type=int, default=64, choices=GROUP_SIZES,
                         help="input rows that share a scale and zero; -1: all of them [64]")
     parser.add_argument("--sym", action="store_true", help="a symmetric grid, with a fixed zero point [asymmetric]")

@@ -38,11 +38,12 @@ def sigma(t: int, num_steps: int, threshold_ratio: float, min_grad: float, filte
 class tSignSGD(Optimizer):
     """t-SignSGD over ternary parameters.
 
-    params: ternary tensors, or (name, tensor) pairs; errors use the names.
+    params: ternary tensors, or (name, tensor) pairs, or groups of them; errors use the names. All other settings are
+        given by name, because the published scripts' optimizer takes others at their places.
     threshold_ratio, min_grad, filter_upper: sigma at the start, after 80 % of the steps, and at the end. The names are
         those of the published scripts; all three are levels of a quantile. Raises ValueError outside (0, 1).
-    int_params: the ternary ones among `params`. Where it is given, any other parameter raises ValueError, because this
-        optimizer cannot train it.
+    int_params: the ternary ones among `params`. Where it is given, the others are left as they are, as in the published
+        scripts. Raises ValueError where it holds none of `params`.
     momentum: in [0, 1), the weight of the past in the average of gradients that moves an entry. 0 is the paper's way:
         each step's own gradient. An entry that moves resets its average to 0, so that the same gradients do not move
         it twice.
@@ -53,7 +54,7 @@ class tSignSGD(Optimizer):
     The step count and the schedule are part of state_dict(), so a resumed run goes on where it was.
     """
 
-    def __init__(self, params, threshold_ratio: float = 0.95, min_grad: float = 0.999, filter_upper: float = 0.9999,
+    def __init__(self, params, *, threshold_ratio: float = 0.95, min_grad: float = 0.999, filter_upper: float = 0.9999,
                  int_params=None, momentum: float = 0.0, real_optimizer: Optimizer | None = None):
         for name, value in (("threshold_ratio", threshold_ratio), ("min_grad", min_grad),
                             ("filter_upper", filter_upper)):
@@ -65,13 +66,21 @@ class tSignSGD(Optimizer):
         super().__init__(params, {"lr": 1.0, "threshold_ratio": threshold_ratio, "min_grad": min_grad,
                                   "filter_upper": filter_upper, "num_training_steps": None, "step": 0})
         if int_params is not None:
-            ternary = {id(p) for p in int_params}
-            if any(id(p) not in ternary for group in self.param_groups for p in group["params"]):
-                raise ValueError("tSignSGD trains ternary parameters only; params holds others")
+            self._keep_only({id(p) for p in int_params})
         self.momentum, self.real_optimizer = momentum, real_optimizer
         self.real_rates = [group["lr"] for group in self.real_groups()]
         self.flipped = {}       # {parameter: how many entries the last step changed, a 0-dim tensor on its device}
         self._pending = None    # (names, step, (the norms of their gradients, the event after which the CPU has them))
+
+    def _keep_only(self, ternary: set[int]) -> None:
+        """Drops every parameter whose id is not in `ternary`, and the groups that are then empty."""
+        for group in self.param_groups:
+            kept = [i for i, p in enumerate(group["params"]) if id(p) in ternary]
+            for key in {"params", "param_names"} & group.keys():
+                group[key] = [group[key][i] for i in kept]
+        self.param_groups = [group for group in self.param_groups if group["params"]]
+        if not self.param_groups:
+            raise ValueError("int_params holds none of params, so nothing would be trained")
 
     def real_groups(self) -> list[dict]:
         """The parameter groups of the real optimizer, or none."""

@@ -258,7 +258,7 @@ def test_spike_rule(norm, phase_over, spared, way):
     for p in parameters:
         g = torch.arange(1.0, 40002)[torch.randperm(40001, generator=seeded(1))]
         p.grad = g * (norm / 2**0.5 / g.norm())
-    optimizer = tSignSGD(parameters, 0.99, 0.99, 0.99)
+    optimizer = tSignSGD(parameters, threshold_ratio=0.99, min_grad=0.99, filter_upper=0.99)
     optimizer.create_scheduler(10)
     optimizer.param_groups[0]["step"] = 8 if phase_over else 7
     before, grads = values(parameters), gradients(parameters)
@@ -337,12 +337,27 @@ def test_levels_outside_0_and_1(name):
 
 
 def test_int_params():
-    """Parameters that int_params does not hold are refused, even where their entries equal those of one it holds."""
-    parameters = ternary_parameters([(2, 2), (2, 2)])
-    tSignSGD(parameters, int_params=parameters)
-    tSignSGD(parameters[:1], int_params=parameters)
-    with pytest.raises(ValueError, match="ternary"):
-        tSignSGD(parameters, int_params=[parameters[0], torch.nn.Parameter(parameters[1].detach().clone())])
+    """A model's other parameters stay, also one whose entries equal a ternary one's. Names stay with their tensors."""
+    ternary, real = ternary_parameters([(2, 2)])[0], torch.nn.Parameter(torch.full((3,), 0.5))
+    equal = torch.nn.Parameter(ternary.detach().clone())
+    named = [("real", real), ("a", ternary), ("b", equal)]
+    optimizer = tSignSGD([{"params": named[:1]}, {"params": named[1:]}], int_params=[ternary])
+    assert [(group["params"], group["param_names"]) for group in optimizer.param_groups] == [([ternary], ["a"])]
+    before = values([ternary, equal, real])
+    for p in (ternary, equal, real):
+        p.grad = torch.where(p.detach() < 0, -1.0, 1.0) * torch.arange(1.0, p.numel() + 1).view_as(p)    # off the bounds
+    optimizer.step()
+    after = values([ternary, equal, real])
+    assert not torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1]) and torch.equal(before[2], after[2])
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        tSignSGD([real], int_params=[ternary])
+
+
+def test_settings_are_given_by_name():
+    """In the published optimizer the second argument is a learning rate. Here it would become sigma."""
+    with pytest.raises(TypeError):
+        tSignSGD(ternary_parameters(), 1e-5)
 
 
 # --- torch's machinery --------------------------------------------------------------------------------------------

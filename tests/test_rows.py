@@ -2,6 +2,7 @@
 import csv
 import gzip
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -417,3 +418,10 @@ def test_too_few_samples_are_an_error(tmp_path, long, asked, enough):
     else:
         with pytest.raises(UserError, match=f"gives {long} samples of more than 10 tokens, and {min(8, asked)} is the"):
             gptq_quantize.calibration_samples(calibration(path, asked), char_tokenizer())
+
+
+def test_quantize_takes_the_published_flags(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gptq_quantize.py", "--pretrained", "base", "--w_bits", "2",
+                                      "--quantized_model_save", "out"])
+    args = gptq_quantize.parse_args()
+    assert (args.model, args.bits, args.output_dir) == ("base", 2, "out")
