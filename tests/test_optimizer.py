@@ -345,7 +345,7 @@ def test_int_params():
     assert [(group["params"], group["param_names"]) for group in optimizer.param_groups] == [([ternary], ["a"])]
     before = values([ternary, equal, real])
     for p in (ternary, equal, real):
-        p.grad = torch.where(p.detach() < 0, -1.0, 1.0) * torch.arange(1.0, p.numel() + 1).view_as(p)    # off the bounds
+        p.grad = torch.where(p.detach() < 0, -1.0, 1.0) * torch.arange(1.0, p.numel() + 1).view_as(p)
     optimizer.step()
     after = values([ternary, equal, real])
     assert not torch.equal(before[0], after[0])
