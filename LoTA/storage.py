@@ -3,15 +3,19 @@
 JSON files and folders are renamed into place when they are complete, so a reader never finds half of one. The
 safetensors functions write in place, and so belong inside whole_folder().
 """
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,7 +60,7 @@ def write_json(path: str | Path, content: dict | list) -> None:
     """Writes JSON under a temporary name, then renames it. Makes the parent folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
         os.replace(temporary, path)
@@ -166,35 +170,69 @@ def overwrite_tensor(file: Path, name: str, tensor: torch.Tensor) -> None:
 
 # --- folders ------------------------------------------------------------------------------------------------------
 
+# What is in the temporary folder of a process: the new folder, the one that it replaces, and the lock of the process.
+NEW, OLD, LOCK = "new", "old", "lock"
+
+
 @contextmanager
 def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
     """Yields a temporary folder beside `path`. It becomes `path` when the block ends, and vanishes when it fails.
 
     An existing folder is replaced only if it is empty or holds the file `marker`, because the marker says that this
-    project made it. Raises UserError for any other.
+    project made it. Raises UserError for any other. A symbolic link is written through.
+    What killed processes left beside `path` is removed first.
     """
-    path = Path(path)
     check_output_folder(path, marker)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path)
+    # Both folders are inside, because a folder by mkdtemp() is for its owner's eyes only. Its lock says that the
+    # process lives. A process id would not: containers have equal ones.
+    outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    lock, whole, old = open(outer / LOCK, "w"), outer / NEW, outer / OLD        # a file, because NFS locks no folders
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        with suppress(OSError):         # a file system without locks has no leftovers that can be told
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        whole.mkdir()
+        yield whole
         if path.exists():
             os.rename(path, old)
         try:
-            os.rename(temporary, path)
+            os.rename(whole, path)
         except BaseException:
             if old.exists():
                 os.rename(old, path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        lock.close()
+        shutil.rmtree(outer, ignore_errors=True)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Removes the temporary folders of `path` whose processes were killed, and says so.
+
+    Where one was killed between its two renames, only it has the folder that was at `path`. It is brought back.
+    """
+    random = "[a-z0-9_]" * 8        # as mkdtemp() makes it; a * would find those of path.more too
+    for outer in path.parent.glob(f".{glob.escape(path.name)}.{random}.tmp"):
+        try:
+            with open(outer / LOCK, "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not (outer / NEW).exists() and not (outer / OLD).exists():
+                    continue                    # its process has just made it, and waits for the lock
+                if (outer / OLD).exists() and not path.exists():
+                    os.rename(outer / OLD, path)
+                    print(f"{path} was brought back: a process that replaced it was killed")
+        except OSError:                         # its process lives, or it has no lock, or none that can be asked
+            continue
+        shutil.rmtree(outer, ignore_errors=True)
+        print(f"removed {outer}: the process that wrote it was killed")
 
 
 def check_output_folder(path: str | Path, marker: str) -> None:
     """Raises UserError where `path` exists and this project may not replace it."""
     path = Path(path)
+    if path.resolve() == Path.cwd():
+        raise UserError(f"the output folder {path} is the current one, which would be replaced; name another")
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists())):
         raise UserError(f"{path} exists and was not made by this project; choose another output folder or remove it")

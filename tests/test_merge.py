@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from LoTA.adapter_folder import PREFIX, AdapterFolder
 from LoTA.export.shared import copy_files
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.packed import PackedLayer
-from LoTA.storage import overwrite_tensor, whole_folder
+from LoTA.storage import clear_leftovers, overwrite_tensor, whole_folder
 
 
 @pytest.fixture
@@ -454,6 +455,72 @@ def test_whole_folder_replaces_only_at_the_end(tmp_path):
         (folder / "marker").write_text("2")
         raise KeyboardInterrupt
     assert (target / "marker").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import LoTA.storage
+from LoTA.storage import whole_folder
+
+def kill(*names):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with whole_folder(sys.argv[1], "marker") as folder:
+    (folder / "marker").write_text("new")
+    if sys.argv[2] == "writing":
+        kill()
+    rename = os.rename
+    os.rename = lambda source, target: kill() if Path(target) == Path(sys.argv[1]) else rename(source, target)
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path, capsys, there, moment):
+    """Killed between the two renames, the old folder is nowhere else, so it is brought back."""
+    target = tmp_path / "out"
+    if there:
+        target.mkdir()
+        (target / "marker").write_text("old")
+    process = subprocess.run([sys.executable, "-c", KILLED, target, moment], cwd=ROOT)
+    assert process.returncode == -signal.SIGKILL
+    assert target.exists() == (there and moment == "writing") and list(tmp_path.glob(".out.*.tmp"))
+    clear_leftovers(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] * there
+    assert not there or (target / "marker").read_text() == "old"
+    out = capsys.readouterr().out
+    assert "removed" in out and ("brought back" in out) == (there and moment == "renaming")
+
+
+def test_what_is_no_leftover_stays(tmp_path):
+    """A folder of a living process, a new and still empty one, those of other outputs, and a user's."""
+    names = [".out.more.abcdefgh.tmp", ".outer.abcdefgh.tmp", ".out.tmp", ".out.123.tmp"]
+    for name in names:
+        (tmp_path / name / "old").mkdir(parents=True)
+    (tmp_path / ".out.aaaaaaaa.tmp").mkdir()
+    with whole_folder(tmp_path / "out", "marker") as first, whole_folder(tmp_path / "out", "marker") as second:
+        for folder in (first, second):
+            (folder / "marker").write_text(folder.parent.name)
+        clear_leftovers(tmp_path / "out")
+        assert first.exists() and second.exists()
+    assert (tmp_path / "out/marker").read_text() == first.parent.name               # the last to finish
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, ".out.aaaaaaaa.tmp", "out"])
+
+
+def test_outputs_that_are_links_and_the_current_folder(tmp_path, monkeypatch):
+    """A link stays a link. The folder is as readable as the umask says. The current folder is refused."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    for text in ("1", "2"):
+        with whole_folder(tmp_path / "link", "marker") as folder:
+            (folder / "marker").write_text(text)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/out/marker").read_text() == "2"
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "disk/out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    monkeypatch.chdir(tmp_path / "plain")
+    with pytest.raises(UserError, match="the current one"), whole_folder(".", "marker"):
+        pass
 
 
 def test_the_command(adapter, tmp_path):
