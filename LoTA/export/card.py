@@ -7,17 +7,17 @@ from LoTA.folders import LoraFolder, MergedFolder
 from LoTA.storage import CARD
 
 LOAD_MERGED = """\
-# pip install lota-qaf[train]
+# in a checkout of LoTA-QAF, after: pip install -e ".[train]"
 from LoTA.adapter import LTA
 model = LTA(path="{name}").load()
 """
 LOAD_ADAPTER = """\
-# pip install lota-qaf[train]
+# in a checkout of LoTA-QAF, after: pip install -e ".[train]"
 from LoTA.adapter import LTA
 model = LTA(path="{name}").load(base="GPTQ_MODEL")      # merges it into the GPTQ model first
 """
 LOAD_LORA = """\
-# pip install lota-qaf[train]
+# in a checkout of LoTA-QAF, after: pip install -e ".[train]"
 from LoTA.adapter import load_live
 from LoTA.adapter_folder import AdapterFolder
 model = load_live(AdapterFolder("{name}"), "GPTQ_MODEL")
