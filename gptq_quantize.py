@@ -119,8 +119,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     samples, short = calibration_samples(args, tokenizer)
 
+    # By default GPTQModel orders inputs by groups, and so refuses a single group.
+    one_group = {"act_group_aware": False} if args.group_size == -1 else {}
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=args.sym, desc_act=args.desc_act,
-                            device=str(device), offload_to_disk=not small, pack_impl="original" if small else "auto")
+                            device=str(device), offload_to_disk=not small,
+                            pack_impl="original" if small else "auto", **one_group)
     start = time.time()
     model = GPTQModel.load(args.model, config, trust_remote_code=args.trust_remote_code)
     model.quantize(samples, batch_size=args.batch_size, tokenizer=tokenizer, backend=BACKEND.GPTQ_TORCH,

@@ -13,6 +13,7 @@ from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import CustomLoraLinear, register
+from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
 from LoTA.ternary import Threshold, dequantize
 
@@ -260,3 +261,18 @@ def test_quantize_names_and_marks_its_folder(quantize, base_model, tmp_path):
     (theirs / "notes").write_text("mine")
     with pytest.raises(UserError, match="not made by this project"):
         run_main(gptq_quantize, "--model", base_model, "--bits", 3, "--group_size", 32, "--output_dir", tmp_path)
+
+
+def test_one_group_for_all_rows(quantize, train, tmp_path):
+    """--group_size -1 quantizes, trains and merges. A layer has one scale for an output, and its rows are in order."""
+    gptq = GPTQFolder(quantize(4, "--group_size", -1))
+    assert gptq.group_size == -1
+    assert {gptq.shape(f"{module}.scales")[0] for module in gptq.modules} == {1}
+    assert not any(gptq.tensor(f"{module}.g_idx").any() for module in gptq.modules)
+    adapter = AdapterFolder(train(tmp_path / "adapters", "--quantized_model_dir", gptq.path))
+    merge_folders(adapter, gptq, tmp_path / "merged")
+    module, merged = gptq.modules[0], MergedFolder(tmp_path / "merged")
+    delta_w = torch.matmul(*(matrix.double() for matrix in adapter.ternary_pair(module)))
+    ternary = torch.where(delta_w.abs() > adapter.config.omega, delta_w.sign(), 0)
+    mean = (delta_w - adapter.config.omega * ternary).mean(0, keepdim=True) / adapter.config.omega       # kappa = omega
+    assert (merged.offset(module) - mean).abs().max() < 1e-6 and mean.abs().max() > 0
