@@ -47,7 +47,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
 
     from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
     from LoTA.adapter import layers_by_name, load_for_training
-    from LoTA.adapter_folder import LotaConfig, check_resumable, date_of_checkpoint
+    from LoTA.adapter_folder import check_resumable, date_of_checkpoint
     from LoTA.export.card import write_adapter_card
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
@@ -96,14 +96,16 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         config.save(run.folder, complete=False)         # a run that is killed from here on leaves no half adapter
         model.save_pretrained(str(run.folder), save_embedding_layers=False)
         write_json(run.folder / "log_history.json", trainer.state.log_history)
-        replace(config, training=outcome).save_adapter(run.folder)
+        record = replace(config, training=outcome)
+        record.save_adapter(run.folder)
         if base.lota_qaf:               # the adapter is on disk already, whatever becomes of its report
             moved = trainer.monitor.moved.shares()
             print_moved(moved)
-            replace(config, training={**outcome, "moved": moved}).save_adapter(run.folder)
+            record = replace(record, training={**outcome, "moved": moved})
+            record.save_adapter(run.folder)
             trainer.monitor.write(run.folder, trainer.state.log_history)
         final = run.finish(runtime, peak)
-        write_adapter_card(final, LotaConfig.load(final))
+        write_adapter_card(final, record)
     print(f"adapter saved to {final}")
     return final
 

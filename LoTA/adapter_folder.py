@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from safetensors import safe_open
 
-from LoTA import UserError
+from LoTA import OLD_RECIPE_NAMES, UserError
 from LoTA.storage import checksums, read_json, read_record, require_unchanged, write_json
 from LoTA.ternary import Threshold
 
@@ -226,7 +226,6 @@ MAY_DIFFER = {
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
     "quantized_model_dir", "pretrained", "data_dir", "sym",
     "template_date"}                        # a resumed run takes the checkpoint's
-OLD_RECIPES = {"steps": "ternary", "grid": "scales", "learned": "full"}     # values of --recipe in old files
 # What a checkpoint must have. Trainer silently begins anew what is not there.
 STATE = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 
@@ -238,7 +237,7 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / LOTA_CONFIG).exists():
-        raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {LOTA_CONFIG}, which is written last); "
+        raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {LOTA_CONFIG}); "
                         "take an earlier checkpoint")
     saved = LotaConfig.load(checkpoint)
     for name in ("method", "rank", "omega", "residual", "offset_scale", "learned_scales", "bits", "fingerprint"):
@@ -250,7 +249,7 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
                         "biases are others (fingerprints differ)")
     before = dict(saved.settings)
     if "recipe" in before:
-        before["recipe"] = OLD_RECIPES.get(before["recipe"], before["recipe"])
+        before["recipe"] = OLD_RECIPE_NAMES.get(before["recipe"], before["recipe"])
     different = [f"its --{name} is {before[name]}, not {value}" for name, value in config.settings.items()
                  if name not in MAY_DIFFER and name in before and before[name] != value]
     processes = config.training.get("processes")

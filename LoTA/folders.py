@@ -148,8 +148,7 @@ class GPTQFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header."""
-        with safe_open(self.file_of[name], "pt") as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
+        return tuple(self._header(name)[1])
 
     def packed(self, module: str) -> PackedLayer:
         """One layer: its integers, zero points, scales and groups, still packed."""
@@ -283,7 +282,9 @@ class MergedFolder(GPTQFolder):
     def require_whole(self) -> None:
         """Raises UserError where a file has other bytes than those that were written, or was added."""
         require_unchanged(self.path, self.lota.sha256, "copy the folder again or merge again")
-        for name in self.lota.sha256 and files_below(self.path):
+        if not self.lota.sha256:
+            return
+        for name in files_below(self.path):
             if name.endswith(".safetensors") and name not in self.lota.sha256:
                 raise UserError(f"{self.path}: {name} was not there when the folder was written; move it away")
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 
-from LoTA import UserError
+from LoTA import OLD_RECIPE_NAMES, UserError
 from LoTA.export import FORMATS
 
 if typing.TYPE_CHECKING:
@@ -33,7 +33,6 @@ RECIPES = {
     "ternary": {"momentum": 0.9, "residual": False},
     "scales": {"momentum": 0.9, "residual": False, "learned_scales": True},
     "full": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True}}
-OLD_RECIPE_NAMES = {"steps": "ternary", "grid": "scales", "learned": "full"}
 # For each bit width a recipe's omega, as a share of the rank, and its sigma at the start, chosen in experiments/LOG.md.
 # A finer grid gets a smaller omega, because more ternary steps are worth taking there. 8 bits take the row of 4.
 OMEGA_AND_SIGMA = {

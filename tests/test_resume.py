@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import LoTA_QAF_main
 from LoTA import UserError, settings
-from LoTA.adapter_folder import MAY_DIFFER, OLD_RECIPES, AdapterFolder, LotaConfig, check_resumable
+from LoTA.adapter_folder import MAY_DIFFER, OLD_RECIPE_NAMES, AdapterFolder, LotaConfig, check_resumable
 from LoTA.folders import GPTQFolder
 from LoTA.lota_merge import merge_folders
 from LoTA.storage import sha256
@@ -192,7 +192,7 @@ def test_another_number_of_processes_is_refused(whole):
 def test_what_may_differ_exists():
     """Every name but the recorded date is a flag, and the old names of recipes are those that the flag takes."""
     names = {f for group in (settings.baseConfig, settings.trainingConfig) for f in vars(group())}
-    assert MAY_DIFFER - names == {"template_date"} and OLD_RECIPES == settings.OLD_RECIPE_NAMES
+    assert MAY_DIFFER - names == {"template_date"} and OLD_RECIPE_NAMES == settings.OLD_RECIPE_NAMES
 
 
 def test_what_may_differ_does(whole, tmp_path):

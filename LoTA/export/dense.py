@@ -57,10 +57,15 @@ def transformers_layers(model: GPTQFolder) -> dict[str, torch.nn.Module]:
 
     Empty where transformers does not know the architecture.
     """
-    if "auto_map" in read_json(model.path / "config.json"):         # its layers are in code of its own
+    if has_own_code(model.path):
         return {}
     with torch.device("meta"):
         return dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.path)).named_modules())
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether the model's layers are in code that comes with it."""
+    return "auto_map" in read_json(folder / "config.json")
 
 
 def fuse(tensors: dict, name: str) -> None:
@@ -121,7 +126,7 @@ def what_does_not_fit(folder: Path) -> dict[str, list[str]]:
 
     All are empty for a model whose layers are in code of its own, because only trusting that code would tell.
     """
-    if "auto_map" in read_json(folder / "config.json"):
+    if has_own_code(folder):
         return {"missing": [], "unexpected": [], "mismatched": []}
     _, info = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "meta"}, ignore_mismatched_sizes=True,
                                                    output_loading_info=True)
@@ -146,7 +151,7 @@ def check(model: GPTQFolder, folder: Path, dtype: torch.dtype | None = None) -> 
     misplaced = [f"{name} ({what})" for what, names in what_does_not_fit(folder).items() for name in names]
     if misplaced:
         raise RuntimeError(f"{folder}: transformers does not load this as it was written: {', '.join(misplaced)}")
-    if "auto_map" in read_json(folder / "config.json"):
+    if has_own_code(folder):
         raise UserError(f"{model.path} opens with code of its own only, and so its dense form cannot be verified; "
                         "export it without --verify and compare its answers by hand")
     check_logits(model, folder, weight_dtype(model, dtype))
