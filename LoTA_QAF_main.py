@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_print_save import TASKS, check_cuda, load_tokenizer, params_print, scored_tasks, set_seed
+from data_print_save import TASKS, PromptStyle, check_cuda, load_tokenizer, params_print, scored_tasks, set_seed
 from LoTA import UserError, run_script, settings
 from LoTA.settings import METHODS, baseConfig, evalConfig, trainingConfig
 
 # Torch and the libraries are imported in the functions that need them, so that --help and mistakes answer at once.
 if TYPE_CHECKING:
     from evalGSV import Scorer
-    from LoTA.adapter_folder import AdapterFolder
+    from LoTA.adapter_folder import AdapterFolder, LotaConfig
     from LoTA.folders import GPTQFolder, MergedFolder
 
 
@@ -47,7 +47,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
 
     from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
     from LoTA.adapter import layers_by_name, load_for_training
-    from LoTA.adapter_folder import check_resumable, date_of_checkpoint
+    from LoTA.adapter_folder import check_resumable, config_of_checkpoint
     from LoTA.export.card import write_adapter_card
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
@@ -63,9 +63,10 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         check_cuda()
         set_seed(base.seed)
         tokenizer = load_tokenizer([base.quantized_model_dir, base.pretrained], base.trust_remote_code)
-        date = template_date(tokenizer, date_of_checkpoint(training.adapter_ckpt))
+        date = template_date(tokenizer, config_of_checkpoint(training.adapter_ckpt).template_date)
         data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
-                               training.target_max_len, training.debug_number, base.data_dir, date)
+                               training.target_max_len, training.debug_number, base.data_dir,
+                               PromptStyle(base.prompt_layout, date))
         check_fit(base.quantized_model_dir, tokenizer, data["input_ids"], trust_remote_code=base.trust_remote_code)
         params_print(base, training)
         config = config_of_run(base, training, folder, data)
@@ -132,17 +133,17 @@ class Subject:
     """A model to evaluate, found and checked, but not loaded yet.
 
     base: the settings, completed by what the model's folder says. name: the beginning of its results' names.
-    load: a function that loads it. tokenizer: where its tokenizer may be. exportable: what --export may write.
+    load: a function that loads it. tokenizer: where its tokenizer may be. style: how its prompts are written.
+    exportable: what --export may write.
     extra: what its results say beside the settings: the adapter's record, and the share of integers that a merge moved.
-    date: the day that the prompts of its training take for today, where they say one.
     """
     base: baseConfig
     name: str
     load: Callable
     tokenizer: list[str | None]
+    style: PromptStyle
     exportable: "AdapterFolder | MergedFolder | None" = None
     extra: dict = field(default_factory=dict)
-    date: str | None = None
 
 
 def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
@@ -170,7 +171,7 @@ def measure(subject: Subject, evaluation: evalConfig, scorers: "dict[str, Scorer
     set_seed(subject.base.seed)
     tokenizer = load_tokenizer(subject.tokenizer, subject.base.trust_remote_code)
     params_print(subject.base, evaluation, *filter(None, [subject.extra.get("adapter")]))
-    ready = {key: (label, prepare(tokenizer, subject.tokenizer[0], subject.date, subject.base.trust_remote_code))
+    ready = {key: (label, prepare(tokenizer, subject.tokenizer[0], subject.style, subject.base.trust_remote_code))
              for key, (label, prepare) in scorers.items()}
     extra = {name: vars(value) if name == "adapter" else value for name, value in subject.extra.items()}
     model, when = subject.load(), datetime.now().strftime("%d_%H%M%S")
@@ -210,7 +211,7 @@ def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, tempor
         from LoTA.adapter import load_16bit
         return load_16bit(base.pretrained, **loading(base, evaluation))
     return Subject(replace(base, quantized_model_dir=None), f"{Path(base.pretrained).name}_16bit", load,
-                   [base.pretrained])
+                   [base.pretrained], PromptStyle(base.prompt_layout or "published"))
 
 
 def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, temporary: str) -> Subject:
@@ -222,7 +223,7 @@ def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, tempora
         from LoTA.adapter import load_gptq
         return load_gptq(folder.path, backend=evaluation.backend, **loading(base, evaluation)).model
     return Subject(settings.complete_base(base, folder), f"{folder.path.name}_gptq", load,
-                   [str(folder.path), base.pretrained])
+                   [str(folder.path), base.pretrained], PromptStyle(base.prompt_layout or "published"))
 
 
 def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFolder", temporary: str) -> Subject:
@@ -234,7 +235,7 @@ def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFold
         from LoTA.adapter import load_live
         return load_live(adapter, folder.path, backend=evaluation.backend, **loading(base, evaluation))
     return Subject(base, f"{adapter.path.resolve().name}_live", load, [str(folder.path), base.pretrained],
-                   adapter, {"adapter": adapter.config.record()}, adapter.config.template_date)
+                   style_of(base, adapter.config), adapter, {"adapter": adapter.config.record()})
 
 
 def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFolder | MergedFolder",
@@ -256,12 +257,16 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
         from LoTA.adapter import load_merged
         return load_merged(merged, backend=evaluation.backend, **loading(base, evaluation)).model
     return Subject(settings.complete_base(base, merged), f"{source.path.resolve().name}_merged", load,
-                   [str(merged.path), base.pretrained or merged.lota.pretrained], merged,
-                   {"moved": merged.lota.training.get("moved"), "adapter": merged.lota.record()},
-                   merged.lota.template_date)
+                   [str(merged.path), base.pretrained or merged.lota.pretrained], style_of(base, merged.lota), merged,
+                   {"moved": merged.lota.training.get("moved"), "adapter": merged.lota.record()})
 
 
 SUBJECTS = {"16bit": subject_16bit, "gptq": subject_gptq, "live": subject_live, "merged": subject_merged}
+
+
+def style_of(base: baseConfig, trained: "LotaConfig") -> PromptStyle:
+    """How the prompts of an adapter's model are written: as in its training, except for what a flag says."""
+    return PromptStyle(base.prompt_layout or trained.prompt_layout, trained.template_date)
 
 
 def base_of(adapter: "AdapterFolder", base: baseConfig) -> tuple[baseConfig, "GPTQFolder"]:

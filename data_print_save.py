@@ -70,19 +70,38 @@ FIXED_DATE = (
 # --- tasks --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
+class PromptStyle:
+    """How prompts are written. Training and evaluation share it, because other prompts would get other answers.
+
+    layout: where a task's instruction is. "published": where the published scripts have it, at the head of the user
+        turn or, for gsm8k, nowhere. "system": in a system turn, as in the first versions of this project.
+    date: the day that a chat template which writes a date takes for today, such as 2026-07-31. None: the real one.
+    """
+    layout: str = "published"
+    date: str | None = None
+
+
+PUBLISHED = PromptStyle()
+
+
+@dataclass(frozen=True)
 class Task:
     """One data set: where it is, how a row becomes a prompt with its answer, how an answer is scored.
 
     hub: (repository, configuration or None, revision or None) on the Hugging Face hub.
     splits: {"train" or "test": the name of that split on the hub}, or {"all": ...} for a set with a single split, which
         load_rows() cuts.
-    read: (row) -> (the messages before the answer, the answer). It may raise KeyError, IndexError, TypeError or
-        ValueError where the row is of another form.
+    read: (row) -> (the messages before the answer, without `instruction`; the answer). It may raise KeyError,
+        IndexError, TypeError or ValueError where the row is of another form.
+    instruction: what the model is told to do, for every row alike. None: the rows say it.
+    published: whether the published scripts' prompts have an instruction. It is at the head of their user turn.
     score: (prediction, label) -> whether the prediction is right. None: the set is for training only.
     """
     hub: tuple[str, str | None, str | None]
     splits: dict[str, str]
     read: Callable[[dict], tuple[Messages, str]]
+    instruction: str | None = None
+    published: bool = True
     score: Callable[[str, str], bool] | None = None
 
 
@@ -154,7 +173,7 @@ def _read_alpaca(row: dict) -> tuple[Messages, str]:
 
 
 def _read_gsm8k(row: dict) -> tuple[Messages, str]:
-    return [_system(GSM8K_INSTRUCTION), _user(row["question"])], row["answer"]
+    return [_user(row["question"])], row["answer"]
 
 
 def _score_gsm8k(prediction: str, label: str) -> bool:
@@ -192,7 +211,7 @@ def _read_viggo(row: dict) -> tuple[Messages, str]:
     # A file that mixes both publications has all four columns, and None in two of them.
     other = row.get("mr") is None and "meaning_representation" in row
     mr, ref = ("meaning_representation", "target") if other else ("mr", "ref")
-    return [_system(VIGGO_INSTRUCTION), _user(row[ref])], row[mr]
+    return [_user(row[ref])], row[mr]
 
 
 def _score_viggo(prediction: str, label: str) -> bool:
@@ -210,11 +229,11 @@ def _viggo_parts(text: str) -> tuple[str, list[str]]:
 TASKS = {
     "alpaca": Task(hub=("yahma/alpaca-cleaned", None, None), splits={"train": "train"}, read=_read_alpaca),
     "gsm8k": Task(hub=("openai/gsm8k", "main", None), splits={"train": "train", "test": "test"},
-                  read=_read_gsm8k, score=_score_gsm8k),
+                  read=_read_gsm8k, instruction=GSM8K_INSTRUCTION, published=False, score=_score_gsm8k),
     "sql": Task(hub=("b-mc2/sql-create-context", None, None), splits={"all": "train"},
                 read=_read_sql, score=_score_exactly),
     "viggo": Task(hub=("GEM/viggo", None, "refs/convert/parquet"), splits={"train": "train", "test": "test"},
-                  read=_read_viggo, score=_score_viggo)}
+                  read=_read_viggo, instruction=VIGGO_INSTRUCTION, score=_score_viggo)}
 
 
 def find_task(data_name: str) -> Task:
@@ -231,13 +250,13 @@ def scored_tasks() -> list[str]:
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
-def read_messages(data_name: str, row: dict) -> tuple[Messages, str]:
+def read_messages(data_name: str, row: dict, layout: str = "published") -> tuple[Messages, str]:
     """One row of a data set as (messages before the answer, answer).
 
-    The messages are a system turn, where the task has an instruction of its own, and a user turn. The columns are
-    those of the published sets: alpaca instruction, input, output; gsm8k question, answer; sql question, context,
-    answer; viggo mr, ref, or meaning_representation, target. alpaca and sql also take a dialogue in messages (role,
-    content) or conversations (from, value), whose last turn is the answer. A number is read as its text.
+    layout: where the task's instruction is, as in PromptStyle. The columns are those of the published sets:
+    alpaca instruction, input, output; gsm8k question, answer; sql question, context, answer; viggo mr, ref, or
+    meaning_representation, target. alpaca and sql also take a dialogue in messages (role, content) or conversations
+    (from, value), whose last turn is the answer. A number is read as its text.
     Raises UserError where a part is missing.
     """
     task = find_task(data_name)
@@ -249,9 +268,15 @@ def read_messages(data_name: str, row: dict) -> tuple[Messages, str]:
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"a row of '{data_name}' cannot be read ({error}): {str(dict(row))[:200]}") from None
     try:
-        return [{**message, "content": _text(message["content"])} for message in messages], _text(answer)
+        messages = [{**message, "content": _text(message["content"])} for message in messages]
+        answer = _text(answer)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"a row of '{data_name}' has no question or no answer: {str(dict(row))[:200]}") from None
+    if task.instruction and layout == "system":
+        messages = [_system(task.instruction), *messages]
+    elif task.instruction and task.published:
+        messages = [_user(f"{task.instruction}\n\n{messages[0]['content']}"), *messages[1:]]
+    return messages, answer
 
 
 def load_rows(data_name: str, split: str, data_dir: str | None = None) -> "Dataset":
@@ -315,7 +340,8 @@ def _usable(data_name: str, rows: Iterable[dict], name: Callable[[int], str]) ->
     usable, blank = [], []
     for i, row in enumerate(rows):
         try:
-            messages, answer = read_messages(data_name, row)
+            # In a system turn, so that the instruction does not fill an empty question.
+            messages, answer = read_messages(data_name, row, "system")
         except UserError as error:
             raise UserError(f"{name(i + 1)}: {error}") from None
         asked = [message["content"] for message in messages if message["role"] == "user"]
@@ -628,14 +654,14 @@ def check_fit(place: str, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[l
 
 def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_ratio: float = 1.0,
                     source_max_len: int = 1024, target_max_len: int = 256, debug_number: int = -1,
-                    data_dir: str | None = None, date: str | None = None) -> "Dataset":
+                    data_dir: str | None = None, style: PromptStyle = PUBLISHED) -> "Dataset":
     """The training split, tokenized: columns input_ids, labels, length.
 
     Prompt tokens have the label IGNORE_INDEX. A prompt has at most `source_max_len` tokens: fit_prompt() cuts a longer
     one. An answer with its end token has at most `target_max_len`: a longer one loses its end and its end token, so the
     loss says nothing about what follows its last token. Prints how many of both are cut.
     train_ratio: the share of the rows to keep, from the first on. debug_number: where it is positive, keep at most so
-    many rows. date: as in render_prompt().
+    many rows. style: how the prompts are written.
     """
     prepare_tokenizer(tokenizer)
     rows = load_rows(data_name, "train", data_dir)
@@ -646,8 +672,8 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
         keep = min(keep, debug_number)
 
     def encode(row: dict) -> dict:
-        messages, answer = read_messages(data_name, row)
-        source, prompt_cut = fit_prompt(tokenizer, messages, source_max_len, date)
+        messages, answer = read_messages(data_name, row, style.layout)
+        source, prompt_cut = fit_prompt(tokenizer, messages, source_max_len, style.date)
         whole_target = encode_answer(tokenizer, answer)
         target = whole_target[:target_max_len]
         return {"input_ids": source + target, "labels": [IGNORE_INDEX] * len(source) + target,

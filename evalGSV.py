@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_print_save import (
     IGNORE_INDEX,
+    PUBLISHED,
     TASKS,
+    PromptStyle,
     check_fit,
     encode_answer,
     encode_prompt,
@@ -27,8 +29,8 @@ from data_print_save import (
 from LoTA import UserError
 from LoTA.settings import MAX_NEW_TOKENS, baseConfig, evalConfig, split_names
 
-# What find_scorers() finds: (part of the file's name, a function (tokenizer, place, date, trust_remote_code) -> the
-# function that measures a model). place: the model's folder or hub name. date: as in ask(). The first function checks
+# What find_scorers() finds: (part of the file's name, a function (tokenizer, place, style, trust_remote_code) -> the
+# function that measures a model). place: the model's folder or hub name. style: as in ask(). The first function checks
 # what it can and raises UserError, so that a mistake is found before the model is loaded.
 Scorer = tuple[str, Callable[..., Callable[..., dict]]]
 
@@ -133,20 +135,21 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
 class Questions:
     """Test rows as rendered prompts with their labels.
 
-    date: what template_date() says of them. room: how many new tokens fit after the longest prompt; None: not known.
+    style: how the prompts are written, with what template_date() says of the date.
+    room: how many new tokens fit after the longest prompt; None: not known.
     """
     prompts: list[str]
     labels: list[str]
-    date: str | None
+    style: PromptStyle
     room: int | None = None
 
 
-def ask(tokenizer: PreTrainedTokenizerBase, data_name: str, rows, date: str | None = None) -> Questions:
-    """The Questions of test rows. date: the day of the training, where the adapter's lota_config.json has it."""
-    date = template_date(tokenizer, date)
-    pairs = [read_messages(data_name, row) for row in rows]
-    return Questions([render_prompt(tokenizer, messages, date) for messages, _ in pairs],
-                     [label for _, label in pairs], date)
+def ask(tokenizer: PreTrainedTokenizerBase, data_name: str, rows, style: PromptStyle = PUBLISHED) -> Questions:
+    """The Questions of test rows. style: that of the training, where the adapter's lota_config.json records it."""
+    style = replace(style, date=template_date(tokenizer, style.date))
+    pairs = [read_messages(data_name, row, style.layout) for row in rows]
+    return Questions([render_prompt(tokenizer, messages, style.date) for messages, _ in pairs],
+                     [label for _, label in pairs], style)
 
 
 def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_args: baseConfig, eval_args: evalConfig,
@@ -157,8 +160,8 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
     subsample: take only so many rows. name: of the JSON file. extra: more entries for it.
     rows: the test rows, where the caller has read them already. questions: the rendered rows; the others are not read
     then.
-    The results are the accuracy with its 95 % interval, every prediction with its prompt and label, the date in the
-    prompts where the chat template writes one, and with eval_args.answer_loss the loss of the labels.
+    The results are the accuracy with its 95 % interval, every prediction with its prompt and label, the layout of the
+    prompts, their date where the chat template writes one, and with eval_args.answer_loss the loss of the labels.
     """
     data_name = eval_args.ft_dataset_name
     prepare_tokenizer(tokenizer)
@@ -178,7 +181,8 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
     correct = sum(item["correct"] for item in items)
     results = {"data_set": data_name, "rows": len(items), "correct": correct, "accuracy": correct / len(items),
                "interval_95": confidence_interval(correct, len(items)), **(extra or {}),
-               **({"template_date": questions.date} if questions.date else {}), "predictions": items}
+               "prompt_layout": questions.style.layout,
+               **({"template_date": questions.style.date} if questions.style.date else {}), "predictions": items}
     low, high = results["interval_95"]
     print(f"{data_name}: {correct} of {len(items)} correct, accuracy {correct / len(items):.2%} "
           f"(95 % interval {low:.2%} to {high:.2%})")
@@ -190,12 +194,12 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
 
 
 def prepare_evalgsv(eval_args: evalConfig, rows, tokenizer: PreTrainedTokenizerBase, place: str,
-                    date: str | None = None, trust_remote_code: bool = False) -> Callable[..., dict]:
+                    style: PromptStyle = PUBLISHED, trust_remote_code: bool = False) -> Callable[..., dict]:
     """evalgsv() of these test rows, rendered. See Scorer.
 
     Raises UserError where a prompt with --max_new_tokens, or with its label for --answer_loss, does not fit the model.
     """
-    questions = ask(tokenizer, eval_args.ft_dataset_name, rows, date)
+    questions = ask(tokenizer, eval_args.ft_dataset_name, rows, style)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in questions.prompts]
     room = check_fit(place, tokenizer, prompts, eval_args.max_new_tokens or 1, trust_remote_code)
     if eval_args.answer_loss:

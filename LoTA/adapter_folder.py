@@ -81,6 +81,12 @@ class LotaConfig:
         """The day that the chat template wrote into the prompts, such as 2026-07-31. None: it wrote none."""
         return self.settings.get("template_date")
 
+    @property
+    def prompt_layout(self) -> str:
+        """Where the prompts of the training had the instruction: PromptStyle.layout in data_print_save.py."""
+        without_record = "system" if self.settings else "published"     # no settings: others made it
+        return self.settings.get("prompt_layout") or without_record
+
     def other_weights(self, source: "QuantizedModel") -> str | None:
         """What of `source` differs by the recorded fingerprints; None where nothing does, or none is recorded."""
         if self.fingerprint_all is None:                            # folders made before have the other one only
@@ -240,7 +246,8 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
         raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {LOTA_CONFIG}); "
                         "take an earlier checkpoint")
     saved = LotaConfig.load(checkpoint)
-    for name in ("method", "rank", "omega", "residual", "offset_scale", "learned_scales", "bits", "fingerprint"):
+    for name in ("method", "rank", "omega", "residual", "offset_scale", "learned_scales", "bits", "prompt_layout",
+                 "fingerprint"):
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: its {name} is "
                             f"{getattr(saved, name)}, not {getattr(config, name)}")
@@ -269,11 +276,11 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
     AdapterFolder(checkpoint).check_values()
 
 
-def date_of_checkpoint(checkpoint: str | Path | None) -> str | None:
-    """The date in the prompts of a checkpoint's run, or None where it recorded none. A resumed run keeps it."""
+def config_of_checkpoint(checkpoint: str | Path | None) -> LotaConfig:
+    """What a checkpoint records; an empty LotaConfig where there is none. A resumed run writes its prompts so."""
     if checkpoint is None or not (Path(checkpoint) / LOTA_CONFIG).exists():
-        return None
-    return LotaConfig.load(checkpoint).template_date
+        return LotaConfig()
+    return LotaConfig.load(checkpoint)
 
 
 class QuantizedModel(Protocol):

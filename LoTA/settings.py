@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
 # The usual names of layers, in the order in which they are printed and recorded.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LAYERS = "all"          # the value of --lora_target_modules that means every quantized layer but lm_head
+PROMPT_LAYOUTS = ("published", "system")
 METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
 MAX_NEW_TOKENS = 512        # of an answer, where --max_new_tokens is not given and the model has room for them
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
@@ -83,6 +84,10 @@ class baseConfig:
     data_dir: str | None = setting(
         "both", None, "the data on disk: a save_to_disk folder, one csv, json or jsonl file, or a folder with such "
         "files named after their split", shown="the hub")
+    prompt_layout: str | None = setting(
+        "both", None, "where the instruction of gsm8k and viggo is. published: as in the published scripts, at the "
+        "head of viggo's user turn and nowhere in gsm8k's. system: in a system turn, as this project once had it",
+        choices=PROMPT_LAYOUTS, shown="that of the checkpoint or adapter, else published")
     dtype: str = setting(
         "both", "bfloat16", "the dtype of the computation; mode 1 refuses float16",
         choices=["bfloat16", "float16", "float32"])
@@ -347,10 +352,12 @@ def complete_base(base: baseConfig, folder: "GPTQFolder") -> baseConfig:
 
 def complete_training(base: baseConfig, training: trainingConfig,
                       folder: "GPTQFolder") -> tuple[baseConfig, trainingConfig]:
-    """The settings of a training run with method, targets, rank and alpha, and for LoTA omega and sigma, filled in.
+    """The settings of a training run with method, targets, rank, alpha and the layout of prompts, and for LoTA omega
+    and sigma, filled in.
 
     Raises UserError where a flag contradicts the folder.
     """
+    from LoTA.adapter_folder import config_of_checkpoint
     base = complete_base(base, folder)
     method = base.method or ("lota" if base.lota_qaf else "lora")
     _, parameters = folder.model_size(base.pretrained)
@@ -359,8 +366,9 @@ def complete_training(base: baseConfig, training: trainingConfig,
     targets = base.lora_target_modules
     if ALL_LAYERS in targets:
         targets = [name for name in layer_names(folder.modules) if name != "lm_head"]
+    layout = base.prompt_layout or config_of_checkpoint(training.adapter_ckpt).prompt_layout
     base = replace(base, method=method, lota_qaf=method == "lota", lora_target_modules=targets, lora_r=rank,
-                   lora_alpha=alpha)
+                   lora_alpha=alpha, prompt_layout=layout)
     if method == "lota":
         omega_share, sigma = omega_and_sigma(training.recipe, folder.bits)
         training = replace(

@@ -123,7 +123,7 @@ def main() -> None:
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder / "merged"))
     rows = load_rows("viggo", "test", args.data_dir)
     rows = rows.select(range(min(args.limit or len(rows), len(rows))))
-    pairs = [read_messages("viggo", row) for row in rows]
+    pairs = [read_messages("viggo", row, live.config.prompt_layout) for row in rows]
     prompts = [render_prompt(tokenizer, messages) for messages, _ in pairs]
     table, live_texts = [], []
     for format, engine, place, load in engines(live, plain, folder):

@@ -6,6 +6,7 @@ It makes the 16-bit base model of the demo and of the experiments, so that they 
 leaves the system turn out, because the model knows one task only and short sequences train fast on a CPU.
 """
 import argparse
+import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from data_print_save import load_rows, prepare_dataset, read_messages, set_seed
+from data_print_save import find_task, load_rows, prepare_dataset, read_messages, set_seed
 from LoTA import run_script
 
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
@@ -27,11 +28,18 @@ CHAT_TEMPLATE = (
     "{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 
 
+def chat_template(data_name: str) -> str:
+    """CHAT_TEMPLATE without the task's instruction, in every layout of prompts. Its tokens would only cost time."""
+    instruction = find_task(data_name).instruction
+    without = f"m.content.replace({json.dumps(instruction)} ~ '\\n\\n', '')" if instruction else "m.content"
+    return CHAT_TEMPLATE.replace("m.content", without, 1)
+
+
 def train_tokenizer(data_name: str, data_dir: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on the questions and answers of the train split."""
     texts = []
     for row in load_rows(data_name, "train", data_dir):
-        messages, answer = read_messages(data_name, row)
+        messages, answer = read_messages(data_name, row, "system")
         texts += [messages[-1]["content"], answer]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +47,7 @@ def train_tokenizer(data_name: str, data_dir: str, vocab_size: int) -> PreTraine
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[*SPECIAL.values(), "<|answer|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, padding_side="left",
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat_template(data_name), padding_side="left",
                                    clean_up_tokenization_spaces=False, **SPECIAL)
 
 

@@ -113,11 +113,19 @@ def prepared(tmp_path, data_name, tokenizer=None, rows=None, **kwargs):
 # --- rows and messages --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("data_name", ROWS)
-def test_messages_of_each_data_set(data_name):
+def test_messages_in_the_published_layout(data_name):
+    """One user turn. GSM8K's is the question alone, ViGGO's has its instruction at the head."""
+    user = USERS[data_name] if data_name != "viggo" else f"{VIGGO_INSTRUCTION}\n\n{VIGGO['ref']}"
+    want = [{"role": "user", "content": user}], ANSWERS[data_name]
+    assert read_messages(data_name, ROWS[data_name]) == read_messages(data_name, ROWS[data_name], "published") == want
+
+
+@pytest.mark.parametrize("data_name", ROWS)
+def test_messages_in_the_system_layout(data_name):
     """The user turn, the answer and, where the task has an instruction of its own, the system turn, word by word."""
     system = [{"role": "system", "content": SYSTEMS[data_name]}] if SYSTEMS[data_name] else []
     want = [*system, {"role": "user", "content": USERS[data_name]}]
-    assert read_messages(data_name, ROWS[data_name]) == (want, ANSWERS[data_name])
+    assert read_messages(data_name, ROWS[data_name], "system") == (want, ANSWERS[data_name])
 
 
 @pytest.mark.parametrize("data_name, row", [
@@ -168,7 +176,7 @@ def test_prompt_of_each_template(template, with_system, without):
     """The rendered text, exactly: the instruction is never lost, and the prompt ends where the answer begins."""
     tokenizer = prepare_tokenizer(char_tokenizer(chat_template=template))
     for data_name in ROWS:
-        messages, _ = read_messages(data_name, ROWS[data_name])
+        messages, _ = read_messages(data_name, ROWS[data_name], "system")
         want = (with_system if SYSTEMS[data_name] else without).format(s=SYSTEMS[data_name], u=USERS[data_name])
         assert render_prompt(tokenizer, messages) == want, data_name
 
@@ -185,9 +193,9 @@ def test_a_template_that_refuses_everything(system):
 def test_rendering_leaves_the_messages_alone():
     """Folding the system turn into the user turn changes a copy, so that a second rendering is the same."""
     tokenizer = char_tokenizer(chat_template=NO_SYSTEM)
-    messages, _ = read_messages("gsm8k", GSM8K)
+    messages, _ = read_messages("gsm8k", GSM8K, "system")
     first = render_prompt(tokenizer, messages)
-    assert messages == read_messages("gsm8k", GSM8K)[0]
+    assert messages == read_messages("gsm8k", GSM8K, "system")[0]
     assert render_prompt(tokenizer, messages) == first
 
 
@@ -242,10 +250,9 @@ def test_encode_prompt_writes_no_second_begin_token():
 def test_prepared_row_by_hand(tmp_path, data_name):
     """Ids and labels of a row, token by token: the prompt is masked, the answer and its end token are not."""
     data = prepared(tmp_path, data_name)
-    system = f"{SYSTEMS[data_name]}\n\n" if SYSTEMS[data_name] else ""
-    source = [BOS, *by_hand(f"{system}### Instruction:\n{USERS[data_name]}\n\n### Response:\n")]
+    instruction = f"{VIGGO_INSTRUCTION}\n\n" if data_name == "viggo" else ""
+    source = [BOS, *by_hand(f"### Instruction:\n{instruction}{USERS[data_name]}\n\n### Response:\n")]
     target = [*by_hand(ANSWERS[data_name]), EOS]
-    source = source[-1024:]
     assert data[0] == {"input_ids": source + target, "labels": [-100] * len(source) + target,
                        "length": len(source) + len(target)}
     assert len(data) == 1

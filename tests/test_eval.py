@@ -285,8 +285,8 @@ def test_loss_of_answers_is_the_mean_over_their_tokens(batch_size):
 
 def prompt_of(data_name, user):
     """The fallback template's prompt, by hand."""
-    system = f"{SYSTEMS[data_name]}\n\n" if SYSTEMS[data_name] else ""
-    return f"<bos>{system}### Instruction:\n{user}\n\n### Response:\n"
+    instruction = f"{SYSTEMS[data_name]}\n\n" if data_name == "viggo" else ""
+    return f"<bos>### Instruction:\n{instruction}{user}\n\n### Response:\n"
 
 
 def settings_of(tmp_path, data_name, data_dir, **kwargs):
@@ -311,7 +311,7 @@ def test_evalgsv_end_to_end(tmp_path, capsys):
     low, high = confidence_interval(2, 4)
     assert (low, high) == pytest.approx((0.15004, 0.84996), abs=1e-5)
     want = {"data_set": "gsm8k", "rows": 4, "correct": 2, "accuracy": 0.5, "interval_95": [low, high],
-            "moved": {"q_proj": [1, 2]}, "predictions": items}
+            "moved": {"q_proj": [1, 2]}, "prompt_layout": "published", "predictions": items}
     assert {**results, "interval_95": list(results["interval_95"])} == want
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["run_gsm8k.json"]
     saved = json.loads((tmp_path / "results" / "run_gsm8k.json").read_text())

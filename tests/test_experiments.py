@@ -19,6 +19,7 @@ import deploy
 import plan
 import pytest
 import run
+import scoring
 import tables
 import tiny_base
 import two_steps
@@ -480,3 +481,22 @@ def test_an_environment_is_made_again_when_its_requirements_change(tmp_path):
         assert installs() == everything and installs() == []
     (tmp_path / ".venv/requirements.installed").write_text("half\n")
     assert installs() == everything
+
+
+@pytest.mark.parametrize("data_set, prediction, label, here, published", [
+    ("gsm8k", "5 - 2 = 3\n#### 3", "#### 3", True, True), ("gsm8k", "#### 1,000", "#### 1000", True, False),
+    ("gsm8k", "#### $3.00", "#### 3", True, False), ("gsm8k", "3", "#### 3", False, True),
+    ("viggo", "inform(a[x, y], b[z])", "inform(b[z], a[x, y])", True, True),
+    ("viggo", "inform(a[x,y])", "inform(a[x, y])", False, True),
+    ("viggo", "inform(a[x])", "inform(a[y])", False, False),
+    ("sql", "SELECT a ", "SELECT a", True, True)])
+def test_two_rules_of_scoring(data_set, prediction, label, here, published):
+    """By this project's rule and by the published scripts'."""
+    found = scoring.count({"data_set": data_set, "predictions": [{"prediction": prediction, "label": label}]})
+    assert found == {"rows": 1, "both": here and published, "here": here and not published,
+                     "published": published and not here}
+
+
+def test_only_three_data_sets_have_a_published_rule():
+    with pytest.raises(UserError, match="no score for 'None'; they have gsm8k, sql, viggo"):
+        scoring.count({"predictions": []})

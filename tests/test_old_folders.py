@@ -25,6 +25,8 @@ TRAIN = ("--mode", 1, "--pretrained", "base", "--training_data_name", "viggo", "
          "--train_batch_size", 8, "--max_steps", 8, "--logging_steps", 2, "--gradient_checkpointing", False, "--seed",
          42)
 PUBLISHED = ("--lota_qaf", True, "--interval_point", 2, "--save_number", 2)
+# The prompts of that time. A resumed run and mode 2 find them by themselves.
+LAYOUT = ("--prompt_layout", "system")
 FLAGS = {"published": PUBLISHED,
          "learned": ("--method", "lota", "--recipe", "learned", "--interval_point", 1, "--save_strategy", "no"),
          "qalora": ("--method", "qalora", "--learning_rate", 1e-2, "--save_strategy", "no"),
@@ -75,7 +77,7 @@ def check(results, name):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("gptq", ()),
+    ("gptq", LAYOUT),
     ("published_live", ("--load_adapter", OLD / "published", "--merge", False)),
     ("published_merged", ("--load_adapter", OLD / "published")),
     ("learned_live", ("--load_adapter", OLD / "learned", "--merge", False)),
@@ -94,7 +96,7 @@ def test_old_folders_answer_as_they_did(tmp_path, name, flags):
 def test_a_merged_folder_without_offsets_is_still_a_plain_gptq_model(tmp_path):
     """Opened as any GPTQ model, without its subfolder of ours."""
     plain = shutil.copytree(OLD / "merged_plain", tmp_path / "plain", ignore=shutil.ignore_patterns("lota"))
-    results = evaluate(tmp_path, "--quantized_model_dir", plain)
+    results = evaluate(tmp_path, "--quantized_model_dir", plain, *LAYOUT)
     assert predictions(results) == EXPECTED["results"]["residual_false_merged"]["predictions"]
 
 
@@ -130,7 +132,7 @@ def test_resuming_from_an_old_checkpoint_gives_the_same_adapter(tmp_path):
 @pytest.mark.parametrize("name", FLAGS)
 def test_training_from_scratch_gives_the_same_adapter(tmp_path, name):
     """The same bytes, in a folder of the same name but for the run's time and memory, with the same checkpoint."""
-    adapter = train(tmp_path, *FLAGS[name])
+    adapter = train(tmp_path, *FLAGS[name], *LAYOUT)
     assert sha256(adapter / "adapter_model.safetensors") == EXPECTED["sha256"][f"{name}/adapter_model.safetensors"]
     assert adapter.name.split("_")[:7] == EXPECTED["names"][name].split("_")[:7]
     old, new = LotaConfig.load(OLD / name), LotaConfig.load(adapter)

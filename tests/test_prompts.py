@@ -29,6 +29,8 @@ import LoTA_QAF_main
 from data_print_save import (
     FALLBACK_CHAT_TEMPLATE,
     FIXED_DATE,
+    VIGGO_INSTRUCTION,
+    PromptStyle,
     check_fit,
     encode_prompt,
     fit_prompt,
@@ -212,7 +214,7 @@ def test_evaluation_on_another_day(tmp_path, today):
     today("2026-01-02")
     rows = data_print_save.load_rows("gsm8k", "test", str(tmp_path / "data"))
     for recorded, day in (("2026-01-01", "01"), (None, "02")):
-        questions = ask(tokenizer, "gsm8k", rows, recorded)
+        questions = ask(tokenizer, "gsm8k", rows, PromptStyle(date=recorded))
         stub = Stub({prompt: "x" for prompt in questions.prompts})
         results = evalgsv(stub, tokenizer, base, evaluation, questions=questions)
         assert f"Today: {day} Jan 2026|" in results["predictions"][0]["prompt"]
@@ -345,7 +347,7 @@ def test_new_tokens_must_fit_too(changed, evaluate, demo_data, tmp_path, monkeyp
 
 def test_the_date_of_the_training_is_kept(changed, train, evaluate, tmp_path, today):
     """Training writes it, a resumed run keeps it, and evaluation the next day asks with it, live and merged."""
-    folder = changed(template="{{ strftime_now('%d %b') }}:{{ messages[-1].content }}<|answer|>")
+    folder = changed(template="{{ strftime_now('%d %b') }}:{{ messages[-1].content[-60:] }}<|answer|>")
     today("2026-03-04")
     flags = ("--quantized_model_dir", folder, "--max_steps", 2, "--gradient_checkpointing", False)
     adapter = train(tmp_path / "a", *flags)
@@ -359,6 +361,32 @@ def test_the_date_of_the_training_is_kept(changed, train, evaluate, tmp_path, to
         assert results["template_date"] == f"2026-03-{day}"
         assert all(item["prompt"].startswith(f"{day} Mar:") for item in results["predictions"])
         assert len(predictions(results)) == 2
+
+
+def test_the_layout_of_the_training_is_kept(changed, train, evaluate, tmp_path):
+    """A resumed run and mode 2 write prompts as in the training, unless a flag says otherwise. It is recorded.
+
+    A record without a layout is of a version that had the instruction in a system turn.
+    """
+    folder = changed(template="{% for m in messages %}{{ m.role[0] }}:{{ m.content[:9] }}|{% endfor %}")
+    flags = ("--quantized_model_dir", folder, "--max_steps", 2, "--gradient_checkpointing", False)
+    begins = {"published": f"u:{VIGGO_INSTRUCTION[:9]}|", "system": f"s:{VIGGO_INSTRUCTION[:9]}|u:"}
+
+    def prompts(layout, *arguments):
+        results = evaluate(tmp_path, *arguments, "--limit", 2, "--max_new_tokens", 4)
+        assert results["prompt_layout"] == layout
+        return {item["prompt"].startswith(begins[layout]) for item in results["predictions"]} == {True}
+
+    adapter = train(tmp_path / "system", *flags, "--prompt_layout", "system")
+    assert prompts("system", "--load_adapter", adapter) and prompts("system", "--load_adapter", adapter, "--no_merge")
+    assert prompts("published", "--load_adapter", adapter, "--prompt_layout", "published")
+    assert prompts("published", "--quantized_model_dir", folder)
+    with pytest.raises(UserError, match="its prompt_layout is system, not published"):
+        train(tmp_path / "refused", *flags, "--adapter_ckpt", adapter / "checkpoint-1", "--prompt_layout", "published")
+    resumed = train(tmp_path / "resumed", *flags, "--adapter_ckpt", adapter / "checkpoint-1")
+    assert LotaConfig.load(resumed).settings["prompt_layout"] == "system"
+    assert LotaConfig.load(train(tmp_path / "new", *flags)).settings["prompt_layout"] == "published"
+    assert LotaConfig().prompt_layout == "published" and LotaConfig(settings={"seed": 1}).prompt_layout == "system"
 
 
 def test_a_merged_model_finds_the_template_of_its_training(changed, train, evaluate, base_model, tmp_path, capsys):

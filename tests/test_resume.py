@@ -28,7 +28,7 @@ OLD = ROOT / "tests/fixtures/old"
 FLAGS = ("--mode", 1, "--quantized_model_dir", OLD / "gptq", "--pretrained", "base", "--data_dir", OLD / "data",
          "--training_data_name", "viggo", "--lora_r", 4, "--train_batch_size", 8, "--gradient_accumulation_steps", 2,
          "--debug_number", 40, "--dtype", "float32", "--device_map", "cpu", "--gradient_checkpointing", False,
-         "--max_steps", 12, "--save_number", 12, "--logging_steps", 3)
+         "--max_steps", 12, "--save_number", 12, "--logging_steps", 3, "--prompt_layout", "system")
 FULL = ("--method", "lota", "--recipe", "full", "--interval_point", 1)
 METHODS = {
     "published": ("--method", "lota", "--interval_point", 2),

@@ -561,7 +561,8 @@ def test_imports_run_down_only():
     assert not up
     # The rule finds what it looks for.
     assert imported_by(files["LoTA_QAF_main"], files) >= {"LoTA.folders", "LoTA.trainer", "t_signSGD", "LoTA.settings"}
-    assert imported_by(files["LoTA.settings"], files) == {"LoTA", "LoTA.export", "LoTA.folders", "LoTA.ternary"}
+    assert imported_by(files["LoTA.settings"], files) == {"LoTA", "LoTA.adapter_folder", "LoTA.export", "LoTA.folders",
+                                                          "LoTA.ternary"}
 
 
 def test_the_main_script_is_short():
