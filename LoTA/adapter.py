@@ -29,6 +29,7 @@ from LoTA.layer import register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
 from LoTA.settings import baseConfig, target_layers
+from LoTA.ternary import add_offset_, scaled_offset
 
 
 class LTA(Adapter):
@@ -80,22 +81,18 @@ class LTA(Adapter):
         return load_merged(merged, **kwargs)
 
     def set_offset(self, offset: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> None:
-        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]. Keeps s * mu."""
+        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]."""
         self.groups = Groups(g_idx, scales.shape[0])
-        self.offset = offset * scales.float()
-        self._ready = None              # (device, dtype, the offset on that device in that dtype)
+        self.offset, self.scales = offset, scales
+        self._ready = None              # (device, dtype, s * mu on that device in that dtype)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """out += (group sums of x) @ (s * mu), in place. x: [..., in]. out: [..., out]. Returns out.
-
-        This is Eq. 5's new zero factor, kept apart because GPTQ's zero points are integers. It costs 1 / group_size of
-        the layer's work.
-        """
+        """out += (group sums of x) @ (s * mu), in place. x: [..., in]. out: [..., out]. Returns out."""
         if self._ready is None or self._ready[:2] != (x.device, x.dtype):
             self.groups.to(x.device)
-            self._ready = x.device, x.dtype, self.offset.to(x.device, x.dtype)
-        sums = self.groups.sum_columns(x.reshape(-1, x.shape[-1]))
-        return out.add_((sums @ self._ready[2]).view(out.shape))
+            self._ready = x.device, x.dtype, scaled_offset(self.offset, self.scales, x.dtype).to(x.device)
+        add_offset_(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), self._ready[2], self.groups)
+        return out
 
 
 def load_merged(merged: MergedFolder, check: bool = True, **kwargs):

@@ -15,7 +15,7 @@ from torch import nn
 
 from LoTA import UserError, ternary
 from LoTA.packed import Groups, PackedLayer
-from LoTA.ternary import TernaryLinear, Threshold, check_settings, ternarize_
+from LoTA.ternary import TernaryLinear, Threshold, check_settings, layer_output, scaled_offset, ternarize_
 
 
 class IntLinear(nn.Linear):
@@ -34,7 +34,9 @@ def backend_for(device: torch.device) -> ModuleType:
 
 
 class CustomLoraLinear(nn.Module, LoraLayer):
-    """y = x @ (s * (W_int - z + W^ + mu)) + bias over a GPTQModel TorchLinear. LoTA.ternary defines W^ and mu.
+    """y = x @ (s * (W_int - z + W^)) + bias + (group sums of x) @ (s * mu) over a GPTQModel TorchLinear.
+
+    LoTA.ternary defines W^ and mu.
 
     Parameters of an adapter: lora_A.weight [r, in] and lora_B.weight [out, r], which are A and B transposed, as PEFT
     stores them. With learned_offset, lora_offset [groups, out] is mu and Eq. 4 is not used. With learned_scales,
@@ -56,7 +58,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
             raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: switch them off")
         self.threshold = threshold
         self._groups = None
-        self._evaluated = None          # (what it was made from, W'), see adapted_weight()
+        self._evaluated = None          # (what it was made from, W, s * mu), see evaluated()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
@@ -124,31 +126,32 @@ class CustomLoraLinear(nn.Module, LoraLayer):
     # --- computing ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """y [..., out] for x [..., in]. Without gradients W' is kept between calls, see adapted_weight()."""
+        """y [..., out] for x [..., in]. Without gradients W is kept between calls, see evaluated()."""
         if self.disable_adapters:
             return self.base_layer(x)
+        bias = self.get_base_layer().bias
         if torch.is_grad_enabled():
             self._evaluated = None
-            out = TernaryLinear.apply(x, *self.adapter_pair(), self.packed, self.threshold, backend_for(x.device),
-                                      self.offset(), self.scale_change())
-        else:
-            out = x @ self.adapted_weight(x.dtype)
-        bias = self.get_base_layer().bias
-        return out if bias is None else out + bias.to(out.dtype)
+            return TernaryLinear.apply(x, *self.adapter_pair(), self.packed, self.threshold, backend_for(x.device),
+                                       self.offset(), self.scale_change(), bias)
+        weight, scaled = self.evaluated(x.dtype)
+        return layer_output(x.flatten(0, -2), weight, bias, scaled, self.groups()).view(*x.shape[:-1], -1)
 
-    def adapted_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """W' [in, out] in `dtype`, kept until the adapter changes, because generation calls the layer for every token.
+    def evaluated(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(W [in, out], s * mu [groups, out] or None) in `dtype`, kept until the adapter changes.
 
-        It takes the memory of the layer without quantization. A merged model does not need it.
+        Generation calls the layer for every token. They take the memory of the layer without quantization. A merged
+        model does not need them.
         """
-        (lora_A, lora_B), offset = self.adapter_pair(), self.offset()
-        made_from = (*(None if p is None else p._version for p in (lora_A, lora_B, offset, self.scale_change())),
+        (lora_A, lora_B), learned = self.adapter_pair(), self.offset()
+        made_from = (*(None if p is None else p._version for p in (lora_A, lora_B, learned, self.scale_change())),
                      lora_A.data_ptr(), lora_A.device, dtype)
         if self._evaluated is None or self._evaluated[0] != made_from:
-            weight = backend_for(lora_A.device).adapted_weight(lora_A, lora_B, self.packed(), self.threshold, dtype,
-                                                               learned_offset=offset)
-            self._evaluated = made_from, weight
-        return self._evaluated[1]
+            packed = self.packed()
+            weight, offset = backend_for(lora_A.device).adapted_weight(lora_A, lora_B, packed, self.threshold, dtype)
+            offset = offset if learned is None else learned.detach()
+            self._evaluated = made_from, weight, None if offset is None else scaled_offset(offset, packed.scales, dtype)
+        return self._evaluated[1:]
 
     @torch.no_grad()
     def merged_in_memory(self) -> tuple[PackedLayer, PackedLayer, torch.Tensor | None]:

@@ -89,6 +89,14 @@ class Groups:
         missing = self.count * self.size - x.shape[1]
         return (F.pad(x, (0, missing)) if missing else x).view(-1, self.count, self.size).sum(2)
 
+    def add_to_columns_(self, x: torch.Tensor, of_groups: torch.Tensor) -> None:
+        """Adds to each column of x [n, in] its group's column of `of_groups` [n, groups], in place."""
+        whole = x.shape[1] // self.size * self.size if self.size and self.order is None else 0
+        if whole:
+            x[:, :whole].unflatten(1, (-1, self.size)).add_(of_groups[:, :whole // self.size, None])
+        if whole < x.shape[1]:
+            x[:, whole:].add_(of_groups[:, self.g_idx[whole:]])
+
     def to(self, device: torch.device | str) -> "Groups":
         """Moves the index tensors to `device` in place. Returns itself."""
         self.g_idx, self.sizes = self.g_idx.to(device), self.sizes.to(device)

@@ -11,7 +11,14 @@ Chen et al., "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-
     omega   the threshold of Eq. 3, in (0, r)
     kappa   the divisor of Eq. 4's group mean: omega in the published scripts, 1 in the paper
 
+    W       weight      [in, out]      s * (W_int - z + W^)
+    y       x @ W + (group sums of x) @ (s * mu), which is x @ (s * (W_int - z + W^ + mu))
+
 Scales may be learned: s = s_base * (1 + scale_change), where s_base is the checkpoint's.
+
+mu stays apart from W, because bfloat16 would lose most of it there: beside 8 grid steps its spacing is 1/32 step, and a
+usual mu is smaller. A merged model computes y so too, because its integers have no place for mu. So training, live and
+merged models do the same operations in the same order, and their outputs are equal bit for bit in every dtype.
 
 Three facts make the computation exact and cheap.
 1. All sums over A and B are sums of integers. They are exact in float32 in any order, so every device and every
@@ -31,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from LoTA import UserError
-from LoTA.packed import PackedLayer, Rows
+from LoTA.packed import Groups, PackedLayer, Rows
 from LoTA.packing import step_at
 
 EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 ...
@@ -91,24 +98,52 @@ def offset_factor(delta_w_sum: torch.Tensor, ternary_sum: torch.Tensor, sizes: t
 
 @torch.no_grad()
 def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer, threshold: Threshold,
-                   dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None,
-                   learned_offset: torch.Tensor | None = None) -> torch.Tensor:
-    """W' [in, out] = s * (W_int - z + W^ + mu), the weight that training multiplies with.
+                   dtype: torch.dtype = torch.float32,
+                   out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(W [in, out] = s * (W_int - z + W^) in `dtype`, Eq. 4's mu float32 [groups, out] or None).
 
-    It is computed in float32, then rounded to `dtype`.
-    out: [in, out], where W' shall be written; it decides the dtype then.
-    learned_offset: mu [groups, out] where mu is a parameter, used in the place of Eq. 4's.
+    W is what GPTQModel's torch kernel makes of the merged integers: in bfloat16 and float16 the product is rounded to
+    the dtype of the scales first. out: [in, out], where W shall be written; it decides the dtype then.
     """
+    weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.scales.device)
     delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, threshold)
     steps = _sparse_steps(lora_A, lora_B, threshold.omega)
     if steps is not None:
         merged, offset = _take_sparse_steps(steps, delta_w_sum, packed, threshold)
-        return dequantize(merged, offset if learned_offset is None else learned_offset, dtype, out)
-    weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.scales.device)
-    for rows, first, last, stepped, _, offset in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, threshold):
-        offset = offset if learned_offset is None else learned_offset[first:last]
-        _write_weight(weight, rows, stepped, offset, packed, first, last)
-    return weight
+        for rows, first, last, size in packed.groups.blocks(packed.shape[1]):
+            _write_weight(weight, rows, merged.integers(rows).view(last - first, size, -1), packed, first, last)
+        return weight, offset
+    offset = None if delta_w_sum is None else torch.empty_like(delta_w_sum)
+    for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, threshold):
+        _write_weight(weight, rows, stepped, packed, first, last)
+        if offset is not None:
+            offset[first:last] = mu
+    return weight, offset
+
+
+def scaled_offset(offset: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """s * mu [groups, out] in `dtype`, as the layer multiplies with it. offset: mu. scales: s; both [groups, out]."""
+    return (offset * scales.float()).to(dtype)
+
+
+def add_offset_(out: torch.Tensor, x: torch.Tensor, scaled: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """out [tokens, out] += (group sums of x [tokens, in]) @ scaled [groups, out], in place. Returns out.
+
+    This is Eq. 5's new zero factor. It costs 1 / (rows of a group) of the layer's work. scaled: scaled_offset()'s.
+    """
+    return out.add_(groups.sum_columns(x) @ scaled)
+
+
+def layer_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scaled: torch.Tensor | None,
+                 groups: Groups) -> torch.Tensor:
+    """y [tokens, out] = x @ W + bias + (group sums of x) @ (s * mu), in the order in which GPTQModel's layer adds.
+
+    x: [tokens, in]. scaled: scaled_offset()'s, or None where there is no mu.
+    """
+    out = x @ weight
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return out if scaled is None else add_offset_(out, x, scaled, groups)
 
 
 @torch.no_grad()
@@ -143,75 +178,89 @@ def is_merge(lora_A: torch.Tensor, lora_B: torch.Tensor, before: PackedLayer, af
 
 
 @torch.no_grad()
-def dequantize(packed: PackedLayer, offset: torch.Tensor | None = None, dtype: torch.dtype = torch.float32,
-               out: torch.Tensor | None = None) -> torch.Tensor:
-    """The merged layer's weight s * (W_int - z + mu), [in, out], in `dtype`. offset: mu [groups, out] or None.
+def dequantize(packed: PackedLayer, offset: torch.Tensor | None = None,
+               dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The merged layer as one weight s * (W_int - z + mu), [in, out], rounded to `dtype` once. For other engines.
 
-    out: [in, out], where the weight shall be written; it decides the dtype then.
+    offset: mu [groups, out] or None.
     """
-    weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.scales.device)
-    for rows, first, last, size in packed.groups.blocks(packed.scales.shape[1]):
-        integers = packed.integers(rows).view(last - first, size, -1)
-        _write_weight(weight, rows, integers, None if offset is None else offset[first:last], packed, first, last)
+    weight = torch.empty(packed.shape, dtype=dtype, device=packed.scales.device)
+    for rows, first, last, size in packed.groups.blocks(packed.shape[1]):
+        shift = -packed.zeros[first:last].float() if offset is None else offset[first:last] - packed.zeros[first:last]
+        block = packed.integers(rows).view(last - first, size, -1).add_(shift[:, None])
+        weight[rows] = block.mul_(packed.scales[first:last, None].float()).flatten(0, 1).to(dtype)
     return weight
 
 
 @torch.no_grad()
-def adapter_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
-                      packed: PackedLayer, threshold: Threshold, weight: torch.Tensor | None = None) -> tuple[
-                          torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gradients of A [in, r], B [r, out], a learned mu and a learned scale_change [groups, out], in this order.
+def step_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
+                   packed: PackedLayer, weight: torch.Tensor | None = None) -> tuple[
+                       torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(H @ B^T, A^T @ H, the sum of G * W over each group or None), all float32.
 
-    x: [tokens, in]. grad_output: [tokens, out]. All gradients are float32.
-    In W' the step W^ is straight-through: its derivative by dW is 1, at the grid's ends too. In mu it is a constant.
-    With G = x^T @ grad_output, rounded to the dtype of x, and H = s * G:
-
-        dL/d(dW) = H + (sum of H over the group) / (kappa * n)
-        dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)
-        dL/d(mu) = sum of H over the group, where mu is a parameter
-        dL/d(scale_change) = (sum of G * W' over the group) * s_base / s
-
-    The last one needs `weight`, W' [in, out], and is None without it. Rounding s to float16 is straight-through too.
+    G = x^T @ grad_output [in, out] in the dtype of x, and H = s * G. x: [tokens, in]. grad_output: [tokens, out].
+    weight: W [in, out]. Without it there is no third result, [groups, out].
     """
     lora_A, lora_B = lora_A.float(), lora_B.float()
-    scaled = torch.mm(x.t(), grad_output, out=_workspace(packed.shape, x)).float()     # G, made H block by block
-    scaled_sum = torch.empty(packed.scales.shape, device=x.device)
-    weight_sum = None if weight is None else torch.empty_like(scaled_sum)
+    gradient = torch.mm(x.t(), grad_output, out=_workspace(packed.shape, x)).float()    # G, made H block by block
+    weight_sum = None if weight is None else torch.empty(packed.scales.shape, device=x.device)
     for rows, first, last, size in packed.groups.blocks(lora_B.shape[1]):
-        block = scaled[rows].view(last - first, size, -1)
+        block = gradient[rows].view(last - first, size, -1)
         if weight is not None:
             weight_sum[first:last] = (block * weight[rows].view_as(block)).sum(1)
         block.mul_(packed.scales[first:last, None].float())
-        scaled_sum[first:last] = block.sum(1)
         if not isinstance(rows, slice):
-            scaled[rows] = block.flatten(0, 1)
-    grad_A, grad_B = scaled @ lora_B.t(), lora_A.t() @ scaled
-    if threshold.kappa is not None:
-        mean = scaled_sum / (threshold.kappa * packed.groups.sizes[:, None])
-        grad_A += (mean @ lora_B.t())[packed.groups.g_idx]
-        grad_B.addmm_(packed.groups.sum(lora_A).t(), mean)
-    return grad_A, grad_B, scaled_sum, scale_gradient(weight_sum, packed)
+            gradient[rows] = block.flatten(0, 1)
+    return gradient @ lora_B.t(), lora_A.t() @ gradient, weight_sum
 
 
-def scale_gradient(weight_sum: torch.Tensor | None, packed: PackedLayer) -> torch.Tensor | None:
-    """dL/d(scale_change) [groups, out]. None for None.
+@torch.no_grad()
+def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
+                    packed: PackedLayer, threshold: Threshold, backend: ModuleType, learned_offset: bool = False,
+                    weight: torch.Tensor | None = None, offset: torch.Tensor | None = None) -> tuple[
+                        torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of A [in, r], B [r, out], a learned mu and a learned scale_change [groups, out], in this order.
 
-    weight_sum: the sums of G * W' over the groups, float32 [groups, out]. It is overwritten with the result.
+    x: [tokens, in]. grad_output: [tokens, out]. learned_offset: whether mu is a parameter. All gradients are float32.
+    In W the step W^ is straight-through: its derivative by dW is 1, at the grid's ends too. In mu it is a constant.
+    With G = x^T @ grad_output, H = s * G, and P = (group sums of x)^T @ grad_output:
+
+        dL/d(mu) = s * P                                                     None where there is no mu
+        dL/d(dW) = H + dL/d(mu) / (kappa * n)                                without the last part where mu is learned
+        dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)
+        dL/d(scale_change) = ((sum of G * W over the group) / s + P * mu) * s_base
+
+    The last one needs `weight`, W [in, out], and `offset`, mu where there is one. It is None without `weight`. Rounding
+    s to float16 is straight-through too. backend: the module whose step_gradients() computes.
     """
-    return None if weight_sum is None else weight_sum.mul_(packed.base_scales.float()).div_(packed.scales.float())
+    grad_A, grad_B, weight_sum = backend.step_gradients(x, grad_output, lora_A, lora_B, packed, weight)
+    groups, scales, grad_offset = packed.groups, packed.scales.float(), None
+    if learned_offset or threshold.kappa is not None:
+        group_product = float_product(groups.sum_columns(x).t(), grad_output)
+        grad_offset = group_product * scales
+    if threshold.kappa is not None:
+        mean = grad_offset / (threshold.kappa * groups.sizes[:, None])
+        grad_A += (mean @ lora_B.float().t())[groups.g_idx]
+        grad_B.addmm_(groups.sum(lora_A.float()).t(), mean)
+    if weight_sum is not None:
+        weight_sum.div_(scales)
+        if offset is not None:
+            weight_sum.addcmul_(group_product, offset)
+        weight_sum.mul_(packed.base_scales.float())
+    return grad_A, grad_B, grad_offset, weight_sum
 
 
 # --- the layer ----------------------------------------------------------------------------------------------------
 
 class TernaryLinear(torch.autograd.Function):
-    """y [..., out] = x [..., in] @ W'(A, B), with the straight-through gradients.
+    """y [..., out] = layer_output() of x [..., in] with W and mu of A and B, and the straight-through gradients.
 
-    Only x, A, B and a learned mu are saved for the backward. W' is formed again there, because it is as large as the
+    Only x, A, B and a learned mu are saved for the backward. W is formed again there, because it is as large as the
     layer would be without quantization.
 
     load_packed: a function that returns the layer's PackedLayer.
-    backend: the module whose adapted_weight() and adapter_gradients() compute: this one or LoTA.kernels.
-    learned_offset: mu [groups, out] where it is a parameter, else None.
+    backend: the module whose adapted_weight() and step_gradients() compute: this one or LoTA.kernels.
+    learned_offset: mu [groups, out] where it is a parameter, else None. bias: [out] or None; it is not trained.
     scale_change: [groups, out], what load_packed's layer was rescaled with; it is here for its gradient only.
     """
 
@@ -219,34 +268,41 @@ class TernaryLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
                 load_packed: Callable[[], PackedLayer], threshold: Threshold,
                 backend: ModuleType = sys.modules[__name__], learned_offset: torch.Tensor | None = None,
-                scale_change: torch.Tensor | None = None) -> torch.Tensor:
+                scale_change: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed = load_packed()
+        weight, offset = backend.adapted_weight(lora_A, lora_B, packed, threshold, x.dtype, _workspace(packed.shape, x))
+        offset = offset if learned_offset is None else learned_offset
         ctx.save_for_backward(x, lora_A, lora_B, learned_offset)
         ctx.load_packed, ctx.threshold, ctx.backend = load_packed, threshold, backend
-        packed = load_packed()
-        return x @ backend.adapted_weight(lora_A, lora_B, packed, threshold, x.dtype, _workspace(packed.shape, x),
-                                          learned_offset)
+        scaled = None if offset is None else scaled_offset(offset, packed.scales, x.dtype)
+        return layer_output(x.flatten(0, -2), weight, bias, scaled, packed.groups).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
         x, lora_A, lora_B, learned_offset = ctx.saved_tensors
         packed, threshold, backend = ctx.load_packed(), ctx.threshold, ctx.backend
-        grad_output = grad_output.to(x.dtype)           # they differ under autocast
-        grad_x = grad_A = grad_B = grad_offset = grad_scale_change = weight = None
-        scales_learn = any(ctx.needs_input_grad[7:])    # a slice, because an argument left out has no entry
+        shape, x = x.shape, x.flatten(0, -2)
+        grad_output = grad_output.to(x.dtype).flatten(0, -2)        # the dtypes differ under autocast
+        grad_x = grad_A = grad_B = grad_offset = grad_scale_change = weight = offset = None
+        scales_learn = any(ctx.needs_input_grad[7:8])   # a slice, because an argument left out has no entry
         if ctx.needs_input_grad[0] or scales_learn:
-            weight = backend.adapted_weight(lora_A, lora_B, packed, threshold, x.dtype,
-                                            None if scales_learn else _workspace(packed.shape, x), learned_offset)
+            weight, offset = backend.adapted_weight(lora_A, lora_B, packed, threshold, x.dtype,
+                                                    None if scales_learn else _workspace(packed.shape, x))
+            offset = offset if learned_offset is None else learned_offset
         if ctx.needs_input_grad[0]:
             grad_x = grad_output @ weight.t()
+            if offset is not None:
+                scaled = scaled_offset(offset, packed.scales, x.dtype)
+                packed.groups.add_to_columns_(grad_x, grad_output @ scaled.t())
+            grad_x = grad_x.view(shape)
         if not scales_learn:
-            weight = None       # used up, so that W' and x^T @ grad_output never need memory at the same time
-        if any(ctx.needs_input_grad[1:]):
-            grad_A, grad_B, grad_offset, grad_scale_change = backend.adapter_gradients(
-                x.flatten(0, -2), grad_output.flatten(0, -2), lora_A, lora_B, packed, threshold, weight)
+            weight = None       # used up, so that W and x^T @ grad_output never need memory at the same time
+        if any(ctx.needs_input_grad[1:8]):
+            grad_A, grad_B, grad_offset, grad_scale_change = layer_gradients(
+                x, grad_output, lora_A, lora_B, packed, threshold, backend, learned_offset is not None, weight, offset)
             grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
-        return (grad_x, grad_A, grad_B, None, None, None,
-                None if grad_offset is None or learned_offset is None else grad_offset.to(learned_offset.dtype),
-                grad_scale_change)
+            grad_offset = None if learned_offset is None else grad_offset.to(learned_offset.dtype)
+        return grad_x, grad_A, grad_B, None, None, None, grad_offset, grad_scale_change, None
 
 
 # --- how it is computed -------------------------------------------------------------------------------------------
@@ -262,6 +318,13 @@ def product_dtype(rank: int, device: torch.device) -> torch.dtype:
         has = getattr(torch.cpu, "get_capabilities", dict)()
         return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
     return torch.bfloat16
+
+
+def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in float32. On a GPU the sums are float32 without a copy of a and b in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _group_sums_of_delta_w(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
@@ -324,22 +387,21 @@ def _adapted_blocks(lora_A: torch.Tensor, lora_B: torch.Tensor, delta_w_sum: tor
         yield rows, first, last, stepped, taken, offset
 
 
-def _write_weight(weight: torch.Tensor, rows: Rows, integers: torch.Tensor, offset: torch.Tensor | None,
-                  packed: PackedLayer, first: int, last: int) -> None:
-    """weight[rows] = s * (integers - z + mu) for the groups first ... last - 1. Overwrites `integers`.
+def _write_weight(weight: torch.Tensor, rows: Rows, integers: torch.Tensor, packed: PackedLayer, first: int,
+                  last: int) -> None:
+    """weight[rows] = s * (integers - z) for the groups first ... last - 1. Overwrites `integers`.
 
-    integers: float32 [last - first, size, out]. On a CPU the training layer and the merged layer both come through
-    here, so equal integers give weights that are equal bit for bit.
+    integers: float32 [last - first, size, out].
     """
-    shift = -packed.zeros[first:last].float()
-    if offset is not None:
-        shift += offset.float()
-    integers.add_(shift[:, None])
+    integers.sub_(packed.zeros[first:last, None].float())
     scales = packed.scales[first:last, None].float()
     if isinstance(rows, slice) and weight.dtype == torch.float32:
         torch.mul(integers, scales, out=weight[rows].view_as(integers))
-    else:
-        weight[rows] = integers.mul_(scales).flatten(0, 1).to(weight.dtype)
+        return
+    integers.mul_(scales)
+    if weight.dtype != torch.float32:
+        integers = integers.to(packed.scales.dtype)     # GPTQModel multiplies in this dtype
+    weight[rows] = integers.flatten(0, 1).to(weight.dtype)
 
 
 _workspaces: dict[torch.dtype, torch.Tensor] = {}

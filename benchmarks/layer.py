@@ -3,7 +3,7 @@
     python benchmarks/layer.py            on a CPU 2048 x 2048 and 2048 x 5632, on a GPU 4096 x 4096, 4096 x 14336 ...
     python benchmarks/layer.py --quick    under a minute; prints only
 
-The peers are the bare matrix products, LoTA written with whole-matrix torch operations, LoTA that keeps W' for the
+The peers are the bare matrix products, LoTA written with whole-matrix torch operations, LoTA that keeps W for the
 backward, GPTQModel's layer, and PEFT's LoRA and QA-LoRA on it. The last three are left out where GPTQModel or PEFT is
 not installed. Times are medians of runs that alternate.
 """
@@ -48,7 +48,7 @@ class Layer:
         return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.packed, Threshold(self.omega, self.omega), backend)
 
     def kept(self, x: torch.Tensor) -> torch.Tensor:
-        """LoTA that keeps W' from the forward to the backward instead of forming it again."""
+        """LoTA that keeps W from the forward to the backward instead of forming it again."""
         return self.lota(x, Keeping())
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,15 +65,15 @@ class Layer:
 
 
 class Keeping:
-    """A backend for TernaryLinear that forms W' in the forward and hands it out again in the backward."""
+    """A backend for TernaryLinear that forms W and mu in the forward and hands them out again in the backward."""
 
-    weight = None
-    adapter_gradients = staticmethod(BACKEND.adapter_gradients)
+    made = None
+    step_gradients = staticmethod(BACKEND.step_gradients)
 
-    def adapted_weight(self, lora_A, lora_B, packed, threshold, dtype, out, learned_offset):
-        if self.weight is None:
-            self.weight = BACKEND.adapted_weight(lora_A, lora_B, packed, threshold, dtype)
-        return self.weight
+    def adapted_weight(self, lora_A, lora_B, packed, threshold, dtype, out):
+        if self.made is None:
+            self.made = BACKEND.adapted_weight(lora_A, lora_B, packed, threshold, dtype)
+        return self.made
 
 
 def library_peers(layer: Layer, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

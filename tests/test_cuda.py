@@ -40,10 +40,10 @@ def test_weights_and_merge_are_the_cpus(bits, shuffled):
     on_gpu, offset_on_gpu = merge(A.cuda(), B.cuda(), packed("cuda"), threshold)
     assert torch.equal(on_gpu.qweight.cpu(), merged.qweight)
     torch.testing.assert_close(offset_on_gpu.cpu(), offset, rtol=1e-6, atol=0)
-    want = adapted_weight(A, B, packed("cpu"), threshold)
-    live = adapted_weight(A.cuda(), B.cuda(), packed("cuda"), threshold)
+    want, _ = adapted_weight(A, B, packed("cpu"), threshold)
+    live, live_offset = adapted_weight(A.cuda(), B.cuda(), packed("cuda"), threshold)
     torch.testing.assert_close(live.cpu(), want, rtol=1e-6, atol=1e-6)
-    assert torch.equal(live, dequantize(on_gpu, offset_on_gpu))
+    assert torch.equal(live, dequantize(on_gpu)) and torch.equal(live_offset, offset_on_gpu)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])

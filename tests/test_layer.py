@@ -15,7 +15,7 @@ from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import CustomLoraLinear, register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
-from LoTA.ternary import Threshold, dequantize
+from LoTA.ternary import Threshold
 
 RANK, OMEGA = 8, 2.0
 MODELS = [(2,), (3, "--desc_act"), (4, "--sym"), (8,)]
@@ -116,7 +116,7 @@ def test_evaluation_sees_a_changed_adapter(quantize):
 @pytest.mark.parametrize("flags, residual", [*((flags, True) for flags in MODELS), (MODELS[1], False)],
                          ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value))
 def test_live_equals_merged(quantize, tmp_path, flags, residual):
-    """The merged integers are the live layers', packed so that GPTQModel reads them. Logits are equal to rounding.
+    """The merged integers are the live layers', packed so that GPTQModel reads them. Logits are equal bit for bit.
 
     The merge verifies itself too.
     """
@@ -128,7 +128,10 @@ def test_live_equals_merged(quantize, tmp_path, flags, residual):
     merged = LTA(path=str(tmp_path / "merged")).load(dtype=torch.float32).model
     want, got = logits(model), logits(merged)
     assert (want - logits(load(gptq))).abs().max() > 0.01                   # the adapter does something
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+    assert torch.equal(got, want)
+    for dtype in (torch.bfloat16, torch.float16):
+        live = load_live(AdapterFolder(adapter), gptq, dtype=dtype)
+        assert torch.equal(logits(LTA(path=str(tmp_path / "merged")).load(dtype=dtype).model), logits(live))
     folder = MergedFolder(tmp_path / "merged")
     for name, layer in layers(model).items():
         packed = folder.packed(name)
@@ -141,7 +144,9 @@ def test_live_equals_merged(quantize, tmp_path, flags, residual):
         assert torch.equal(after.qweight, packed.qweight)
         assert torch.equal(before.qweight, GPTQFolder(gptq).packed(name).qweight)
         assert (mu is None) == (not residual) and (mu is None or torch.equal(mu, folder.offset(name)))
-        assert torch.equal(layer.adapted_weight(torch.float32), dequantize(packed, folder.offset(name)))
+        weight, scaled = layer.evaluated(torch.float32)
+        assert torch.equal(weight, module.dequantize_weight())
+        assert not residual or torch.equal(scaled, folder.offset(name) * packed.scales.float())
 
 
 def test_lta_on_an_adapter_is_the_merged_folder(quantize, tmp_path):

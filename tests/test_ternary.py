@@ -8,16 +8,17 @@ import torch
 from pairs import pairwise
 
 from LoTA import SUPPORTED_BITS, packed, ternary
+from LoTA.adapter import LTA
 from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import pack_rows
 from LoTA.ternary import (
     TernaryLinear,
     Threshold,
     adapted_weight,
-    adapter_gradients,
     check_settings,
     dequantize,
     is_merge,
+    layer_gradients,
     merge,
     offset_factor,
     ternarize_,
@@ -134,13 +135,18 @@ def within(got, want, bound):
 
 
 def weight_bound(case, dtype):
-    """(W' in float64, its rounding error): the terms are computed in float32, the sum is rounded to `dtype`.
+    """(W in float64, its rounding error): exact in float32, then rounded to float16, the scales' dtype, and `dtype`.
 
-    Each term of s * (W_int - z + W^ + mu) is at most 2**bits or RANK times s.
+    s has 11 bits and W_int - z + W^ has at most 9.
     """
-    exact = oracle.adapted_weight(case.A, case.B, *case.layer())
-    terms = case.scales_of_rows() * (2**(case.bits + 1) + 2 * RANK)
-    return exact, 4 * UNIT[torch.float32] * terms + UNIT[dtype] * exact.abs() * 1.01
+    exact = oracle.adapted_weight(case.A, case.B, *case.layer()[:-1], None)         # the oracle's W' without mu is W
+    rounding = 0 if dtype == torch.float32 else UNIT[torch.float16] + UNIT[dtype]
+    return exact, rounding * exact.abs() * 1.01
+
+
+def gradients_of(case, x, grad, weight=None):
+    """The gradients of A, B, mu and scale_change, by layer_gradients()."""
+    return layer_gradients(x, grad, *case.arguments(), ternary, weight=weight, offset=merge(*case.arguments())[1])
 
 
 # --- worked by hand -----------------------------------------------------------------------------------------------
@@ -151,7 +157,8 @@ def test_one_weight_by_hand():
     2 bits, omega = kappa = 2, one group of four rows, one column, s = 0.5, z = 1.
     Eq. 3: dW = 3, 3, -3, 2 on W_int = 1, 3, 2, 0. The first goes up. The second is at the grid's top and stays. The
     third goes down. The fourth is at omega and stays.
-    Eq. 4: the offset matrix is 1, 3, -1, 2, its mean is 1.25, so mu = 0.625. W' = 0.5 * (W_int' - 1 + 0.625).
+    Eq. 4: the offset matrix is 1, 3, -1, 2, its mean is 1.25, so mu = 0.625. W = 0.5 * (W_int' - 1), and W' has
+    0.5 * 0.625 = 0.3125 more.
     """
     A = torch.tensor([[1, 1, 1], [1, 1, 1], [-1, -1, -1], [1, 1, 0]]).float()
     case = Case(A, torch.ones(3, 1), torch.tensor([[1], [3], [2], [0]], dtype=torch.uint8),
@@ -159,10 +166,12 @@ def test_one_weight_by_hand():
     integers, mu = merged(*case.arguments())
     assert integers.flatten().tolist() == [2, 3, 1, 0] and mu.flatten().tolist() == [0.625]
     by_hand = torch.tensor([[0.8125], [1.3125], [0.3125], [-0.1875]])
-    assert torch.equal(adapted_weight(*case.arguments()), by_hand)
+    weight, offset = adapted_weight(*case.arguments())
+    assert torch.equal(weight, by_hand - 0.3125) and torch.equal(offset, mu)
+    assert torch.equal(dequantize(merge(*case.arguments())[0], mu), by_hand)
     assert torch.equal(oracle.adapted_weight(case.A, case.B, *case.layer()).float(), by_hand)
     # x = 1, 0, 0, 2 and dL/dy = 1: H = s x = 0.5, 0, 0, 1. Its sum 1.5 over kappa n = 8 adds 0.1875 to every row.
-    grad_A, grad_B, *_ = adapter_gradients(torch.tensor([[1.0, 0, 0, 2]]), torch.ones(1, 1), *case.arguments())
+    grad_A, grad_B, *_ = gradients_of(case, torch.tensor([[1.0, 0, 0, 2]]), torch.ones(1, 1))
     assert torch.equal(grad_A, torch.tensor([[0.6875], [0.1875], [0.1875], [1.1875]]).expand(4, 3))
     assert grad_B.flatten().tolist() == [1.875, 1.875, 0.6875]
 
@@ -298,33 +307,50 @@ def test_merge(bits, layout, kappa, road):
     bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS,
     also=[(3, *pair, torch.bfloat16, "dense") for pair in UNEQUAL]), indirect=["road"])
 def test_adapted_weight(bits, layout, kappa, dtype, road):
-    """W' is the oracle's, to float32 rounding of its terms and one rounding to `dtype`."""
+    """W is the oracle's, exactly in float32 and to the roundings of 16 bits. mu is the merge's."""
     case = make_case(bits, layout, kappa)
-    got = adapted_weight(*case.arguments(), dtype)
+    got, mu = adapted_weight(*case.arguments(), dtype)
     assert got.dtype == dtype
     within(got, *weight_bound(case, dtype))
+    assert mu is None if kappa is None else torch.equal(mu, merge(*case.arguments())[1])
 
 
 @pytest.mark.parametrize("omega", [1.7, 3.0, 5.6])
 def test_other_thresholds(omega, road):
-    """float32 cannot hold 1.7 and 5.6, and only large |dW| pass 5.6: the integers and W' are still the oracle's."""
+    """float32 cannot hold 1.7 and 5.6, and only large |dW| pass 5.6: the integers and W are still the oracle's."""
     case = replace(make_case(4, "shuffled short last", omega, 2.0, seed=5), omega=omega)
     integers, _ = merged(*case.arguments())
     assert torch.equal(integers.long(), oracle.merge(case.A, case.B, case.weight_int, case.scales, case.g_idx,
                                                      case.bits, omega, omega)[0])
     assert not torch.equal(integers, case.weight_int)
-    within(adapted_weight(*case.arguments()), *weight_bound(case, torch.float32))
+    within(adapted_weight(*case.arguments())[0], *weight_bound(case, torch.float32))
 
 
 @pytest.mark.parametrize("bits, layout, kappa, dtype, road", pairwise(
     bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS), indirect=["road"])
 def test_merging_is_lossless(bits, layout, kappa, dtype, road):
-    """The merged layer's weight is the adapted weight bit for bit, and it is not the weight of the layer before."""
+    """The layer's output is the merged layer's bit for bit, and not the output of the layer before.
+
+    The merged layer multiplies as GPTQModel's kernel does, in the dtype of the scales, and LTA adds the offset.
+    """
     case = make_case(bits, layout, kappa)
     after, mu = merge(*case.arguments())
-    adapted = adapted_weight(*case.arguments(), dtype)
-    assert torch.equal(dequantize(after, mu, dtype), adapted)
-    assert not torch.equal(dequantize(case.packed(), mu, dtype), adapted)
+    x = torch.randn(5, len(case.g_idx), generator=torch.Generator().manual_seed(2)).to(dtype)
+    bias = torch.randn(COLS, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+    def as_merged(layer):
+        scales = case.scales if dtype != torch.float32 else case.scales.float()
+        rows, integers = case.g_idx.long(), layer.weight_int.int() - layer.zeros.int()[case.g_idx.long()]
+        out = torch.matmul(x, (scales[rows] * integers).to(dtype))
+        out.add_(bias)
+        if mu is not None:
+            adapter = LTA()
+            adapter.set_offset(mu, case.scales, case.g_idx)
+            adapter.apply(x=x, out=out)
+        return out
+
+    live = TernaryLinear.apply(x, case.A, case.B, case.packed, case.threshold(), ternary, None, None, bias)
+    assert torch.equal(live, as_merged(after)) and not torch.equal(live, as_merged(case.packed()))
 
 
 @some_cases
@@ -353,16 +379,17 @@ def test_is_merge(bits, layout, kappa, road):
 @pytest.mark.parametrize("bits, layout, kappa, dtype, road", pairwise(
     bits=SUPPORTED_BITS, layout=LAYOUTS, kappa=KAPPAS, dtype=UNIT, road=ROADS), indirect=["road"])
 def test_no_adapter_is_the_quantized_layer(bits, layout, kappa, dtype, road):
-    """With B = 0 the adapted weight and the output are exactly those of s (W_int - z), rounded once to `dtype`.
+    """With B = 0 the weight and the output are exactly those of s (W_int - z), rounded to float16 in 16 bits.
 
     s has 11 bits and W_int - z has at most 9, so the product is exact in float32 and there is one right answer.
     """
     case = make_case(bits, layout, kappa)
     rows = case.g_idx.long()
-    quantized = (case.scales_of_rows() * (case.weight_int.double() - case.zeros.double()[rows])).to(dtype)
+    exact = case.scales_of_rows() * (case.weight_int.double() - case.zeros.double()[rows])
+    quantized = exact.to(dtype) if dtype == torch.float32 else exact.half().to(dtype)
     B = torch.zeros_like(case.B)
-    assert torch.equal(adapted_weight(case.A, B, case.packed(), case.threshold(), dtype), quantized)
-    assert torch.equal(dequantize(case.packed(), None, dtype), quantized)
+    assert torch.equal(adapted_weight(case.A, B, case.packed(), case.threshold(), dtype)[0], quantized)
+    assert torch.equal(dequantize(case.packed(), None, dtype), exact.to(dtype))
     x = torch.randn(3, len(rows), generator=torch.Generator().manual_seed(3)).to(dtype)
     assert torch.equal(TernaryLinear.apply(x, case.A, B, case.packed, case.threshold()), x @ quantized)
 
@@ -404,9 +431,8 @@ def test_blocks_change_no_bit(layout, block_entries, road, monkeypatch):
 
     def results():
         after, mu = merge(*case.arguments())
-        weight = adapted_weight(*case.arguments())
-        return ((weight, after.qweight, mu, dequantize(after, mu)),
-                adapter_gradients(x, grad, *case.arguments(), weight))
+        weight, offset = adapted_weight(*case.arguments())
+        return (weight, after.qweight, mu, offset, dequantize(after, mu)), gradients_of(case, x, grad, weight)
 
     whole, whole_gradients = results()
     monkeypatch.setitem(packed.BLOCK_ENTRIES, "cpu", block_entries)
@@ -450,10 +476,13 @@ def test_forward_and_gradients(bits, layout, kappa, dtype, leading, road, monkey
     want_y, want_x, want_A, want_B = oracle.forward_and_gradients(flat_x, flat_grad, case.A, case.B, *case.layer())
     exact, rounding = weight_bound(case, dtype)
     sums = 2 * UNIT[torch.float32] * len(case.g_idx)            # adding up, in any order
-    within(y.flatten(0, -2), want_y, flat_x.double().abs() @ (rounding + sums * exact.abs())
-           + UNIT[dtype] * want_y.abs() * 1.1)
-    within(x.grad.flatten(0, -2), want_x, flat_grad.double().abs() @ (rounding + sums * exact.abs()).t()
-           + UNIT[dtype] * want_x.abs() * 1.1)
+    offsets = oracle.adapted_weight(case.A, case.B, *case.layer()) - exact          # s * mu of every weight
+    # s * mu, the group sums, their product and the sum of both products are rounded to `dtype`.
+    rounding = rounding + 4 * UNIT[dtype] * offsets.abs() + sums * (exact.abs() + offsets.abs())
+    for got, want, factor, weights in ((y, want_y, flat_x.double(), (exact, offsets, rounding)),
+                                       (x.grad, want_x, flat_grad.double(), (exact.t(), offsets.t(), rounding.t()))):
+        roundings = (factor @ weights[0]).abs() + 2 * (factor @ weights[1]).abs() + want.abs()
+        within(got.flatten(0, -2), want, factor.abs() @ weights[2] + UNIT[dtype] * roundings * 1.1)
     assert y.dtype == x.grad.dtype == dtype and y.shape == grad.shape and x.grad.shape == x.shape
     assert A.grad.dtype == B.grad.dtype == torch.float32
     bound_A, bound_B = gradient_bounds(case, flat_x, flat_grad, UNIT[dtype] * 1.1 + sums)
@@ -469,7 +498,7 @@ def test_gradients_do_not_stop_at_the_grids_ends(bits, layout, kappa):
     i, j = (top | bottom).nonzero()[0].tolist()
     x, grad = torch.zeros(1, len(case.g_idx)), torch.zeros(1, COLS)
     x[0, i], grad[0, j] = 1.0, 1.0
-    grad_A, *_ = adapter_gradients(x, grad, *case.arguments())
+    grad_A, *_ = gradients_of(case, x, grad)
     group = int(case.g_idx[i])
     per_row = 0 if kappa is None else 1 / (kappa * int((case.g_idx == group).sum()))
     want = float(case.scales[group, j]) * (1 + per_row) * case.B[:, j]
@@ -587,7 +616,7 @@ def test_products_at_the_edge_of_bfloat16(rank, road):
 @pytest.mark.parametrize("bits, layout, road", pairwise(bits=SUPPORTED_BITS, layout=LAYOUTS, road=ROADS),
                          indirect=["road"])
 def test_a_learned_offset_and_learned_scales(bits, layout, road):
-    """mu and scale_change as parameters: W', y and all five gradients are those of float64 autograd.
+    """mu and scale_change as parameters: y and all five gradients are those of float64 autograd.
 
     The rounding of the scales to float16 is straight-through.
     """
@@ -615,6 +644,3 @@ def test_a_learned_offset_and_learned_scales(bits, layout, road):
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     for leaf, other in zip(leaves, wide, strict=True):
         torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-5 * float(other.grad.abs().max()))
-    after, none = merge(*case.arguments())
-    assert none is None
-    assert torch.equal(dequantize(after, mu), adapted_weight(*case.arguments(), learned_offset=mu))
