@@ -18,7 +18,7 @@ from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import pack_rows
 from LoTA.ternary import Threshold, float_product, offset_factor
 
-MAX_ROWS = 128          # rows of one piece of a group
+MAX_ROWS = 64           # rows of one piece of a group; with 128 a thread runs out of registers at 3 bits, and spills
 BLOCK_COLS = 64         # outputs of one program
 BLOCK_RANK = 64         # columns of A, rows of B, of one tensor core product
 LARGEST_INT32 = 2**31 - 1
@@ -27,12 +27,12 @@ LARGEST_INT32 = 2**31 - 1
 def options(rows: int) -> dict:
     """Triton's options for pieces of so many rows.
 
-    Eight warps for the largest pieces, because with four a thread needs more registers than there are, and spills.
+    Eight warps for the largest pieces and at most 128 registers, because more registers let fewer programs run at once.
     No fused multiply-add, because torch rounds every product and training must equal merged bit for bit. No software
     pipeline, because its buffers take the shared memory that lets several programs run at once, and no loop here is
     long.
     """
-    return {"enable_fp_fusion": False, "num_stages": 1, "num_warps": 8 if rows > 64 else 4}
+    return {"enable_fp_fusion": False, "num_stages": 1, "num_warps": 8 if rows > 32 else 4, "maxnreg": 128}
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, star
     inside = cols < width
     tile = there[:, None] & inside[None, :]
     delta_w = tl.zeros([ROWS, COLS], tl.float32)
-    for piece in tl.static_range(RANK_PIECES):
+    for piece in range(RANK_PIECES):
         k = piece * RANK + tl.arange(0, RANK)
         known = k < rank
         a = tl.load(lora_A + rows[:, None] * a_row + k[None, :] * a_rank, mask=there[:, None] & known[None, :], other=0)

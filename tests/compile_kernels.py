@@ -4,45 +4,70 @@ test_kernels.py runs it in a process of its own, because Triton's interpreter re
 """
 import itertools
 import json
+import re
+import subprocess
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from LoTA import kernels
 
 TYPES = {"lora_A": "*fp32", "lora_B": "*fp32", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16",
-         "order": "*i64", "scaled_sum": "*fp32", "weight_sum": "*fp32", "starts": "*i32", "omega_floor": "fp32",
-         "omega": "fp32", "kappa": "fp32"}      # of the kernels' arguments; those not named here are i32
-TILE = {"ROWS": 64, "COLS": kernels.BLOCK_COLS}
+         "order": "*i64", "sums": "*fp32", "starts": "*i32", "omega_floor": "fp32"}
+# {rows of a group: (rows of a piece, its pieces, whether the rows are shuffled)}. -1: one group of 4,096 rows.
+GROUPS = {32: (32, 1, False), 64: (64, 1, False), 128: (64, 2, True), -1: (64, 64, False)}
 
 
 def compile_for(capability: int, function: triton.JITFunction, types: dict, constants: dict) -> dict:
-    """Compiles a kernel for a compute capability (80, 90). Returns its shared memory in bytes and its constants.
+    """Compiles a kernel for a compute capability (80, 90). Returns what it uses, and its constants.
 
-    types: {argument: Triton's name of its type}, beside TYPES. constants: {argument: value at compile time}.
+    types: {argument: Triton's name of its type}, beside TYPES; those in neither are i32. constants: {argument: value at
+    compile time}. shared_bytes: shared memory. registers: of a thread. spills: bytes that a thread spills.
     """
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else {**TYPES, **types}.get(n, "i32") for n in names}
-    source = ASTSource(fn=function, signature=signature,
+    # A multiple of 16, as Triton finds most pointers, strides and sizes of real layers to be.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+               if signature[n].startswith("*") or n in ("width", "a_rank", "b_col", "q_row", "z_row", "rank")}
+    source = ASTSource(fn=function, signature=signature, attrs=aligned,
                        constexprs={(names.index(n),): value for n, value in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels.OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                              options=kernels.options(constants["ROWS"]))
     return {"kernel": function.__name__, "capability": capability, "shared_bytes": compiled.metadata.shared,
-            "tensor_cores": "mma" in compiled.asm["ptx"], **constants}
+            "tensor_cores": "mma" in compiled.asm["ptx"], **registers(compiled.asm["ptx"], capability), **constants}
+
+
+def registers(ptx: str, capability: int) -> dict[str, int]:
+    """What ptxas says of a kernel."""
+    arch = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = subprocess.run([get_ptxas(capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"],
+                              capture_output=True, text=True, check=True).stderr
+    return {"registers": int(re.search(r"Used (\d+) registers", said)[1]),
+            "spills": sum(map(int, re.findall(r"(\d+) bytes spill", said)))}
 
 
 def main():
     rows = []
-    for capability, bits in itertools.product((80, 90), (3, 4)):
-        dtype, pieces = ("bf16", 1) if bits % 2 == 0 else ("fp16", 3)
-        for merging in (False, True):
-            types = {"out": "*u8" if merging else f"*{dtype}", "offset": "*fp32"}
+    for capability, bits, (size, pieces, shuffled) in itertools.product((80, 90), (2, 3, 4, 8), GROUPS.values()):
+        common = {"SHUFFLED": shuffled, "WIDE": False, "PIECES": pieces, "ROWS": size, "COLS": kernels.BLOCK_COLS}
+        for merging in (False, True) if bits == 3 else (False,):
+            types = {"out": "*u8" if merging else "*bf16"}
             rows.append(compile_for(capability, kernels._step_kernel, types, {
-                "BITS": bits, "ONE_LESS": True, "OFFSET": True, "SHUFFLED": pieces > 1, "MERGING": merging,
-                "LEARNED": not merging, "PIECES": pieces, "RANK": 64, "RANK_PIECES": pieces, **TILE}))
-        types = {"gradient": f"*{dtype}", "weight": f"*{dtype}"}
-        rows.append(compile_for(capability, kernels._gradient_kernel, types, {
-            "OFFSET": True, "WEIGHTED": pieces > 1, "SHUFFLED": pieces > 1, "PIECES": pieces, **TILE}))
+                "BITS": bits, "ONE_LESS": True, "OFFSET": True, "MERGING": merging, "RANK": 64, "RANK_PIECES": 1,
+                **common}))
+        if bits == 4:               # the other kernel does not know the bits
+            types = {"gradient": "*bf16", "weight": "*bf16"}
+            rows.append(compile_for(capability, kernels._gradient_kernel, types, {**common, "WEIGHTED": True}))
+        if bits == 3 and size > 32:         # a rank of several pieces, and indices of 64 bits where rows are in order
+            rows.append(compile_for(capability, kernels._step_kernel, {"out": "*fp16"}, {
+                "BITS": bits, "ONE_LESS": True, "OFFSET": False, "MERGING": False, "RANK": 64, "RANK_PIECES": 3,
+                **common, "WIDE": not shuffled}))
     print(json.dumps(rows))
 
 
