@@ -20,7 +20,7 @@ from LoTA.ternary import Threshold, float_product, offset_factor
 
 MAX_ROWS = 64           # rows of one piece of a group; with 128 a thread runs out of registers at 3 bits, and spills
 BLOCK_COLS = 64         # outputs of one program
-BLOCK_RANK = 64         # columns of A, rows of B, of one tensor core product
+BLOCK_RANK = 32         # columns of A, rows of B, of one tensor core product
 LARGEST_INT32 = 2**31 - 1
 
 

@@ -59,14 +59,14 @@ def main():
         for merging in (False, True) if bits == 3 else (False,):
             types = {"out": "*u8" if merging else "*bf16"}
             rows.append(compile_for(capability, kernels._step_kernel, types, {
-                "BITS": bits, "ONE_LESS": True, "OFFSET": True, "MERGING": merging, "RANK": 64, "RANK_PIECES": 1,
+                "BITS": bits, "ONE_LESS": True, "OFFSET": True, "MERGING": merging, "RANK": 32, "RANK_PIECES": 2,
                 **common}))
         if bits == 4:               # the other kernel does not know the bits
             types = {"gradient": "*bf16", "weight": "*bf16"}
             rows.append(compile_for(capability, kernels._gradient_kernel, types, {**common, "WEIGHTED": True}))
         if bits == 3 and size > 32:         # a rank of several pieces, and indices of 64 bits where rows are in order
             rows.append(compile_for(capability, kernels._step_kernel, {"out": "*fp16"}, {
-                "BITS": bits, "ONE_LESS": True, "OFFSET": False, "MERGING": False, "RANK": 64, "RANK_PIECES": 3,
+                "BITS": bits, "ONE_LESS": True, "OFFSET": False, "MERGING": False, "RANK": 32, "RANK_PIECES": 6,
                 **common, "WIDE": not shuffled}))
     print(json.dumps(rows))
 
