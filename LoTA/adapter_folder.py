@@ -2,8 +2,6 @@
 
 Touches files. Knows nothing of GPTQModel or PEFT, loads no model and unpickles nothing.
 """
-import hashlib
-import json
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +13,7 @@ from pydantic import Field
 from safetensors import safe_open
 
 from LoTA import OLD_RECIPE_NAMES, UserError
-from LoTA.storage import checksums, read_json, read_record, require_unchanged, write_json
+from LoTA.storage import checksums, read_json, read_record, record_checksum, require_unchanged, write_json
 from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
@@ -138,9 +136,7 @@ class LotaConfig:
 
 def _own_checksum(content: dict) -> str:
     """SHA-256 of lota_config.json's content. The base models' paths are left out, because users move folders."""
-    kept = {key: value for key, value in content.items() if key not in ("pretrained", "quantized_model_dir")}
-    kept["sha256"] = {name: value for name, value in content.get("sha256", {}).items() if name != LOTA_CONFIG}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return record_checksum(content, LOTA_CONFIG, without=("pretrained", "quantized_model_dir"))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,16 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def record_checksum(content: dict, name: str, without: Iterable[str] = ()) -> str:
+    """The SHA-256 of a record's own content, which stands in its "sha256" under `name`, the record's file.
+
+    content: the record, with or without that entry. without: fields that may change.
+    """
+    kept = {key: value for key, value in content.items() if key not in without}
+    kept["sha256"] = {file: value for file, value in content.get("sha256", {}).items() if file != name}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def files_below(root: str | Path) -> list[str]:
     """The paths of all files below `root`, relative to it. Hidden ones are left out, because tools leave them there."""
     root = Path(root)

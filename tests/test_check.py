@@ -17,7 +17,8 @@ from LoTA import UserError
 from LoTA.adapter import load_live, load_merged
 from LoTA.adapter_folder import ADAPTER_FILES, LOTA_CONFIG, AdapterFolder, LotaConfig, check_resumable
 from LoTA.check import check_folder
-from LoTA.export.run import opened
+from LoTA.export.run import export, opened
+from LoTA.export.shared import MARKER
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.lota_merge import merge_folders
 from LoTA.storage import checksums, files_below, sha256
@@ -97,6 +98,26 @@ def test_no_changed_character_of_the_record_is_read(merged):
             continue                    # a folder's path may change, and spaces mean nothing
         with pytest.raises(UserError):
             MergedFolder(merged).require_whole()
+
+
+def test_no_changed_character_of_an_exports_record_passes(gptq, tmp_path):
+    """Nor another type, nor a list. A record without a checksum of its own is older, and passes."""
+    plain = AdapterFolder(write_lota_adapter(tmp_path / "plain", gptq, residual=False))
+    merge_folders(plain, GPTQFolder(gptq), tmp_path / "merged")
+    export(tmp_path / "merged", "gptq", tmp_path / "out")
+    file = tmp_path / "out" / MARKER
+    text, record = file.read_text(), json.loads(file.read_text())
+    assert check_folder(tmp_path / "out").findings == []
+    for place in range(0, len(text), 5):
+        if not text[place].isspace():               # spaces mean nothing
+            file.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1:])
+            assert check_folder(tmp_path / "out").findings, text[place:][:20]
+    for content in ([], {**record, "verified": 1}, {**record, "sha256": []}):
+        file.write_text(json.dumps(content))
+        assert len(check_folder(tmp_path / "out").findings) == 1
+    record["sha256"].pop(MARKER)
+    file.write_text(json.dumps(record))
+    assert check_folder(tmp_path / "out").findings == []
 
 
 @pytest.mark.parametrize("name", [*ADAPTER_FILES, LOTA_CONFIG])
