@@ -6,7 +6,6 @@ before a kernel sees them, so kernels that repack the weights at loading work li
 """
 import logging
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from LoTA.layer import register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
 from LoTA.settings import baseConfig, target_layers
+from LoTA.storage import temporary_folder
 
 
 class LTA(Adapter):
@@ -66,8 +66,8 @@ class LTA(Adapter):
         base = base or adapter.config.quantized_model_dir
         if base is None:
             raise UserError(f"{self.path} does not name its GPTQ model; pass it as base")
-        with tempfile.TemporaryDirectory() as folder:
-            merged = Path(folder) / "merged"
+        with temporary_folder() as folder:
+            merged = folder / "merged"
             merge_folders(adapter, GPTQFolder(base), merged, verify=False)
             return self._load_checked(MergedFolder(merged), check=False, **kwargs)      # written just now
 
@@ -106,8 +106,8 @@ def load_merged(merged: MergedFolder, check: bool = True, **kwargs):
     """
     if check:
         merged.require_whole()
-    with tempfile.TemporaryDirectory() as view:
-        model = load_gptq(_as_plain_gptq(merged, Path(view)), **kwargs)
+    with temporary_folder() as view:
+        model = load_gptq(_as_plain_gptq(merged, view), **kwargs)
     attached = {}
     for name in merged.offset_modules():
         layer = LTA(merged.lota.rank, merged.lota.omega, True, str(merged.path))
