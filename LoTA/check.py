@@ -79,8 +79,7 @@ def _compare_files(report: Report, root: Path, recorded: dict[str, str], marker:
 
 def _check_merged(report: Report, path: Path) -> None:
     from LoTA.adapter_folder import LotaConfig
-    from LoTA.folders import LOTA_SUBFOLDER, MergedFolder
-    from LoTA.lota_merge import MARKER
+    from LoTA.folders import LOTA_SUBFOLDER, MARKER, MergedFolder
     _compare_files(report, path, LotaConfig.load(path / LOTA_SUBFOLDER).sha256, MARKER)
     if report.findings:                 # of a damaged file the tensors say nothing more
         return

@@ -25,6 +25,7 @@ from LoTA.ternary import dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder with offsets, so that stock tools refuse it
 LOTA_SUBFOLDER = "lota"             # not the root, because some loaders take every *.safetensors there
+MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"      # written last, so it says that a folder is a whole merged model of ours
 OFFSETS_FILE = "offsets.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
 LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")

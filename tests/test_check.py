@@ -320,8 +320,3 @@ def test_old_folders_have_nothing_to_compare_with(name):
     report = check_folder(OLD / name)
     assert report.findings == [] and report.files >= 1
     assert "no checksums" in report.notes[0]
-
-
-def test_help_loads_no_torch():
-    code = "import sys, LoTA.check; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"

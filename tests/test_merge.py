@@ -401,7 +401,7 @@ def test_a_failure_in_the_middle_leaves_the_old_folder_and_no_rest(gptq, adapter
         calls.append(args)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-    monkeypatch.setattr(lota_merge, "overwrite_tensor", full)
+    monkeypatch.setattr("LoTA.storage.overwrite_tensor", full)
     with pytest.raises(OSError, match="No space left"):
         merge(adapter, gptq, tmp_path / "merged")
     assert {f: f.read_bytes() for f in (tmp_path / "merged").rglob("*") if f.is_file()} == before
