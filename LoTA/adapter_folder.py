@@ -122,7 +122,7 @@ class LotaConfig:
         if known.get("format_version") != cls.format_version:
             raise UserError(f"{folder}/{LOTA_CONFIG} has format version {known.get('format_version')}; this version of "
                             f"LoTA reads {cls.format_version}")
-        config = read_record(Path(folder) / LOTA_CONFIG, cls)
+        config = read_record(Path(folder) / LOTA_CONFIG, cls, content)
         own = config.sha256.pop(LOTA_CONFIG, None)
         # Every version that writes fingerprint_all writes sha256 too. Where it is gone, its name was changed.
         lost = "fingerprint_all" in content and "sha256" not in content
@@ -171,7 +171,7 @@ class PeftConfig:
         content = read_json(path)
         if not isinstance(content, dict) or content.get("r") is None:
             raise UserError(f"{folder} is not a LoRA or LoTA adapter: its {path.name} has no rank")
-        config = read_record(path, cls)
+        config = read_record(path, cls, content)
         if config.peft_type != "LORA":
             raise UserError(f"{path}: peft_type {config.peft_type} is not supported; LoTA reads LORA")
         known = WITHOUT_EFFECT | {f.name for f in fields(cls)}

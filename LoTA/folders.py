@@ -20,7 +20,7 @@ from LoTA import SUPPORTED_BITS, UserError
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder, LotaConfig
 from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import words_of
-from LoTA.storage import files_below, read_json, read_record, require_unchanged, write_json
+from LoTA.storage import SAFETENSORS_NAMES, files_below, read_json, read_record, require_unchanged, write_json
 from LoTA.ternary import dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder with offsets, so that stock tools refuse it
@@ -150,6 +150,14 @@ class GPTQFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header."""
         return tuple(self._header(name)[1])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor, from the file's header. Raises UserError for one that LoTA does not write."""
+        named = self._header(name)[0]
+        for dtype, its_name in SAFETENSORS_NAMES.items():
+            if its_name == named:
+                return dtype
+        raise UserError(f"{self.file_of[name]}: {name} has the dtype {named}, which LoTA does not write")
 
     def packed(self, module: str) -> PackedLayer:
         """One layer: its integers, zero points, scales and groups, still packed."""
@@ -341,15 +349,15 @@ def read_quantization_config(path: str | Path) -> dict:
         file, kind = path / "config.json", ModelConfig
     else:
         raise UserError(f"{path} is not a model folder: it has neither {QUANTIZE_CONFIG} nor config.json")
-    config = _object(file)
-    config = config if kind is QuantizationConfig else config.get("quantization_config") or {}
+    content = _object(file)
+    config = content if kind is QuantizationConfig else content.get("quantization_config") or {}
     if not isinstance(config, dict):
         raise UserError(f"{file} cannot be read: its quantization_config is no JSON object")
     method = config.get("quant_method") or config.get("method") or ("gptq" if "bits" in config else None)
     if method != "gptq" or "bits" not in config:
         raise UserError(f"{path} is not a GPTQ model (quantization method: {method or 'none'}); "
                         "gptq_quantize.py makes one")
-    checked = read_record(file, kind)
+    checked = read_record(file, kind, content)
     checked = checked if kind is QuantizationConfig else checked.quantization_config
     if checked.sym is False and _formats(config) <= {"gptq"} and not checked.made_by_gptqmodel():
         raise UserError(f"{path} has sym false and the format gptq, and its meta does not name GPTQModel 0.9 or later. "

@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from LoTA import UserError
 
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 Record = TypeVar("Record")
 
 
@@ -39,17 +41,21 @@ def read_json(path: str | Path) -> dict | list:
         raise UserError(f"{path} is not whole: {error}") from None
 
 
-def read_record(path: str | Path, kind: type[Record]) -> Record:
+def read_record(path: str | Path, kind: type[Record], content: dict | list | None = None) -> Record:
     """A JSON object as an instance of the dataclass `kind`. Fields that `kind` does not have are left out.
 
+    content: what read_json() made of the file, where it was read already.
     Raises UserError that names the file and the first field that has another type. A number in quotes is no number.
     """
     # Here, because benchmarks run where pydantic is not installed.
     from pydantic import TypeAdapter, ValidationError
 
-    read_json(path)                     # its messages for what is no JSON are those that users know
+    content = read_json(path) if content is None else content
     try:
-        return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
+        # As JSON, because pydantic's strict mode takes a dict for a dataclass only there.
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read") from None
     except ValidationError as error:
         wrong = error.errors()[0]
         field = ".".join(map(str, wrong["loc"])) or "the content"

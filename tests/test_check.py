@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,16 @@ def test_a_changed_adapter_is_refused(adapter, gptq, tmp_path, name):
         with pytest.raises(UserError, match=message):
             use()
     assert not (tmp_path / "m").exists()
+
+
+def test_a_record_is_read_once(merged, adapter, monkeypatch):
+    read, read_text = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *args: read.append(self.name) or read_text(self, *args))
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name))
+    for folder in (merged, adapter):
+        read.clear()
+        MergedFolder(merged) if folder == merged else AdapterFolder(adapter)
+        assert len(read) == len(set(read)) == 2
 
 
 def test_a_moved_base_is_no_change(adapter, gptq, tmp_path):

@@ -43,8 +43,7 @@ def dense_tensors(model: GPTQFolder, dtype: torch.dtype | None) -> dict[
                 shape = (rows, cols) if isinstance(layers.get(module), Conv1D) else (cols, rows)
                 tensors[f"{module}.weight"] = dtype, shape, lambda m=module: weight(m)
         else:
-            own = model.tensor(name)
-            tensors[name] = (own.dtype, tuple(own.shape), lambda n=name: model.tensor(n))
+            tensors[name] = model.dtype(name), model.shape(name), lambda n=name: model.tensor(n)
     for layer in layers:
         if layer.endswith(f".{FUSED}"):
             for role in ("weight", "bias"):

@@ -28,7 +28,8 @@ class ExportRecord:
     @classmethod
     def load(cls, folder: Path) -> "ExportRecord":
         """Reads lota_export.json. Raises UserError where its content is not what was written."""
-        content, record = read_json(folder / MARKER), read_record(folder / MARKER, cls)
+        content = read_json(folder / MARKER)
+        record = read_record(folder / MARKER, cls, content)
         own = record.sha256.pop(MARKER, None)
         # A field of another name is a damaged name: a lost "sha256" would look like a record without checksums.
         if set(content) - {f.name for f in fields(cls)} or own not in (None, record_checksum(content, MARKER)):
