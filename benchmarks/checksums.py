@@ -3,7 +3,7 @@
     python benchmarks/checksums.py                  5 GB of random safetensors in TMPDIR
     python benchmarks/checksums.py --gigabytes 0.5 --quick      prints only
 
-The files are read once from the page cache and once from the disk, in turn. Before a reading from the disk the kernel is
+The files are read from the page cache and from the disk, in turn. Before a reading from the disk the kernel is
 asked to forget the files' pages. What a hypervisor or the disk itself has cached stays. Times are medians.
 """
 import argparse
