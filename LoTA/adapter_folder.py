@@ -13,7 +13,15 @@ from pydantic import Field
 from safetensors import safe_open
 
 from LoTA import OLD_RECIPE_NAMES, UserError
-from LoTA.storage import checksums, read_json, read_record, record_checksum, require_unchanged, write_json
+from LoTA.storage import (
+    checksums,
+    read_json,
+    read_record,
+    record_checksum,
+    require_safetensors,
+    require_unchanged,
+    write_json,
+)
 from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
@@ -306,6 +314,7 @@ class AdapterFolder:
         if not self.path.is_dir():
             raise UserError(f"{path} is not an adapter folder: there is no such folder")
         recorded = LotaConfig.load(self.path) if (self.path / LOTA_CONFIG).exists() else None
+        require_safetensors(self.path, ADAPTER_FILES[1], ("adapter_model",))
         for name in ADAPTER_FILES:
             if not (self.path / name).exists():
                 raise UserError(f"{path} is not an adapter folder: it has no {name}")

@@ -6,21 +6,31 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import xxhash
+from pydantic import Field
 from safetensors import safe_open
 from tqdm import tqdm
 
-from LoTA import SUPPORTED_BITS, UserError
+from LoTA import SUPPORTED_BITS, UserError, explain
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder, LotaConfig
 from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import words_of
-from LoTA.storage import SAFETENSORS_NAMES, files_below, read_json, read_record, require_unchanged, write_json
+from LoTA.storage import (
+    SAFETENSORS_NAMES,
+    files_below,
+    read_json,
+    read_record,
+    require_safetensors,
+    require_unchanged,
+    write_json,
+)
 from LoTA.ternary import dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder with offsets, so that stock tools refuse it
@@ -28,6 +38,7 @@ LOTA_SUBFOLDER = "lota"             # not the root, because some loaders take ev
 MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"      # written last, so it says that a folder is a whole merged model of ours
 OFFSETS_FILE = "offsets.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
+PICKLED_MODELS = ("pytorch_model", "model", "consolidated")
 LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 # The dtypes of these tensors, by safetensors' names.
 LAYER_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
@@ -66,6 +77,48 @@ class ShardIndex:
     weight_map: dict[str, str]              # {tensor: name of its file}
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """The entries of config.json over whose type libraries stumble."""
+    model_type: str | None = None
+    architectures: list[str] | None = None
+
+
+TokenIds = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The entries of generation_config.json that LoTA reads: transformers would take no end token for a wrong one."""
+    eos_token_id: TokenIds | list[TokenIds] | None = None
+    pad_token_id: TokenIds | None = None
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The entries of special_tokens_map.json and tokenizer_config.json that name special tokens."""
+    bos_token: str | dict | None = None
+    eos_token: str | dict | None = None
+    unk_token: str | dict | None = None
+    pad_token: str | dict | None = None
+    additional_special_tokens: list[str | dict] | dict[str, str | dict] | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerSettings(SpecialTokens):
+    """The entries of tokenizer_config.json over whose type libraries stumble, or prompts would."""
+    tokenizer_class: str | None = None
+    model_max_length: float | None = None
+    padding_side: Literal["left", "right"] | None = None
+    chat_template: str | list[dict] | dict[str, str] | None = None
+    added_tokens_decoder: dict[str, dict] | None = None
+
+
+# {file beside the weights of a model: what is read of it}. tokenizer.json is an object; its library says the rest.
+MODEL_FILES = {"config.json": Architecture, "generation_config.json": Generation, "tokenizer.json": dict[str, Any],
+               "tokenizer_config.json": TokenizerSettings, "special_tokens_map.json": SpecialTokens}
+
+
 class GPTQFolder:
     """A GPTQ checkpoint on disk, read one tensor at a time.
 
@@ -102,6 +155,7 @@ class GPTQFolder:
         if self.config.get("dynamic") or self.config.get("pack_dtype", "int32") not in ("int32", "torch.int32", None):
             raise UserError(f"{self.path} packs its layers in a way that LoTA does not read: settings of single layers "
                             "(dynamic), or words other than int32 (pack_dtype)")
+        check_model_files(self.path)
         self.file_of = {}
         for file in safetensors_files(self.path):
             with safe_open(file, "pt") as tensors:
@@ -332,8 +386,45 @@ def check_model_name(flag: str, name: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{flag} {name} is not a model folder: it has no config.json")
+    if path.is_dir():
+        check_model_files(path)
+        require_safetensors(path, "*.safetensors", PICKLED_MODELS)
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{flag} {name} does not exist")
+
+
+def check_model_files(path: Path) -> None:
+    """Checks what is beside a model's weights: whole JSON, and types over which libraries stumble or err silently.
+
+    Raises UserError that names the file.
+    """
+    for name, kind in MODEL_FILES.items():
+        if (path / name).exists():
+            read_record(path / name, kind, _object(path / name))
+
+
+@contextmanager
+def reading(place: str | Path, file: str,
+            remedy: str = "it runs only with --trust_remote_code; read it first") -> Iterator[None]:
+    """While a library reads `file` of the model at `place`, a folder or a hub name, its errors become a UserError.
+
+    remedy: what to do where the model cannot be read without code of its own.
+    Libraries raise anything over a damaged file. The file that check_model_files() finds is named, else `file`.
+    What explain() knows passes, because it says what it is: no memory, no such file, no connection.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:          # tokenizers raises Exception itself
+        if Path(place).is_dir():
+            check_model_files(Path(place))
+        if explain(error) is not None:
+            raise
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UserError(f"{Path(place) / file} names code that comes with the model (auto_map): {remedy}") from None
+        raise UserError(f"{Path(place) / file} cannot be used: {type(error).__name__}: {reason[:300]}") from error
 
 
 def read_quantization_config(path: str | Path) -> dict:
@@ -418,6 +509,8 @@ def safetensors_files(path: Path) -> list[Path]:
     else:
         names = sorted(f.name for f in path.glob("*.safetensors"))
     missing = [n for n in names if not (path / n).exists()]
+    if not names:
+        require_safetensors(path, "*.safetensors", PICKLED_MODELS)
     if missing or not names:
         raise UserError(f"{path} is not whole: {', '.join(missing) or 'a *.safetensors file'} is missing")
     return [path / n for n in names]

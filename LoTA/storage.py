@@ -28,6 +28,7 @@ from LoTA import UserError
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Record = TypeVar("Record")
 
 
@@ -183,6 +184,17 @@ def overwrite_tensor(file: Path, name: str, tensor: torch.Tensor) -> None:
             raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected {dtype} {shape}")
         f.seek(8 + header_size + entry["data_offsets"][0])
         f.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def require_safetensors(folder: Path, wanted: str, stems: tuple[str, ...]) -> None:
+    """Raises UserError where `folder` has pickles instead of the files that the pattern `wanted` matches.
+
+    stems: how the names of pickled weights begin. Others, such as training_args.bin, hold no weights.
+    """
+    pickles = [f for stem in stems for f in sorted(folder.glob(f"{stem}*")) if f.suffix in PICKLES]
+    if pickles and not any(folder.glob(wanted)):
+        raise UserError(f"{pickles[0]} is a pickle, which can run code and is not read; save the weights again with "
+                        "save_pretrained() of transformers or PEFT, which writes safetensors")
 
 
 # --- folders ------------------------------------------------------------------------------------------------------

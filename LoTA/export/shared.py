@@ -8,6 +8,7 @@ from LoTA import UserError
 from LoTA.folders import QUANTIZE_CONFIG, GPTQFolder, copy_own_file
 from LoTA.storage import read_json, read_record, record_checksum, write_json
 
+NO_CODE = "an export runs none; --format gptq or peft keeps the files as they are, and so does dense with --dtype"
 MARKER = "lota_export.json"         # written last, so it says that a folder is a whole export of ours
 
 
