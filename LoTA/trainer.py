@@ -2,6 +2,7 @@
 
 Touches transformers, through the hooks that Trainer offers, PEFT's names of tensors, and the run's folder.
 """
+import errno
 import os
 import pickle
 import resource
@@ -235,8 +236,9 @@ def unpickling(checkpoint: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        if explain(error) is not None:
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        # torch looks for the end of a cut file before its beginning, and Linux calls that an invalid argument.
+        if explain(error) is not None and getattr(error, "errno", None) != errno.EINVAL:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the optimizer.pt, scheduler.pt or rng_state.pth of {checkpoint} is damaged, or holds more "
