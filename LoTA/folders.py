@@ -91,7 +91,7 @@ TokenIds = Annotated[int, Field(ge=0, lt=2**31)]
 class Generation:
     """The entries of generation_config.json that LoTA reads: transformers would take no end token for a wrong one."""
     eos_token_id: TokenIds | list[TokenIds] | None = None
-    pad_token_id: TokenIds | None = None
+    pad_token_id: int | None = None         # -1 in some, and never used
 
 
 @dataclass(frozen=True)
