@@ -151,7 +151,7 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
         kernel = BACKEND.GPTQ_TORCH if wide else BACKEND(backend.lower())
     except ValueError:
         raise UserError(f"--backend {backend} is none of GPTQModel's: {', '.join(b.value for b in BACKEND)}") from None
-    named, folder = named or Path(path), GPTQFolder(path)
+    named, folder = named or Path(path), MergedFolder(path) if is_merged(path) else GPTQFolder(path)
     with reading(named, "config.json"), attention(attn_implementation, dtype, path,
                                                   trust_remote_code) as implementation:
         model = GPTQModel.load(str(path), backend=kernel, dtype=torch.float16 if wide else dtype,
