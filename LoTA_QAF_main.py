@@ -6,7 +6,6 @@
         --training_data_name viggo --num_train_epochs 1
     python LoTA_QAF_main.py --mode 2 --load_adapter ADAPTER --ft_dataset_name viggo
 """
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -154,7 +153,8 @@ def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
         from evalGSV import find_scorers
         scorers = find_scorers(evaluation, base.data_dir)
     which, source = find_model(base, evaluation)
-    with tempfile.TemporaryDirectory() as temporary:
+    from LoTA.storage import temporary_folder
+    with temporary_folder() as temporary:
         subject = SUBJECTS[which](base, evaluation, source, temporary)
         results = measure(subject, evaluation, scorers) if scorers else {}
         if evaluation.export:
@@ -200,7 +200,7 @@ def loading(base: baseConfig, evaluation: evalConfig) -> dict:
             "attn_implementation": base.flash_attn, "trust_remote_code": base.trust_remote_code}
 
 
-def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, temporary: str) -> Subject:
+def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, temporary: Path) -> Subject:
     """--auto_gptq none: the 16-bit model."""
     from LoTA.folders import check_model_name
     if base.pretrained is None:
@@ -214,7 +214,7 @@ def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, tempor
                    [base.pretrained], PromptStyle(base.prompt_layout or "published"))
 
 
-def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, temporary: str) -> Subject:
+def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, temporary: Path) -> Subject:
     """The bare GPTQ model."""
     from LoTA.folders import GPTQFolder
     folder = GPTQFolder(base.quantized_model_dir)
@@ -226,7 +226,7 @@ def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, tempora
                    [str(folder.path), base.pretrained], PromptStyle(base.prompt_layout or "published"))
 
 
-def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFolder", temporary: str) -> Subject:
+def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFolder", temporary: Path) -> Subject:
     """A GPTQ model with its adapter unmerged, as it was trained."""
     base, folder = base_of(adapter, base)
     adapter.check_match(folder)
@@ -239,7 +239,7 @@ def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFold
 
 
 def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFolder | MergedFolder",
-                   temporary: str) -> Subject:
+                   temporary: Path) -> Subject:
     """A merged folder. An adapter is merged first, into --merged_path or a temporary folder."""
     from LoTA.adapter_folder import AdapterFolder
     from LoTA.folders import MergedFolder
@@ -247,7 +247,7 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
     merged = source
     if isinstance(source, AdapterFolder):
         base, folder = base_of(source, base)
-        output = Path(evaluation.merged_path or Path(temporary) / "merged")
+        output = Path(evaluation.merged_path or temporary / "merged")
         print_moved(merge_folders(source, folder, output))
         if evaluation.merged_path:
             print(f"merged and verified: {output}")

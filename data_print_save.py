@@ -462,34 +462,31 @@ def load_tokenizer(places: list[str | None], trust_remote_code: bool = False) ->
              if (Path(place) / "tokenizer_config.json").exists() or not Path(place).is_dir()]
     if not found:
         raise UserError(f"no tokenizer in {places[0]}; name the 16-bit model with --pretrained")
-    tokenizer = _read_tokenizer(found[0], trust_remote_code)
+    tokenizer = read_tokenizer(found[0], trust_remote_code)
     for place in found[1:]:
         if tokenizer.chat_template is None:
             _take_template(tokenizer, found[0], place, trust_remote_code)
     return prepare_tokenizer(tokenizer)
 
 
-def _read_tokenizer(place: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+def read_tokenizer(place: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """AutoTokenizer's, with a UserError that names the file where one is damaged."""
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    from LoTA.storage import read_json
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except OSError:                                     # transformers says in one line what it misses
-        raise
-    except Exception as error:                          # tokenizers raises Exception itself
-        for file in sorted(Path(place).glob("*.json")):
-            read_json(file)                             # its UserError names the file
-        file = Path(place) / "tokenizer.json"
+    from LoTA.folders import reading
+    with reading(place, "tokenizer_config.json"):
         try:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        except Exception as error:                      # tokenizers raises Exception itself
+            file = Path(place) / "tokenizer.json"
             if file.exists():
-                Tokenizer.from_file(str(file))
-        except Exception as damage:
-            raise UserError(f"{file} is damaged, copy it anew: {damage}") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the tokenizer of {place} cannot be loaded: {reason}") from error
+                with reading(place, "tokenizer.json"):
+                    Tokenizer.from_file(str(file))
+            if (Path(place) / "config.json").exists():
+                with reading(place, "config.json"):
+                    AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            raise error
 
 
 def _take_template(tokenizer: "PreTrainedTokenizerBase", its_place: str, place: str, trust_remote_code: bool) -> None:
@@ -498,7 +495,7 @@ def _take_template(tokenizer: "PreTrainedTokenizerBase", its_place: str, place: 
     A template that writes added tokens which `tokenizer` lacks is not taken, because they would fall to pieces.
     """
     try:
-        other = _read_tokenizer(place, trust_remote_code)
+        other = read_tokenizer(place, trust_remote_code)
     except (OSError, UserError) as error:
         if Path(place).is_dir():
             raise
@@ -522,7 +519,9 @@ def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeni
     Changes it in place, says it where the fallback is used, and returns it. Raises UserError where it has no eos token.
     """
     if tokenizer.eos_token is None:
-        raise UserError("the tokenizer has no eos token, which ends every answer")
+        place = tokenizer.name_or_path
+        raise UserError(f"the tokenizer{' of ' * bool(place)}{place} has no eos token, which ends every answer; its "
+                        "tokenizer_config.json says it")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -627,7 +626,10 @@ def check_fit(place: str, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[l
     Every id must have a row of the embeddings, and a row with its new tokens must fit max_position_embeddings.
     """
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code).get_text_config()
+
+    from LoTA.folders import reading
+    with reading(place, "config.json"):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code).get_text_config()
     embeddings, positions = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
     longest, its_number = 0, 0
     for number, ids in enumerate(rows, 1):
@@ -638,7 +640,7 @@ def check_fit(place: str, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[l
             if embeddings and largest >= embeddings:
                 token = tokenizer.convert_ids_to_tokens(largest)
                 raise UserError(f"{where} has token {largest} ({token!r}), but {place} has {embeddings} embeddings "
-                                "(vocab_size): it needs the tokenizer of its own model")
+                                "(vocab_size in config.json): it needs the tokenizer of its own model")
     if positions and longest + new_tokens > positions:
         if not new_tokens:
             remedy = "shorten the row, or lower --source_max_len or --target_max_len where it trains"

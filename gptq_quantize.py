@@ -11,7 +11,16 @@ import logging
 import time
 from pathlib import Path
 
-from data_print_save import TASKS, check_cuda, load_rows, prepare_tokenizer, read_messages, render_prompt, set_seed
+from data_print_save import (
+    TASKS,
+    check_cuda,
+    load_rows,
+    prepare_tokenizer,
+    read_messages,
+    read_tokenizer,
+    render_prompt,
+    set_seed,
+)
 from LoTA import SUPPORTED_BITS, UserError, run_script
 from LoTA.row_files import kind_of, lines_of, read_rows, read_text, row_name
 
@@ -100,7 +109,7 @@ def calibration_samples(args: argparse.Namespace, tokenizer) -> tuple[list[dict]
 def main() -> None:
     args = parse_args()
     # Torch and GPTQModel are imported late, so that --help and mistakes answer at once.
-    from LoTA.folders import check_model_name
+    from LoTA.folders import check_model_name, reading
     from LoTA.storage import check_output_folder, whole_folder, write_json
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model.rsplit("/", 1)[-1]
     output = Path(args.output_dir) / f"int{args.bits}_{args.group_size}_{name}"
@@ -112,11 +121,12 @@ def main() -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.utils.backend import BACKEND
     from gptqmodel.utils.logger import setup_logger
-    from transformers import AutoTokenizer
+
+    from LoTA.adapter import check_described
     setup_logger().setLevel(logging.WARNING)
     set_seed(args.seed)
     device = check_cuda()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    tokenizer = read_tokenizer(args.model, args.trust_remote_code)
     samples, short = calibration_samples(args, tokenizer)
 
     # By default GPTQModel orders inputs by groups, and so refuses a single group.
@@ -125,7 +135,10 @@ def main() -> None:
                             device=str(device), offload_to_disk=not small,
                             pack_impl="original" if small else "auto", **one_group)
     start = time.time()
-    model = GPTQModel.load(args.model, config, trust_remote_code=args.trust_remote_code)
+    if Path(args.model).is_dir():
+        check_described(Path(args.model), args.trust_remote_code)
+    with reading(args.model, "config.json"):
+        model = GPTQModel.load(args.model, config, trust_remote_code=args.trust_remote_code)
     model.quantize(samples, batch_size=args.batch_size, tokenizer=tokenizer, backend=BACKEND.GPTQ_TORCH,
                    calibration_data_min_length=SHORT_SAMPLE)
     with whole_folder(output, PROVENANCE) as folder:

@@ -6,7 +6,6 @@ before a kernel sees them, so kernels that repack the weights at loading work li
 """
 import logging
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from LoTA import UserError
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
-from LoTA.folders import GPTQFolder, MergedFolder, is_merged, set_checkpoint_format
+from LoTA.folders import GPTQFolder, MergedFolder, is_merged, reading, set_checkpoint_format
 from LoTA.layer import register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
 from LoTA.settings import baseConfig, target_layers
+from LoTA.storage import read_json, temporary_folder
 from LoTA.ternary import add_offset_, scaled_offset
 
 
@@ -67,8 +67,8 @@ class LTA(Adapter):
         base = base or adapter.config.quantized_model_dir
         if base is None:
             raise UserError(f"{self.path} does not name its GPTQ model; pass it as base")
-        with tempfile.TemporaryDirectory() as folder:
-            merged = Path(folder) / "merged"
+        with temporary_folder() as folder:
+            merged = folder / "merged"
             merge_folders(adapter, GPTQFolder(base), merged, verify=False)
             return self._load_checked(MergedFolder(merged), check=False, **kwargs)      # written just now
 
@@ -103,8 +103,8 @@ def load_merged(merged: MergedFolder, check: bool = True, **kwargs):
     """
     if check:
         merged.require_whole()
-    with tempfile.TemporaryDirectory() as view:
-        model = load_gptq(_as_plain_gptq(merged, Path(view)), **kwargs)
+    with temporary_folder() as view:
+        model = load_gptq(_as_plain_gptq(merged, view), named=merged.path, **kwargs)
     attached = {}
     for name in merged.offset_modules():
         layer = LTA(merged.lota.rank, merged.lota.omega, True, str(merged.path))
@@ -118,7 +118,7 @@ def load_merged(merged: MergedFolder, check: bool = True, **kwargs):
 
 
 def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | None = None, backend: str = "auto",
-              attn_implementation: str = "auto", trust_remote_code: bool = False):
+              attn_implementation: str = "auto", trust_remote_code: bool = False, named: Path | None = None):
     """A GPTQ folder as a GPTQModel in evaluation mode.
 
     dtype: with float32 the model loads in float16 and is widened afterwards, because no GPTQModel kernel is declared
@@ -126,10 +126,11 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
     device: None or "auto" takes the GPU, or all GPUs, or else the CPU.
     backend: a value of GPTQModel's BACKEND. On a machine without a GPU "auto" is the plain torch one, because the
         others compile for minutes first. The plain torch kernel computes with the scales that are on disk.
-    attn_implementation: a value of --flash_attn.
+    attn_implementation: a value of --flash_attn. named: what errors call the folder [path].
 
     Without a GPU it switches torch.compile off in this process. Raises UserError for an unknown backend, for attention
-    that the model cannot run with, and for a CUDA device where there is no GPU.
+    that the model cannot run with, for a CUDA device where there is no GPU, and where config.json does not describe
+    the model that is in the files.
     """
     if device in (None, "auto"):
         place = {"device_map": "auto"} if torch.cuda.is_available() else {"device": "cpu"}
@@ -147,14 +148,19 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
         kernel = BACKEND.GPTQ_TORCH if wide else BACKEND(backend.lower())
     except ValueError:
         raise UserError(f"--backend {backend} is none of GPTQModel's: {', '.join(b.value for b in BACKEND)}") from None
-    with attention(attn_implementation, dtype, path, trust_remote_code) as implementation:
+    named, folder = named or Path(path), MergedFolder(path) if is_merged(path) else GPTQFolder(path)
+    with reading(named, "config.json"), attention(attn_implementation, dtype, path,
+                                                  trust_remote_code) as implementation:
         model = GPTQModel.load(str(path), backend=kernel, dtype=torch.float16 if wide else dtype,
                                trust_remote_code=trust_remote_code, attn_implementation=implementation, **place)
+    layers = {name for name, _ in model.model.named_modules()}
+    for name in folder.modules:
+        if name not in layers:          # GPTQModel leaves it out without a word
+            raise UserError(f"{named / 'config.json'} describes another model: it has no {name}, which the files have")
     if wide:
         model.model.float()
     elif kernel == BACKEND.GPTQ_TORCH:
         # Loading in bfloat16 rounds the scales to 8 bits. Training must compute with the scales that are merged.
-        folder = GPTQFolder(path)
         for name in folder.modules:
             module = model.model.get_submodule(name)
             module.scales = folder.tensor(f"{name}.scales").to(module.scales.device)
@@ -238,10 +244,57 @@ def load_16bit(name: str, device: str = "auto", dtype: torch.dtype = torch.bfloa
                trust_remote_code: bool = False, **kwargs) -> PreTrainedModel:
     """The 16-bit model, a folder or a hub name. kwargs go to transformers. The rest is as in load_gptq()."""
     place = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
-    with attention(attn_implementation, dtype, name, trust_remote_code) as implementation:
-        return AutoModelForCausalLM.from_pretrained(
-            name, device_map=place, dtype=dtype, attn_implementation=implementation,
-            trust_remote_code=trust_remote_code, **kwargs)
+    with reading(name, "config.json"), attention(attn_implementation, dtype, name, trust_remote_code) as implementation:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, device_map=place, dtype=dtype, attn_implementation=implementation, use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs)
+    _require_described(name, _unfit(found))
+    return model
+
+
+def check_described(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raises UserError unless the files of a 16-bit model have every tensor of the model that config.json describes.
+
+    Prints what the files have beyond it. It reads no weight. What only code of its own describes is not checked.
+    """
+    with reading(folder, "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        unfit = what_does_not_fit(folder) if known else {}
+    _require_described(folder, unfit)
+
+
+def _require_described(name: str | Path, unfit: dict[str, list[str]]) -> None:
+    wrong = [*unfit.get("missing", []), *unfit.get("mismatched", [])]
+    if wrong:                           # transformers fills them at random
+        raise UserError(f"{Path(name) / 'config.json'} describes another model: it has {wrong[0]}, which the files "
+                        "have not, or in another shape")
+    if unfit.get("unexpected"):
+        print(f"{name}: {len(unfit['unexpected'])} tensors of the files are in no layer that its config.json "
+              f"describes, {unfit['unexpected'][0]} for example")
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether the model's layers are in code that comes with it."""
+    return "auto_map" in read_json(folder / "config.json")
+
+
+def what_does_not_fit(folder: Path) -> dict[str, list[str]]:
+    """{"missing", "unexpected", "mismatched": names of tensors}, as transformers sees the folder. It reads no weight.
+
+    All are empty for a model whose layers are in code of its own, because only trusting that code would tell.
+    """
+    if has_own_code(folder):
+        return {"missing": [], "unexpected": [], "mismatched": []}
+    _, info = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "meta"}, ignore_mismatched_sizes=True,
+                                                   output_loading_info=True)
+    return _unfit(info)
+
+
+def _unfit(info: dict) -> dict[str, list[str]]:
+    """transformers' loading info as what_does_not_fit() has it."""
+    return {"missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
+            "mismatched": sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])}
 
 
 def attention_for(flash_attn: str, dtype: torch.dtype, model: str | Path,

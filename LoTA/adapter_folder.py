@@ -2,8 +2,6 @@
 
 Touches files. Knows nothing of GPTQModel or PEFT, loads no model and unpickles nothing.
 """
-import hashlib
-import json
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +13,15 @@ from pydantic import Field
 from safetensors import safe_open
 
 from LoTA import OLD_RECIPE_NAMES, UserError
-from LoTA.storage import checksums, read_json, read_record, require_unchanged, write_json
+from LoTA.storage import (
+    checksums,
+    read_json,
+    read_record,
+    record_checksum,
+    require_safetensors,
+    require_unchanged,
+    write_json,
+)
 from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
@@ -130,7 +136,7 @@ class LotaConfig:
         if known.get("format_version") != cls.format_version:
             raise UserError(f"{folder}/{LOTA_CONFIG} has format version {known.get('format_version')}; this version of "
                             f"LoTA reads {cls.format_version}")
-        config = read_record(Path(folder) / LOTA_CONFIG, cls)
+        config = read_record(Path(folder) / LOTA_CONFIG, cls, content)
         own = config.sha256.pop(LOTA_CONFIG, None)
         # Every version that writes fingerprint_all writes sha256 too. Where it is gone, its name was changed.
         lost = "fingerprint_all" in content and "sha256" not in content
@@ -144,9 +150,7 @@ class LotaConfig:
 
 def _own_checksum(content: dict) -> str:
     """SHA-256 of lota_config.json's content. The base models' paths are left out, because users move folders."""
-    kept = {key: value for key, value in content.items() if key not in ("pretrained", "quantized_model_dir")}
-    kept["sha256"] = {name: value for name, value in content.get("sha256", {}).items() if name != LOTA_CONFIG}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return record_checksum(content, LOTA_CONFIG, without=("pretrained", "quantized_model_dir"))
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class PeftConfig:
         content = read_json(path)
         if not isinstance(content, dict) or content.get("r") is None:
             raise UserError(f"{folder} is not a LoRA or LoTA adapter: its {path.name} has no rank")
-        config = read_record(path, cls)
+        config = read_record(path, cls, content)
         if config.peft_type != "LORA":
             raise UserError(f"{path}: peft_type {config.peft_type} is not supported; LoTA reads LORA")
         known = WITHOUT_EFFECT | {f.name for f in fields(cls)}
@@ -317,6 +321,7 @@ class AdapterFolder:
         if not self.path.is_dir():
             raise UserError(f"{path} is not an adapter folder: there is no such folder")
         recorded = LotaConfig.load(self.path) if (self.path / LOTA_CONFIG).exists() else None
+        require_safetensors(self.path, ADAPTER_FILES[1], ("adapter_model",))
         for name in ADAPTER_FILES:
             if not (self.path / name).exists():
                 raise UserError(f"{path} is not an adapter folder: it has no {name}")

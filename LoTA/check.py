@@ -51,9 +51,8 @@ def check_folder(path: str | Path) -> Report:
 
 
 def _check_export(report: Report, path: Path) -> None:
-    from LoTA.export.shared import MARKER
-    from LoTA.storage import read_json
-    _compare_files(report, path, read_json(path / MARKER).get("sha256"), MARKER)
+    from LoTA.export.shared import MARKER, ExportRecord
+    _compare_files(report, path, ExportRecord.load(path).sha256, MARKER)
 
 
 def _check_gptq(report: Report, path: Path) -> None:
@@ -63,7 +62,7 @@ def _check_gptq(report: Report, path: Path) -> None:
                         "of it has a fingerprint of them")
 
 
-def _compare_files(report: Report, root: Path, recorded: dict[str, str] | None, marker: str,
+def _compare_files(report: Report, root: Path, recorded: dict[str, str], marker: str,
                    only: tuple[str, ...] | None = None) -> None:
     """Compares the files below `root` with `recorded`. only: the files that are recorded, where not all are."""
     from LoTA.storage import differences, files_below
@@ -80,8 +79,7 @@ def _compare_files(report: Report, root: Path, recorded: dict[str, str] | None, 
 
 def _check_merged(report: Report, path: Path) -> None:
     from LoTA.adapter_folder import LotaConfig
-    from LoTA.folders import LOTA_SUBFOLDER, MergedFolder
-    from LoTA.lota_merge import MARKER
+    from LoTA.folders import LOTA_SUBFOLDER, MARKER, MergedFolder
     _compare_files(report, path, LotaConfig.load(path / LOTA_SUBFOLDER).sha256, MARKER)
     if report.findings:                 # of a damaged file the tensors say nothing more
         return

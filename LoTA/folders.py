@@ -6,27 +6,39 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import xxhash
+from pydantic import Field
 from safetensors import safe_open
 from tqdm import tqdm
 
-from LoTA import SUPPORTED_BITS, UserError
+from LoTA import SUPPORTED_BITS, UserError, explain
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder, LotaConfig
 from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import words_of
-from LoTA.storage import files_below, read_json, read_record, require_unchanged, write_json
+from LoTA.storage import (
+    SAFETENSORS_NAMES,
+    files_below,
+    read_json,
+    read_record,
+    require_safetensors,
+    require_unchanged,
+    write_json,
+)
 from LoTA.ternary import dequantize
 
 LOTA_FORMAT = "lota_gptq"           # checkpoint_format of a merged folder with offsets, so that stock tools refuse it
 LOTA_SUBFOLDER = "lota"             # not the root, because some loaders take every *.safetensors there
+MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"      # written last, so it says that a folder is a whole merged model of ours
 OFFSETS_FILE = "offsets.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
+PICKLED_MODELS = ("pytorch_model", "model", "consolidated")
 LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 # The dtypes of these tensors, by safetensors' names.
 LAYER_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
@@ -65,6 +77,48 @@ class ShardIndex:
     weight_map: dict[str, str]              # {tensor: name of its file}
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """The entries of config.json over whose type libraries stumble."""
+    model_type: str | None = None
+    architectures: list[str] | None = None
+
+
+TokenIds = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The entries of generation_config.json that LoTA reads: transformers would take no end token for a wrong one."""
+    eos_token_id: TokenIds | list[TokenIds] | None = None
+    pad_token_id: int | None = None         # -1 in some, and never used
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The entries of special_tokens_map.json and tokenizer_config.json that name special tokens."""
+    bos_token: str | dict | None = None
+    eos_token: str | dict | None = None
+    unk_token: str | dict | None = None
+    pad_token: str | dict | None = None
+    additional_special_tokens: list[str | dict] | dict[str, str | dict] | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerSettings(SpecialTokens):
+    """The entries of tokenizer_config.json over whose type libraries stumble, or prompts would."""
+    tokenizer_class: str | None = None
+    model_max_length: float | None = None
+    padding_side: Literal["left", "right"] | None = None
+    chat_template: str | list[dict] | dict[str, str] | None = None
+    added_tokens_decoder: dict[str, dict] | None = None
+
+
+# {file beside the weights of a model: what is read of it}. tokenizer.json is an object; its library says the rest.
+MODEL_FILES = {"config.json": Architecture, "generation_config.json": Generation, "tokenizer.json": dict[str, Any],
+               "tokenizer_config.json": TokenizerSettings, "special_tokens_map.json": SpecialTokens}
+
+
 class GPTQFolder:
     """A GPTQ checkpoint on disk, read one tensor at a time.
 
@@ -101,6 +155,7 @@ class GPTQFolder:
         if self.config.get("dynamic") or self.config.get("pack_dtype", "int32") not in ("int32", "torch.int32", None):
             raise UserError(f"{self.path} packs its layers in a way that LoTA does not read: settings of single layers "
                             "(dynamic), or words other than int32 (pack_dtype)")
+        check_model_files(self.path)
         self.file_of = {}
         for file in safetensors_files(self.path):
             with safe_open(file, "pt") as tensors:
@@ -149,6 +204,14 @@ class GPTQFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header."""
         return tuple(self._header(name)[1])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor, from the file's header. Raises UserError for one that LoTA does not write."""
+        named = self._header(name)[0]
+        for dtype, its_name in SAFETENSORS_NAMES.items():
+            if its_name == named:
+                return dtype
+        raise UserError(f"{self.file_of[name]}: {name} has the dtype {named}, which LoTA does not write")
 
     def packed(self, module: str) -> PackedLayer:
         """One layer: its integers, zero points, scales and groups, still packed."""
@@ -323,8 +386,45 @@ def check_model_name(flag: str, name: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{flag} {name} is not a model folder: it has no config.json")
+    if path.is_dir():
+        check_model_files(path)
+        require_safetensors(path, "*.safetensors", PICKLED_MODELS)
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{flag} {name} does not exist")
+
+
+def check_model_files(path: Path) -> None:
+    """Checks what is beside a model's weights: whole JSON, and types over which libraries stumble or err silently.
+
+    Raises UserError that names the file.
+    """
+    for name, kind in MODEL_FILES.items():
+        if (path / name).exists():
+            read_record(path / name, kind, _object(path / name))
+
+
+@contextmanager
+def reading(place: str | Path, file: str,
+            remedy: str = "it runs only with --trust_remote_code; read it first") -> Iterator[None]:
+    """While a library reads `file` of the model at `place`, a folder or a hub name, its errors become a UserError.
+
+    remedy: what to do where the model cannot be read without code of its own.
+    Libraries raise anything over a damaged file. The file that check_model_files() finds is named, else `file`.
+    What explain() knows passes, because it says what it is: no memory, no such file, no connection.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:          # tokenizers raises Exception itself
+        if Path(place).is_dir():
+            check_model_files(Path(place))
+        if explain(error) is not None:
+            raise
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UserError(f"{Path(place) / file} names code that comes with the model (auto_map): {remedy}") from None
+        raise UserError(f"{Path(place) / file} cannot be used: {type(error).__name__}: {reason[:300]}") from error
 
 
 def read_quantization_config(path: str | Path) -> dict:
@@ -340,15 +440,15 @@ def read_quantization_config(path: str | Path) -> dict:
         file, kind = path / "config.json", ModelConfig
     else:
         raise UserError(f"{path} is not a model folder: it has neither {QUANTIZE_CONFIG} nor config.json")
-    config = _object(file)
-    config = config if kind is QuantizationConfig else config.get("quantization_config") or {}
+    content = _object(file)
+    config = content if kind is QuantizationConfig else content.get("quantization_config") or {}
     if not isinstance(config, dict):
         raise UserError(f"{file} cannot be read: its quantization_config is no JSON object")
     method = config.get("quant_method") or config.get("method") or ("gptq" if "bits" in config else None)
     if method != "gptq" or "bits" not in config:
         raise UserError(f"{path} is not a GPTQ model (quantization method: {method or 'none'}); "
                         "gptq_quantize.py makes one")
-    checked = read_record(file, kind)
+    checked = read_record(file, kind, content)
     checked = checked if kind is QuantizationConfig else checked.quantization_config
     if checked.sym is False and _formats(config) <= {"gptq"} and not checked.made_by_gptqmodel():
         raise UserError(f"{path} has sym false and the format gptq, and its meta does not name GPTQModel 0.9 or later. "
@@ -409,6 +509,8 @@ def safetensors_files(path: Path) -> list[Path]:
     else:
         names = sorted(f.name for f in path.glob("*.safetensors"))
     missing = [n for n in names if not (path / n).exists()]
+    if not names:
+        require_safetensors(path, "*.safetensors", PICKLED_MODELS)
     if missing or not names:
         raise UserError(f"{path} is not whole: {', '.join(missing) or 'a *.safetensors file'} is missing")
     return [path / n for n in names]

@@ -12,44 +12,48 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from LoTA import UserError, run_script
-from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder
-from LoTA.export.card import write_merged_card
-from LoTA.folders import (
-    LOTA_FORMAT,
-    LOTA_SUBFOLDER,
-    OFFSETS_FILE,
-    GPTQFolder,
-    MergedFolder,
-    copy_own_file,
-    set_checkpoint_format,
-)
-from LoTA.packed import PackedLayer
-from LoTA.packing import count_different
-from LoTA.storage import (
-    check_output_folder,
-    checksums,
-    create_safetensors,
-    files_below,
-    overwrite_tensor,
-    whole_folder,
-)
-from LoTA.ternary import check_settings, is_merge, merge
 
-MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"
+# Torch is imported in the functions that need it, so that --help answers at once.
+if TYPE_CHECKING:
+    import torch
+
+    from LoTA.adapter_folder import AdapterFolder
+    from LoTA.folders import GPTQFolder, MergedFolder
+    from LoTA.packed import PackedLayer
+
 # (name of the layer, its PackedLayer) -> (the merged layer, mu [groups, out] or None)
-LayerMerger = Callable[[str, PackedLayer], tuple[PackedLayer, torch.Tensor | None]]
+LayerMerger = Callable[[str, "PackedLayer"], "tuple[PackedLayer, torch.Tensor | None]"]
 
 
-def merge_folders(adapter: AdapterFolder, source: GPTQFolder, output: str | Path, verify: bool = True) -> dict:
+def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | Path, verify: bool = True) -> dict:
     """Merges `adapter` into `source`, writes the folder `output`, and returns {projection: share of integers moved}.
 
     Raises UserError where adapter and model do not belong together, RuntimeError where the verification fails.
     """
+    import torch
+    from tqdm import tqdm
+
+    from LoTA.export.card import write_merged_card
+    from LoTA.folders import (
+        LOTA_FORMAT,
+        LOTA_SUBFOLDER,
+        MARKER,
+        OFFSETS_FILE,
+        MergedFolder,
+        copy_own_file,
+        set_checkpoint_format,
+    )
+    from LoTA.storage import (
+        check_output_folder,
+        checksums,
+        create_safetensors,
+        files_below,
+        overwrite_tensor,
+        whole_folder,
+    )
     check_output_folder(output, MARKER)
     config = adapter.config
     if config.method == "LoRA":
@@ -89,14 +93,15 @@ def merge_folders(adapter: AdapterFolder, source: GPTQFolder, output: str | Path
     return moved.shares()
 
 
-def layer_merger(adapter: AdapterFolder) -> LayerMerger:
+def layer_merger(adapter: "AdapterFolder") -> LayerMerger:
     """The function that merges one layer of this adapter."""
+    from LoTA.ternary import check_settings, merge
     config = adapter.config
     if config.method == "QA-LoRA":
         return lambda module, packed: (packed, qalora_offset(*adapter.matrices(module), adapter.scaling(module), packed,
                                                              module))
 
-    def merge_ternary(module: str, packed: PackedLayer) -> tuple[PackedLayer, torch.Tensor | None]:
+    def merge_ternary(module: str, packed: "PackedLayer") -> "tuple[PackedLayer, torch.Tensor | None]":
         lora_A, lora_B = adapter.ternary_pair(module)
         check_settings(lora_A.shape[1], config.threshold.omega, packed.groups.largest)
         if config.learned_scales:
@@ -106,8 +111,8 @@ def layer_merger(adapter: AdapterFolder) -> LayerMerger:
     return merge_ternary
 
 
-def qalora_offset(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, packed: PackedLayer,
-                  module: str) -> torch.Tensor:
+def qalora_offset(lora_A: "torch.Tensor", lora_B: "torch.Tensor", scaling: float, packed: "PackedLayer",
+                  module: str) -> "torch.Tensor":
     """mu of a QA-LoRA layer, float32 [groups, out]. lora_A: [groups, r]. lora_B: [r, out].
 
     PEFT adds scaling * (groups * mean of x over the group) @ A @ B. So all weights of group g shift by scaling * groups
@@ -121,7 +126,8 @@ def qalora_offset(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, pa
     return scaling * groups.count / groups.largest * (lora_A.float() @ lora_B.float()) / packed.scales.float()
 
 
-def verify_folders(adapter: AdapterFolder, source: GPTQFolder, merged: MergedFolder, merge_layer: LayerMerger) -> None:
+def verify_folders(adapter: "AdapterFolder", source: "GPTQFolder", merged: "MergedFolder",
+                   merge_layer: LayerMerger) -> None:
     """Reads the merged folder back and checks that each integer, offset and scale is what the equations say.
 
     The names of its tensors must be the source's, and those of its offsets exactly the adapter's layers.
@@ -130,6 +136,10 @@ def verify_folders(adapter: AdapterFolder, source: GPTQFolder, merged: MergedFol
     integers, offsets, scales and all other tensors are equal, W' is equal. Raises RuntimeError, because a difference is
     a defect of this program or of the disk.
     """
+    import torch
+    from tqdm import tqdm
+
+    from LoTA.ternary import is_merge
     config = merged.lota
     renamed = sorted(set(merged.file_of) ^ set(source.file_of))
     if config.residual:
@@ -161,8 +171,9 @@ class Moved:
         self.counts: dict[str, tuple[int, int]] = {}        # {projection: (integers moved, integers)}
         self.in_layer: dict[str, float] = {}                # {layer: share moved}
 
-    def add(self, module: str, before: PackedLayer, after: PackedLayer) -> None:
+    def add(self, module: str, before: "PackedLayer", after: "PackedLayer") -> None:
         """Counts one layer."""
+        from LoTA.packing import count_different
         projection = module.rsplit(".", 1)[-1]
         moved, total = self.counts.get(projection, (0, 0))
         different, size = count_different(before.qweight, after.qweight, before.bits), math.prod(before.shape)
@@ -192,6 +203,8 @@ def main() -> None:
                         help="omega, where neither lota_config.json nor the name of the adapter's folder says it "
                              "[0.75 r]")
     args = parser.parse_args()
+    from LoTA.adapter_folder import AdapterFolder
+    from LoTA.folders import GPTQFolder
     adapter = AdapterFolder(args.adapter, args.interval_point)
     gptq = args.gptq or adapter.config.quantized_model_dir
     if gptq is None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -24,7 +25,10 @@ from tqdm import tqdm
 
 from LoTA import UserError
 
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Record = TypeVar("Record")
 
 
@@ -38,17 +42,21 @@ def read_json(path: str | Path) -> dict | list:
         raise UserError(f"{path} is not whole: {error}") from None
 
 
-def read_record(path: str | Path, kind: type[Record]) -> Record:
+def read_record(path: str | Path, kind: type[Record], content: dict | list | None = None) -> Record:
     """A JSON object as an instance of the dataclass `kind`. Fields that `kind` does not have are left out.
 
+    content: what read_json() made of the file, where it was read already.
     Raises UserError that names the file and the first field that has another type. A number in quotes is no number.
     """
     # Here, because benchmarks run where pydantic is not installed.
     from pydantic import TypeAdapter, ValidationError
 
-    read_json(path)                     # its messages for what is no JSON are those that users know
+    content = read_json(path) if content is None else content
     try:
-        return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
+        # As JSON, because pydantic's strict mode takes a dict for a dataclass only there.
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read") from None
     except ValidationError as error:
         wrong = error.errors()[0]
         field = ".".join(map(str, wrong["loc"])) or "the content"
@@ -103,6 +111,16 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
             if time.time_ns() - stat.st_ctime_ns > 10**9:
                 _known[key] = found[name]
     return found
+
+
+def record_checksum(content: dict, name: str, without: Iterable[str] = ()) -> str:
+    """The SHA-256 of a record's own content, which stands in its "sha256" under `name`, the record's file.
+
+    content: the record, with or without that entry. without: fields that may change.
+    """
+    kept = {key: value for key, value in content.items() if key not in without}
+    kept["sha256"] = {file: value for file, value in content.get("sha256", {}).items() if file != name}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def files_below(root: str | Path) -> list[str]:
@@ -168,10 +186,23 @@ def overwrite_tensor(file: Path, name: str, tensor: torch.Tensor) -> None:
         f.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+def require_safetensors(folder: Path, wanted: str, stems: tuple[str, ...]) -> None:
+    """Raises UserError where `folder` has pickles instead of the files that the pattern `wanted` matches.
+
+    stems: how the names of pickled weights begin. Others, such as training_args.bin, hold no weights.
+    """
+    pickles = [f for stem in stems for f in sorted(folder.glob(f"{stem}*")) if f.suffix in PICKLES]
+    if pickles and not any(folder.glob(wanted)):
+        raise UserError(f"{pickles[0]} is a pickle, which can run code and is not read; save the weights again with "
+                        "save_pretrained() of transformers or PEFT, which writes safetensors")
+
+
 # --- folders ------------------------------------------------------------------------------------------------------
 
 # What is in the temporary folder of a process: the new folder, the one that it replaces, and the lock of the process.
 NEW, OLD, LOCK = "new", "old", "lock"
+TEMPORARY = "lota_qaf."             # how those in TMPDIR begin
+DAY = 24 * 3600 * 10**9             # nanoseconds
 
 
 @contextmanager
@@ -186,14 +217,9 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
-    # Both folders are inside, because a folder by mkdtemp() is for its owner's eyes only. Its lock says that the
-    # process lives. A process id would not: containers have equal ones.
-    outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    lock, whole, old = open(outer / LOCK, "w"), outer / NEW, outer / OLD        # a file, because NFS locks no folders
-    try:
-        with suppress(OSError):         # a file system without locks has no leftovers that can be told
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        whole.mkdir()
+    # Both folders are inside, because a folder by mkdtemp() is for its owner's eyes only.
+    with _locked_folder(path.parent, f".{path.name}.") as outer:
+        whole, old = outer / NEW, outer / OLD
         yield whole
         if path.exists():
             os.rename(path, old)
@@ -203,30 +229,114 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, path)
             raise
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yields an empty folder in TMPDIR, which vanishes when the block ends.
+
+    What killed processes of this user left there is removed first, because a merged model is large.
+    """
+    place = Path(tempfile.gettempdir())
+    _clear_unlocked(place, TEMPORARY)
+    with _locked_folder(place, TEMPORARY) as outer:
+        yield outer / NEW
+
+
+@contextmanager
+def _locked_folder(place: Path, prefix: str) -> Iterator[Path]:
+    """Yields a new folder in `place` with an empty folder NEW in it. It vanishes when the block ends.
+
+    Its lock says that its process lives. A process id would not, because containers have equal ones.
+    """
+    outer = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=place))
+    lock = open(outer / LOCK, "w")                              # a file, because NFS locks no folders
+    try:
+        with suppress(OSError):         # a file system without locks has no leftovers that can be told
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        (outer / NEW).mkdir()
+        yield outer
     finally:
         lock.close()
         shutil.rmtree(outer, ignore_errors=True)
 
 
 def clear_leftovers(path: Path) -> None:
-    """Removes the temporary folders of `path` whose processes were killed, and says so.
+    """Removes what killed processes left beside `path`, and says so.
 
     Where one was killed between its two renames, only it has the folder that was at `path`. It is brought back.
     """
+    _clear_unlocked(path.parent, f".{path.name}.", path)
+    _clear_old_names(path)
+
+
+def _clear_unlocked(place: Path, prefix: str, path: Path | None = None) -> None:
+    """Removes the folders of _locked_folder() whose processes were killed. Brings the one that was at `path` back.
+
+    Without a path they are in a place of many users, so only this user's are removed.
+    """
     random = "[a-z0-9_]" * 8        # as mkdtemp() makes it; a * would find those of path.more too
-    for outer in path.parent.glob(f".{glob.escape(path.name)}.{random}.tmp"):
+    for outer in place.glob(f"{glob.escape(prefix)}{random}.tmp"):
         try:
+            if path is None and outer.lstat().st_uid != os.getuid():
+                continue
             with open(outer / LOCK, "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not (outer / NEW).exists() and not (outer / OLD).exists():
                     continue                    # its process has just made it, and waits for the lock
-                if (outer / OLD).exists() and not path.exists():
-                    os.rename(outer / OLD, path)
-                    print(f"{path} was brought back: a process that replaced it was killed")
+                if path and (outer / OLD).exists() and not path.exists():
+                    _bring_back(outer / OLD, path)
         except OSError:                         # its process lives, or it has no lock, or none that can be asked
             continue
         shutil.rmtree(outer, ignore_errors=True)
         print(f"removed {outer}: the process that wrote it was killed")
+
+
+def _clear_old_names(path: Path) -> None:
+    """Removes what processes of older versions left beside `path` when they were killed. Brings the old output back.
+
+    Older versions wrote `.NAME.PID.tmp` and renamed the old output to `.NAME.PID.old`, without a lock. So two things
+    must hold. No process may have that id here. And nothing may have changed for a day, because the process may live in
+    another container or on another machine, which has ids of its own and the same disk.
+    """
+    found = [item for item in path.parent.glob(f".{glob.escape(path.name)}.*") if not item.is_symlink()]
+    # The latest first, because an earlier .old may be one that was already half removed.
+    for item in sorted(found, key=_last_change, reverse=True):
+        known = re.fullmatch(r"([1-9]\d{0,6})\.(tmp|old)", item.name.removeprefix(f".{path.name}."))
+        try:
+            if not known or _lives(int(known[1])) or time.time_ns() - _last_change(item) < DAY:
+                continue
+            if known[2] == "old" and not path.exists():
+                _bring_back(item, path)
+                continue
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+            print(f"removed {item}: the process that wrote it was killed")
+        except OSError:                         # another process was faster, or it is another user's
+            continue
+
+
+def _bring_back(old: Path, path: Path) -> None:
+    os.rename(old, path)
+    print(f"{path} was brought back: a process that replaced it was killed")
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this id runs here."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                             # it is another user's
+        pass
+    return True
+
+
+def _last_change(item: Path) -> int:
+    """When a file or folder, or anything below it, was last written or renamed, in ns. Now, where it is just going."""
+    try:
+        return max(each.lstat().st_ctime_ns for each in (item, *item.rglob("*")))
+    except OSError:
+        return time.time_ns()
 
 
 def check_output_folder(path: str | Path, marker: str) -> None:

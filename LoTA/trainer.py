@@ -2,12 +2,14 @@
 
 Touches transformers, through the hooks that Trainer offers, PEFT's names of tensors, and the run's folder.
 """
+import errno
 import os
+import pickle
 import resource
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
@@ -24,7 +26,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from LoTA import UserError
+from LoTA import UserError, explain
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
 from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
@@ -169,6 +171,14 @@ class RunTrainer(Trainer):
         with self.checkpoints:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with unpickling(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with unpickling(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _check_tensors(self, adapter: AdapterFolder) -> None:
         """PEFT only warns about a missing tensor. The layer would silently start anew."""
         with safe_open(adapter.file, "pt") as tensors:
@@ -216,6 +226,23 @@ class RunTrainer(Trainer):
         grouped = super()._get_train_sampler(train_dataset)
         return EpochSampler(grouped.batch_size, grouped.lengths, self.args.data_seed,
                             lambda: int(self.state.epoch or 0))
+
+
+@contextmanager
+def unpickling(checkpoint: str | None) -> Iterator[None]:
+    """While Trainer reads a checkpoint's *.pt and *.pth, the only pickles that are read, their faults are a UserError.
+
+    Trainer reads them with torch's weights_only, which builds tensors and plain values and runs no code.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        # torch looks for the end of a cut file before its beginning, and Linux calls that an invalid argument.
+        if explain(error) is not None and getattr(error, "errno", None) != errno.EINVAL:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the optimizer.pt, scheduler.pt or rng_state.pth of {checkpoint} is damaged, or holds more "
+                        f"than tensors and plain values; take another checkpoint ({reason})") from error
 
 
 class EpochSampler(LengthGroupedSampler):

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from LoTA import UserError
 from LoTA.adapter import load_live, load_merged
 from LoTA.adapter_folder import ADAPTER_FILES, LOTA_CONFIG, AdapterFolder, LotaConfig, check_resumable
 from LoTA.check import check_folder
-from LoTA.export.run import opened
+from LoTA.export.run import export, opened
+from LoTA.export.shared import MARKER
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.lota_merge import merge_folders
 from LoTA.storage import checksums, files_below, sha256
@@ -99,6 +101,26 @@ def test_no_changed_character_of_the_record_is_read(merged):
             MergedFolder(merged).require_whole()
 
 
+def test_no_changed_character_of_an_exports_record_passes(gptq, tmp_path):
+    """Nor another type, nor a list. A record without a checksum of its own is older, and passes."""
+    plain = AdapterFolder(write_lota_adapter(tmp_path / "plain", gptq, residual=False))
+    merge_folders(plain, GPTQFolder(gptq), tmp_path / "merged")
+    export(tmp_path / "merged", "gptq", tmp_path / "out")
+    file = tmp_path / "out" / MARKER
+    text, record = file.read_text(), json.loads(file.read_text())
+    assert check_folder(tmp_path / "out").findings == []
+    for place in range(0, len(text), 5):
+        if not text[place].isspace():               # spaces mean nothing
+            file.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1:])
+            assert check_folder(tmp_path / "out").findings, text[place:][:20]
+    for content in ([], {**record, "verified": 1}, {**record, "sha256": []}):
+        file.write_text(json.dumps(content))
+        assert len(check_folder(tmp_path / "out").findings) == 1
+    record["sha256"].pop(MARKER)
+    file.write_text(json.dumps(record))
+    assert check_folder(tmp_path / "out").findings == []
+
+
 @pytest.mark.parametrize("name", [*ADAPTER_FILES, LOTA_CONFIG])
 def test_a_changed_adapter_is_refused(adapter, gptq, tmp_path, name):
     """In all three files. Its record is protected too, but for the paths of its models, which move."""
@@ -112,6 +134,16 @@ def test_a_changed_adapter_is_refused(adapter, gptq, tmp_path, name):
         with pytest.raises(UserError, match=message):
             use()
     assert not (tmp_path / "m").exists()
+
+
+def test_a_record_is_read_once(merged, adapter, monkeypatch):
+    read, read_text = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *args: read.append(self.name) or read_text(self, *args))
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name))
+    for folder in (merged, adapter):
+        read.clear()
+        MergedFolder(merged) if folder == merged else AdapterFolder(adapter)
+        assert read.count(LOTA_CONFIG) == 1 and read.count("adapter_config.json") == (folder == adapter)
 
 
 def test_a_moved_base_is_no_change(adapter, gptq, tmp_path):
@@ -299,8 +331,3 @@ def test_old_folders_have_nothing_to_compare_with(name):
     report = check_folder(OLD / name)
     assert report.findings == [] and report.files >= 1
     assert "no checksums" in report.notes[0]
-
-
-def test_help_loads_no_torch():
-    code = "import sys, LoTA.check; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"

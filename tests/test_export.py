@@ -25,10 +25,10 @@ from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
 from LoTA.check import check_folder
 from LoTA.export import FORMATS, gguf
-from LoTA.export.dense import check_logits
+from LoTA.export.dense import check_logits, dense_tensors
 from LoTA.export.run import export
-from LoTA.folders import MergedFolder
-from LoTA.storage import overwrite_tensor, sha256
+from LoTA.folders import GPTQFolder, MergedFolder
+from LoTA.storage import SAFETENSORS_NAMES, create_safetensors, overwrite_tensor, sha256
 
 RANK = 8
 
@@ -491,10 +491,26 @@ def test_a_folder_of_others_is_not_replaced(merged, tmp_path):
     assert not (tmp_path / "ours/adapter").exists()
 
 
+def test_dense_reads_a_tensor_once(tmp_path, monkeypatch):
+    """Shapes and dtypes come from the headers. Every dtype that a checkpoint's own tensors have is written."""
+    others = {f"model.{dtype}": torch.ones(2, 3).to(dtype) for dtype in SAFETENSORS_NAMES}
+    model = GPTQFolder(write_gptq(tmp_path / "gptq", LAYERS, other_tensors=others))
+    monkeypatch.setattr("LoTA.export.dense.transformers_layers", lambda model: {})
+    read, tensor = [], GPTQFolder.tensor
+    monkeypatch.setattr(GPTQFolder, "tensor", lambda self, name: read.append(name) or tensor(self, name))
+    tensors = dense_tensors(model, torch.float32)
+    assert read == []
+    create_safetensors(tmp_path / "out.safetensors", {name: tensors[name][:2] for name in others})
+    for name in others:
+        overwrite_tensor(tmp_path / "out.safetensors", name, tensors[name][2]())
+    written = load_file(tmp_path / "out.safetensors")
+    assert read == list(others) and all(written[n].dtype == t.dtype and written[n].equal(t) for n, t in others.items())
+
+
 def test_the_model_card(merged, tmp_path):
     """Where it comes from, what moved, its evaluation, and how to load it.
 
-    lota_export.json has the checksum of every file but its own.
+    lota_export.json has the checksum of every file, and one of its own content.
     """
     evaluation = {"data_set": "viggo", "accuracy": 0.5, "interval_95": [0.4, 0.6], "correct": 20, "rows": 40}
     for format, line in (("peft", "PeftModel.from_pretrained"), ("gguf", 'gguf_file="model-q4_1.gguf"'),
@@ -507,7 +523,7 @@ def test_the_model_card(merged, tmp_path):
             assert text in card, (format, text)
         record = json.loads((tmp_path / "out/lota_export.json").read_text())
         files = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*") if f.is_file()}
-        assert set(record["sha256"]) == files - {"lota_export.json"} and record["verified"]
+        assert set(record["sha256"]) == files and record["verified"]
         assert record["sha256"]["README.md"] == sha256(tmp_path / "out/README.md")
 
 

@@ -160,7 +160,7 @@ def test_a_new_format_is_exported_verified_and_described(text_format, merged, tm
         assert line in card
     record = json.loads((tmp_path / "out/lota_export.json").read_text())
     assert record["format"] == "text" and record["verified"]
-    assert set(record["sha256"]) == {"README.md", *(f"{layer}.txt" for layer in LAYERS)}
+    assert set(record["sha256"]) == {"README.md", "lota_export.json", *(f"{layer}.txt" for layer in LAYERS)}
 
 
 def test_a_new_format_whose_verification_fails_leaves_nothing(text_format, merged, tmp_path):

@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 
 import pytest
 import torch
-from conftest import LAYERS, ROOT, merge
+from conftest import LAYERS, ROOT, merge, parse
 from oracle import merge as oracle_merge
 from oracle import unpack_columns
 from pairs import pairwise
@@ -17,12 +19,16 @@ from random_gptq import write_gptq, write_lota_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import LoTA_QAF_main
 from LoTA import UserError, lota_merge
+from LoTA.adapter import LTA
 from LoTA.adapter_folder import PREFIX, AdapterFolder
+from LoTA.export.run import export
 from LoTA.export.shared import copy_files
 from LoTA.folders import GPTQFolder, MergedFolder
+from LoTA.lota_merge import merge_folders
 from LoTA.packed import PackedLayer
-from LoTA.storage import clear_leftovers, overwrite_tensor, whole_folder
+from LoTA.storage import clear_leftovers, overwrite_tensor, temporary_folder, whole_folder
 
 
 @pytest.fixture
@@ -395,7 +401,7 @@ def test_a_failure_in_the_middle_leaves_the_old_folder_and_no_rest(gptq, adapter
         calls.append(args)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-    monkeypatch.setattr(lota_merge, "overwrite_tensor", full)
+    monkeypatch.setattr("LoTA.storage.overwrite_tensor", full)
     with pytest.raises(OSError, match="No space left"):
         merge(adapter, gptq, tmp_path / "merged")
     assert {f: f.read_bytes() for f in (tmp_path / "merged").rglob("*") if f.is_file()} == before
@@ -506,6 +512,111 @@ def test_what_is_no_leftover_stays(tmp_path):
         assert first.exists() and second.exists()
     assert (tmp_path / "out/marker").read_text() == first.parent.name               # the last to finish
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, ".out.aaaaaaaa.tmp", "out"])
+
+
+@pytest.fixture
+def dead():
+    """The id of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def tomorrow(monkeypatch):
+    now = time.time_ns()
+    monkeypatch.setattr("LoTA.storage.time.time_ns", lambda: now + 25 * 3600 * 10**9)
+
+
+def leave(folder):
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep/marker").write_text(folder.name)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_older_versions_left_is_cleared(tmp_path, monkeypatch, capsys, dead, there):
+    """By age and process id. The only copy of the output is brought back."""
+    target = tmp_path / "out"
+    leave(tmp_path / f".out.{dead}.tmp")
+    leave(tmp_path / f".out.{dead}.old")
+    (tmp_path / f".out.{dead + 1}.tmp").write_text("a file")
+    if there:
+        leave(target)
+    monkeypatch.setattr("LoTA.storage._lives", lambda process: False)
+    clear_leftovers(target)
+    assert len(list(tmp_path.iterdir())) == 3 + there and capsys.readouterr().out == ""     # of today
+    tomorrow(monkeypatch)
+    clear_leftovers(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (target / "deep/marker").read_text() == ("out" if there else f".out.{dead}.old")
+    out = capsys.readouterr().out
+    assert out.count("removed") == (3 if there else 2) and ("brought back" in out) == (not there)
+
+
+def test_old_names_that_say_too_little_stay(tmp_path, monkeypatch, dead):
+    """Of a living process, of another user's living process, of other outputs, and what has no process id."""
+    names = [f".out.{os.getpid()}.tmp", ".out.1.old", f".out.more.{dead}.tmp", f".outer.{dead}.old", ".out.0.tmp",
+             f".out.{dead}.bak", ".out.notes.tmp", ".out.123456789.tmp"]
+    for name in names:
+        leave(tmp_path / name)
+    (tmp_path / f".out.{dead}.tmp").symlink_to(tmp_path / ".out.notes.tmp")
+    tomorrow(monkeypatch)
+    clear_leftovers(tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {*names, f".out.{dead}.tmp"}
+
+
+def test_of_two_old_outputs_the_later_one_is_brought_back(tmp_path, monkeypatch, dead):
+    """The earlier one may be half removed, because a process was killed while it removed it."""
+    for number in (2, 1):
+        leave(tmp_path / f".out.{number}.old")
+        time.sleep(0.02)                        # the clock of a file system is coarse
+    monkeypatch.setattr("LoTA.storage._lives", lambda process: False)
+    tomorrow(monkeypatch)
+    clear_leftovers(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/deep/marker").read_text() == ".out.1.old"
+
+
+def killed_within(call):
+    """Runs `call` in a child process that must be killed in it."""
+    child = os.fork()
+    if not child:
+        try:
+            call()
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("way", ["evaluation", "export", "LTA"])
+def test_the_next_run_removes_the_merged_model_of_a_killed_one(adapter, gptq, tmp_path, monkeypatch, capsys, way):
+    """It is in TMPDIR. Folders of living processes, of other users and of other programs stay."""
+    place = tmp_path / "tmpdir"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    def merge_and_die(*args, **kwargs):
+        merge_folders(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    for module in ("LoTA.lota_merge", "LoTA.export.run", "LoTA.adapter"):
+        monkeypatch.setattr(f"{module}.merge_folders", merge_and_die)
+    base, _, evaluation = parse("--mode", 2, "--load_adapter", adapter, "--quantized_model_dir", gptq, "--export",
+                                "gptq", "--export_path", tmp_path / "out")
+    killed_within({"evaluation": lambda: LoTA_QAF_main.evaluate(base, evaluation),
+                   "export": lambda: export(adapter, "gptq", tmp_path / "out", gptq=gptq),
+                   "LTA": lambda: LTA(path=str(adapter)).load(gptq)}[way])
+    left, = place.iterdir()
+    assert (left / "new/merged/lota/lota_config.json").exists()
+    others = shutil.copytree(left, place / "lota_qaf.aaaaaaaa.tmp"), shutil.copytree(left, place / "tmpabcdefgh")
+    own = os.getuid()
+    monkeypatch.setattr("os.getuid", lambda: own + 1)
+    with temporary_folder() as folder:
+        assert left.exists() and others[0].exists()
+        monkeypatch.setattr("os.getuid", lambda: own)
+        shutil.rmtree(others[0])
+        with temporary_folder():
+            assert not left.exists() and folder.exists() and others[1].exists()
+    assert f"removed {left}: the process that wrote it was killed" in capsys.readouterr().out
+    assert list(place.iterdir()) == [others[1]]
 
 
 def test_outputs_that_are_links_and_the_current_folder(tmp_path, monkeypatch):

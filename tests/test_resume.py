@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 import LoTA_QAF_main
-from LoTA import UserError, settings
+from LoTA import UserError, run_script, settings
 from LoTA.adapter_folder import MAY_DIFFER, OLD_RECIPE_NAMES, AdapterFolder, LotaConfig, check_resumable
 from LoTA.folders import GPTQFolder
 from LoTA.lota_merge import merge_folders
@@ -257,6 +257,36 @@ def test_a_checkpoint_without_its_state_is_refused(whole, tmp_path, file):
     (checkpoint / file).unlink()
     with pytest.raises(UserError, match=f"is not whole .it has no {file[:9]}"):
         check_resumable(checkpoint, LotaConfig.load(whole("published")))
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["code", "cut", "empty", "another content"])
+def test_the_pickles_of_a_checkpoint_run_no_code(whole, tmp_path, file, damage):
+    """They are the only ones that are read. One line refuses what is more than tensors and plain values."""
+    checkpoint = shutil.copytree(whole("published") / "checkpoint-5", tmp_path / "checkpoint-5")
+    if damage == "code":
+        torch.save({"state": Touch(tmp_path / "ran")}, checkpoint / file)
+    elif damage == "another content":
+        torch.save({"x": [1]}, checkpoint / file)
+    else:
+        content = (checkpoint / file).read_bytes()
+        (checkpoint / file).write_bytes(content[:len(content) // 2] if damage == "cut" else b"")
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: train(tmp_path / "a", *METHODS["published"], "--adapter_ckpt", checkpoint))
+    line = stopped.value.code
+    assert line.startswith("error: ") and "\n" not in line
+    assert file in line and str(checkpoint) in line and "take another checkpoint" in line
+    assert not (tmp_path / "ran").exists()
 
 
 # --- killed -------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from LoTA import UserError
-from LoTA.adapter import load_16bit, load_live, load_merged
-from LoTA.export.shared import copy_files, require_equal
-from LoTA.folders import LAYER_TENSORS, GPTQFolder, LoraFolder
+from LoTA.adapter import has_own_code, load_16bit, load_live, load_merged, what_does_not_fit
+from LoTA.export.shared import NO_CODE, copy_files, require_equal
+from LoTA.folders import LAYER_TENSORS, GPTQFolder, LoraFolder, reading
 from LoTA.storage import create_safetensors, overwrite_tensor, read_json, write_json
 
 SHARD_BYTES = 5 * 10**9
@@ -43,8 +43,7 @@ def dense_tensors(model: GPTQFolder, dtype: torch.dtype | None) -> dict[
                 shape = (rows, cols) if isinstance(layers.get(module), Conv1D) else (cols, rows)
                 tensors[f"{module}.weight"] = dtype, shape, lambda m=module: weight(m)
         else:
-            own = model.tensor(name)
-            tensors[name] = (own.dtype, tuple(own.shape), lambda n=name: model.tensor(n))
+            tensors[name] = model.dtype(name), model.shape(name), lambda n=name: model.tensor(n)
     for layer in layers:
         if layer.endswith(f".{FUSED}"):
             for role in ("weight", "bias"):
@@ -59,13 +58,8 @@ def transformers_layers(model: GPTQFolder) -> dict[str, torch.nn.Module]:
     """
     if has_own_code(model.path):
         return {}
-    with torch.device("meta"):
+    with reading(model.path, "config.json", NO_CODE), torch.device("meta"):
         return dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.path)).named_modules())
-
-
-def has_own_code(folder: Path) -> bool:
-    """Whether the model's layers are in code that comes with it."""
-    return "auto_map" in read_json(folder / "config.json")
 
 
 def fuse(tensors: dict, name: str) -> None:
@@ -118,20 +112,10 @@ def write(model: GPTQFolder, folder: Path, dtype: torch.dtype | None = None) -> 
 
 def weight_dtype(model: GPTQFolder, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the weights that were quantized."""
-    return dtype or AutoConfig.from_pretrained(model.path).dtype or torch.bfloat16
-
-
-def what_does_not_fit(folder: Path) -> dict[str, list[str]]:
-    """{"missing", "unexpected", "mismatched": names of tensors}, as transformers sees the folder. It reads no weight.
-
-    All are empty for a model whose layers are in code of its own, because only trusting that code would tell.
-    """
-    if has_own_code(folder):
-        return {"missing": [], "unexpected": [], "mismatched": []}
-    _, info = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "meta"}, ignore_mismatched_sizes=True,
-                                                   output_loading_info=True)
-    return {"missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
-            "mismatched": sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])}
+    if dtype is None:
+        with reading(model.path, "config.json", NO_CODE):
+            dtype = AutoConfig.from_pretrained(model.path, trust_remote_code=False).dtype
+    return dtype or torch.bfloat16
 
 
 def check(model: GPTQFolder, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from LoTA import UserError
-from LoTA.folders import LAYER_TENSORS, MergedFolder
+from LoTA.export.shared import NO_CODE
+from LoTA.folders import LAYER_TENSORS, MergedFolder, reading
 from LoTA.packed import PackedLayer
 from LoTA.storage import read_json
 
@@ -35,7 +36,8 @@ PRE_TOKENIZERS = {None: "gpt-2", LLAMA3_PATTERN: "llama-bpe", LLAMA3_PATTERN.rep
 
 def write(model: MergedFolder, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the file GGUF_FILE into `folder`. Raises UserError where GGUF or llama.cpp cannot hold the model."""
-    config = AutoConfig.from_pretrained(model.path)
+    with reading(model.path, "config.json", NO_CODE):
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
     if config.model_type not in ARCHITECTURES:
         raise UserError(f"GGUF export knows {', '.join(ARCHITECTURES)}, not {config.model_type}; --format dense keeps "
                         "the model for llama.cpp's own converter")
@@ -231,7 +233,8 @@ def add_shape(writer: gguf.GGUFWriter, model: MergedFolder, config) -> None:
 
 def add_tokenizer(writer: gguf.GGUFWriter, model: MergedFolder, config) -> None:
     """The model's byte-level BPE, its special tokens and its chat template, as metadata."""
-    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    with reading(model.path, "tokenizer_config.json", NO_CODE):
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
     content = read_json(model.path / "tokenizer.json")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(content))

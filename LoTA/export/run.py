@@ -1,5 +1,4 @@
 """Exports a merged model: folder in, folder out, one tensor in memory at a time."""
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,10 @@ from LoTA import UserError
 from LoTA.adapter_folder import AdapterFolder
 from LoTA.export import FORMATS
 from LoTA.export.card import write_model_card
-from LoTA.export.shared import MARKER
+from LoTA.export.shared import MARKER, ExportRecord
 from LoTA.folders import GPTQFolder, LoraFolder, MergedFolder, is_merged
 from LoTA.lota_merge import merge_folders
-from LoTA.storage import check_output_folder, checksums, files_below, whole_folder, write_json
+from LoTA.storage import check_output_folder, checksums, files_below, temporary_folder, whole_folder
 
 
 def export(source: str | Path | MergedFolder | AdapterFolder, format: str, output: str | Path,
@@ -36,8 +35,7 @@ def export(source: str | Path | MergedFolder | AdapterFolder, format: str, outpu
             module.check(model, folder, dtype)
         write_model_card(folder, Path(output).name, model, FORMATS[format], evaluation)
         origin = Path(getattr(source, "path", source)).resolve()
-        write_json(folder / MARKER, {"format": format, "source": str(origin), "verified": verify,
-                                     "sha256": checksums(folder, files_below(folder))})
+        ExportRecord(format, str(origin), verify, checksums(folder, files_below(folder))).save(folder)
 
 
 @contextmanager
@@ -64,6 +62,6 @@ def opened(source: str | Path | MergedFolder | AdapterFolder, format: str,
         adapter.check_match(model)
         yield model
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        merge_folders(adapter, GPTQFolder(gptq), Path(temporary) / "merged")
-        yield MergedFolder(Path(temporary) / "merged")
+    with temporary_folder() as temporary:
+        merge_folders(adapter, GPTQFolder(gptq), temporary / "merged")
+        yield MergedFolder(temporary / "merged")
