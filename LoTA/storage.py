@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -186,14 +186,9 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
-    # Both folders are inside, because a folder by mkdtemp() is for its owner's eyes only. Its lock says that the
-    # process lives. A process id would not: containers have equal ones.
-    outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    lock, whole, old = open(outer / LOCK, "w"), outer / NEW, outer / OLD        # a file, because NFS locks no folders
+    outer, lock = _claimed_folder(path)
+    whole, old = outer / NEW, outer / OLD
     try:
-        with suppress(OSError):         # a file system without locks has no leftovers that can be told
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        whole.mkdir()
         yield whole
         if path.exists():
             os.rename(path, old)
@@ -204,8 +199,34 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
                 os.rename(old, path)
             raise
     finally:
+        _remove(outer)
         lock.close()
-        shutil.rmtree(outer, ignore_errors=True)
+
+
+def _claimed_folder(path: Path) -> tuple[Path, IO]:
+    """(a new temporary folder for `path`, with the empty folder NEW in it; its lock, which is held)."""
+    # Both folders are inside, because a folder by mkdtemp() is for its owner's eyes only. Its lock says that the
+    # process lives. A process id would not: containers have equal ones.
+    while True:
+        outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            lock = open(outer / LOCK, "w")                  # a file, because NFS locks no folders
+            with suppress(OSError):         # a file system without locks has no leftovers that can be told
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            (outer / NEW).mkdir()
+            return outer, lock
+        except FileNotFoundError:           # before it had its lock, another process took it for a leftover
+            continue
+        except BaseException:
+            shutil.rmtree(outer, ignore_errors=True)
+            raise
+
+
+def _remove(outer: Path) -> None:
+    """Removes a temporary folder, its lock last, because what has no lock cannot be told to be a leftover."""
+    for name in (NEW, OLD):
+        shutil.rmtree(outer / name, ignore_errors=True)
+    shutil.rmtree(outer, ignore_errors=True)
 
 
 def clear_leftovers(path: Path) -> None:
@@ -216,16 +237,17 @@ def clear_leftovers(path: Path) -> None:
     random = "[a-z0-9_]" * 8        # as mkdtemp() makes it; a * would find those of path.more too
     for outer in path.parent.glob(f".{glob.escape(path.name)}.{random}.tmp"):
         try:
+            if not any(outer.iterdir()):        # of a killed process, or made just now: its process makes another
+                outer.rmdir()
+                continue
             with open(outer / LOCK, "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not (outer / NEW).exists() and not (outer / OLD).exists():
-                    continue                    # its process has just made it, and waits for the lock
                 if (outer / OLD).exists() and not path.exists():
                     os.rename(outer / OLD, path)
                     print(f"{path} was brought back: a process that replaced it was killed")
+                _remove(outer)
         except OSError:                         # its process lives, or it has no lock, or none that can be asked
             continue
-        shutil.rmtree(outer, ignore_errors=True)
         print(f"removed {outer}: the process that wrote it was killed")
 
 

@@ -44,11 +44,12 @@ class Outcome:
     """How a trial ended.
 
     kind: "done", "line" (what a user sees is one line), "traceback", "killed" or "hangs". text: the line or the error.
-    value: what the action returned. events: a line for each event that was seen.
+    value: what the action returned. printed: what it printed. events: a line for each event that was seen.
     """
     kind: str
     text: str = ""
     value: object = None
+    printed: str = ""
     events: tuple[str, ...] = ()
 
 
@@ -113,17 +114,17 @@ class Trial:
     """A forked child that does `action`, and meets `fault`. scratch: a folder for its output."""
 
     def __init__(self, action: Callable[[], object], fault: Fault | None, scratch: Path):
-        self.log = open(scratch / "events", "w+b")
+        self.log, self.output = open(scratch / "events", "w+b"), scratch / "output"
         self.reads, writes = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            self._child(action, fault, writes, scratch / "output")
+            self._child(action, fault, writes)
         os.close(writes)
 
-    def _child(self, action: Callable, fault: Fault | None, writes: int, output: Path) -> None:
+    def _child(self, action: Callable, fault: Fault | None, writes: int) -> None:
         """Never returns."""
         from LoTA import explain
-        with open(output, "wb") as file:
+        with open(self.output, "wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         try:
@@ -138,9 +139,9 @@ class Trial:
             if fault:
                 arm(replace(fault, action=COUNT), -1) if below_python() else None
         try:
+            sys.stdout.flush()
             with open(writes, "wb") as pipe:
                 pipe.write(pickle.dumps(outcome))
-            sys.stdout.flush()
         finally:
             os._exit(0)
 
@@ -175,7 +176,7 @@ class Trial:
         if os.WIFSIGNALED(status):
             killed = os.WTERMSIG(status) == signal.SIGKILL
             return Outcome("killed" if killed else "traceback", f"signal {os.WTERMSIG(status)}", events=events)
-        return replace(pickle.loads(content), events=events)
+        return replace(pickle.loads(content), events=events, printed=self.output.read_text(errors="replace"))
 
 
 def snapshot(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, str] | None:
