@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import LoTA_QAF_main
 from LoTA import UserError, settings
 from LoTA.adapter_folder import MAY_DIFFER, OLD_RECIPE_NAMES, AdapterFolder, LotaConfig, check_resumable
+from LoTA.check import check_folder
 from LoTA.folders import GPTQFolder
 from LoTA.lota_merge import merge_folders
 from LoTA.storage import sha256
@@ -257,6 +258,26 @@ def test_a_checkpoint_without_its_state_is_refused(whole, tmp_path, file):
     (checkpoint / file).unlink()
     with pytest.raises(UserError, match=f"is not whole .it has no {file[:9]}"):
         check_resumable(checkpoint, LotaConfig.load(whole("published")))
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth",
+                                  "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(whole, tmp_path, file):
+    """One flipped bit in what a resumed run reads. An adapter without the state of its training merges all the same."""
+    checkpoint = shutil.copytree(whole("published") / "checkpoint-5", tmp_path / "checkpoint-5")
+    config = LotaConfig.load(whole("published"))
+    check_resumable(checkpoint, config)
+    content = bytearray((checkpoint / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} has other bytes than those that were written; copy the folder again"):
+        check_resumable(checkpoint, config)
+    assert check_folder(checkpoint).findings == [f"{file} has other bytes than those that were written"]
+    if file != "adapter_model.safetensors":
+        (checkpoint / file).unlink()
+        AdapterFolder(checkpoint).require_whole()
+        report = check_folder(checkpoint)
+        assert report.findings == [] and f"{file} is not here, so training cannot be resumed" in report.notes[0]
 
 
 # --- killed -------------------------------------------------------------------------------------------------------

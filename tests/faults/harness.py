@@ -110,6 +110,17 @@ class AuditedFault:
 
 # --- trials ---------------------------------------------------------------------------------------------------------
 
+def outcome_of(action: Callable[[], object]) -> Outcome:
+    """Does the action in this process, and ends as LoTA.run_script() would."""
+    from LoTA import explain
+    try:
+        return Outcome("done", value=action())
+    except BaseException as error:
+        line = "stopped" if isinstance(error, KeyboardInterrupt) else explain(error)
+        one = line is not None and len(line.splitlines()) == 1
+        return Outcome("line", line) if one else Outcome("traceback", f"{type(error).__name__}: {error}"[:500])
+
+
 class Trial:
     """A forked child that does `action`, and meets `fault`. scratch: a folder for its output."""
 
@@ -123,21 +134,14 @@ class Trial:
 
     def _child(self, action: Callable, fault: Fault | None, writes: int) -> None:
         """Never returns."""
-        from LoTA import explain
         with open(self.output, "wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        try:
-            if fault:
-                arm(fault, self.log.fileno())
-            outcome = Outcome("done", value=action())
-        except BaseException as error:
-            line = "stopped" if isinstance(error, KeyboardInterrupt) else explain(error)
-            one = line is not None and len(line.splitlines()) == 1
-            outcome = Outcome("line", line) if one else Outcome("traceback", f"{type(error).__name__}: {error}"[:500])
-        finally:
-            if fault:
-                arm(replace(fault, action=COUNT), -1) if below_python() else None
+        if fault:
+            arm(fault, self.log.fileno())
+        outcome = outcome_of(action)
+        if fault and below_python():
+            arm(replace(fault, action=COUNT), -1)
         try:
             sys.stdout.flush()
             with open(writes, "wb") as pipe:

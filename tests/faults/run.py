@@ -42,6 +42,7 @@ from harness import (  # noqa: E402
     Outcome,
     Trial,
     below_python,
+    outcome_of,
     restart_below_library,
     snapshot,
 )
@@ -231,7 +232,7 @@ def fault_in_job(bench: Bench, job: Job, fault: Fault, expected: list[dict], old
         result = "traceback"
     elif after not in allowed:
         result, text = "silent", f"the output is {'half' if after else 'not there'} ({outcome.kind}) {text}"
-    elif after and bench.must(lambda: check(place / "out")):
+    elif after and check(place / "out"):
         result, text = "silent", "LoTA.check finds something in a whole folder"
     again = bench.do(lambda: job.act(place / "out", 0))
     if again.kind != "done" or snapshot(place / "out") != new:
@@ -312,33 +313,28 @@ class Training:
     def __init__(self, bench: Bench):
         self.bench, self.run = bench, bench.adapters["full", 0]
         self.known = {}
-        self.wanted = {folder.name if folder != self.run else "run": self.merged(folder).value
-                       for folder in (self.run / "checkpoint-1", self.run / "checkpoint-2", self.run)}
-        self.resumed = {folder.name: self.resume(folder).value
-                        for folder in (self.run / "checkpoint-1", self.run / "checkpoint-2")}
+        checkpoints = {name: self.run / name for name in ("checkpoint-1", "checkpoint-2")}
+        self.wanted = {name: bench.must(partial(self.merged, folder))
+                       for name, folder in {**checkpoints, "run": self.run}.items()}
+        self.resumed = {name: bench.must(partial(self.resume, folder)) for name, folder in checkpoints.items()}
         self.fresh = weights(self.run)["adapter_model.safetensors"]
 
-    def merged(self, folder: Path) -> Outcome:
+    def merged(self, folder: Path) -> dict[str, str]:
+        """Merges it: the checksums of the merged tensors."""
         output = self.bench.scratch / "judge"
         shutil.rmtree(output, ignore_errors=True)
+        merge(folder, self.bench.gptq, output / "out")
+        return weights(output / "out")
 
-        def act():
-            merge(folder, self.bench.gptq, output / "out")
-            return weights(output / "out")
-        return self.bench.do(act)
-
-    def resume(self, checkpoint: Path, gptq: Path | None = None) -> Outcome:
-        """Trains a checkpoint on to step 3."""
+    def resume(self, checkpoint: Path, gptq: Path | None = None) -> tuple:
+        """Trains a checkpoint on to step 3: the checksum of its tensors, and its losses."""
+        import LoTA.monitor
+        LoTA.monitor.draw = lambda *_: None                 # the picture takes half of the time
         adapters = self.bench.scratch / "resumed"
         shutil.rmtree(adapters, ignore_errors=True)
-
-        def act():
-            import LoTA.monitor
-            LoTA.monitor.draw = lambda *_: None         # the picture takes half of the time
-            final = train(gptq or self.bench.gptq, adapters, "--adapter_ckpt", checkpoint, "--max_steps", 3,
-                          "--save_number", 1)
-            return weights(final)["adapter_model.safetensors"], losses(final)
-        return self.bench.do(act)
+        final = train(gptq or self.bench.gptq, adapters, "--adapter_ckpt", checkpoint, "--max_steps", 3,
+                      "--save_number", 1)
+        return weights(final)["adapter_model.safetensors"], losses(final)
 
     def leftovers(self, adapters: Path) -> tuple[str, str]:
         """(result, text) for everything below the folder of a disturbed run."""
@@ -365,7 +361,7 @@ class Training:
         state = json.loads(record.read_text()).get("complete") if record.exists() else "none"
         key = use, str(state), (folder / "training_args.bin").exists(), json.dumps(files)
         if key not in self.known:
-            self.known[key] = act(folder)
+            self.known[key] = self.bench.do(lambda: act(folder))
         return self.known[key]
 
 
@@ -430,17 +426,13 @@ def damage(bench: Bench) -> None:
     bench.family, training = "damage", Training(bench)
     scratch, adapter = bench.scratch / "used", bench.adapters["full", 0]
 
-    def used(act: Callable[[Path, Path], object]) -> Callable[[Path], Outcome]:
-        """A use (folder, a folder for output) -> result, as a function (folder) -> its Outcome."""
+    def used(act: Callable[[Path, Path], object]) -> Callable[[Path], object]:
+        """A use (folder, a folder for output) -> result, as a function (folder) -> result."""
         def use(folder):
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
-            return bench.do(lambda: act(folder, scratch))
+            return act(folder, scratch)
         return use
-
-    def merge_it(adapter, gptq, output):
-        merge(adapter, gptq, output / "out")
-        return weights(output / "out")
 
     def evaluate_gptq(folder, output):
         texts = answers(output, "--load_adapter", adapter, "--quantized_model_dir", folder, "--merged_path",
@@ -451,14 +443,13 @@ def damage(bench: Bench) -> None:
         export(folder, "dense", output / "out")
         return snapshot(output / "out", UNREAD)
 
-    checked = used(lambda folder, _: check(folder))
     kinds = {
         "GPTQ folder": (bench.gptq, [
             used(evaluate_gptq), lambda folder: training.resume(bench.adapters["full", 0] / "checkpoint-1", folder)]),
-        "adapter": (adapter, [used(lambda folder, output: merge_it(folder, bench.gptq, output)),
+        "adapter": (adapter, [training.merged,
                               used(lambda folder, _: logits(bench.gptq, folder))]),
         "checkpoint": (adapter / "checkpoint-1", [
-            training.resume, used(lambda folder, output: merge_it(folder, bench.gptq, output))]),
+            training.resume, training.merged]),
         "merged folder": (bench.merged["full", 0], [
             used(lambda folder, output: (answers(output, "--load_adapter", folder), logits(folder))),
             used(export_it)])}
@@ -468,6 +459,12 @@ def damage(bench: Bench) -> None:
             bench.merged["plain" if format == "gptq" else "full", 0], format, output))
         # Other engines open an export, and LoTA only checks it. So "whole" must mean that the files are the same.
         kinds[f"export {format}"] = output, [used(lambda folder, _: snapshot(folder, UNREAD))]
+
+    def trial(folder, uses):
+        """The outcomes of LoTA.check and of all uses."""
+        done = bench.do(lambda: [outcome_of(partial(use, folder)) for use in (check, *uses)])
+        return [dataclasses.replace(outcome, printed=done.printed) for outcome in done.value or [done]]
+    wanted = {}
     for kind, (folder, uses) in kinds.items():
         copy = bench.scratch / "damaged" / folder.name
         for name in sorted(snapshot(folder)):
@@ -476,19 +473,21 @@ def damage(bench: Bench) -> None:
             for what, change in damages(folder / name, bench.whole):
                 shutil.rmtree(copy.parent, ignore_errors=True)
                 shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
-                if (kind, "wanted") not in training.known:
-                    training.known[kind, "wanted"] = [use(copy).value for use in uses]
+                if kind not in wanted:
+                    outcomes = trial(copy, uses)
+                    assert [outcome.kind for outcome in outcomes] == ["done"] * len(outcomes) and not outcomes[0].value
+                    wanted[kind] = [outcome.value for outcome in outcomes[1:]]
                 (copy / name).write_bytes(change((folder / name).read_bytes()))
-                said = checked(copy)
-                outcomes = [use(copy) for use in uses]
-                bench.judge(kind, f"{name}, {what}", *judge_damage(
-                    kind, said, outcomes, training.known[kind, "wanted"]))
+                outcomes = trial(copy, uses)
+                bench.judge(kind, f"{name}, {what}", *judge_damage(kind, outcomes, wanted[kind]))
 
 
-def judge_damage(kind: str, said: Outcome, outcomes: list[Outcome], wanted: list) -> tuple[str, str]:
-    for outcome in (said, *outcomes):
+def judge_damage(kind: str, outcomes: list[Outcome], wanted: list) -> tuple[str, str]:
+    """(result, text). outcomes: of LoTA.check and of the uses. wanted: what the uses give of the undamaged folder."""
+    for outcome in outcomes:
         if outcome.kind not in ("done", "line"):
-            return "traceback", outcome.text
+            return "traceback", f"{outcome.kind} {outcome.text}"
+    said, *outcomes = outcomes
     findings = said.value if said.kind == "done" else [said.text]
     if kind.startswith("export") and findings:
         return "refused", findings[0]
@@ -528,24 +527,28 @@ def main() -> int:
         bench = prepared(scratch, args.all)
         for name in args.only:
             FAMILIES[name](bench)
-            print(f"{name}: {len(bench.trials)} trials so far, {time.time() - started:.0f} s", flush=True)
+            figures = counted(bench, round(time.time() - started))
+            print(f"{name}: {len(bench.trials)} trials so far, {figures['seconds']} s", flush=True)
+            if args.output:
+                args.output.write_text(json.dumps(figures, indent=1) + "\n")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    print(table(figures))
+    return 1 if figures["bad"] else 0
+
+
+def counted(bench: Bench, seconds: int) -> dict:
+    """The figures of all trials so far."""
     rows = Counter((trial["family"], trial["subject"]) for trial in bench.trials)
     results = Counter((trial["family"], trial["subject"], trial["result"]) for trial in bench.trials)
-    figures = {
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
         "command": " ".join(["python", "tests/faults/run.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                                 text=True).stdout.strip(),
-        "seconds": round(time.time() - started), "below_python": below_python(),
+        "commit": commit.stdout.strip(), "seconds": seconds, "below_python": below_python(),
         "rows": [{"fault": family, "of": subject, "tried": tried,
                   **{result: results[family, subject, result] for result in GOOD + BAD}}
                  for (family, subject), tried in sorted(rows.items())],
         "bad": [trial for trial in bench.trials if trial["result"] in BAD]}
-    if args.output:
-        args.output.write_text(json.dumps(figures, indent=1) + "\n")
-    print(table(figures))
-    return 1 if figures["bad"] else 0
 
 
 @cache
@@ -564,8 +567,8 @@ def prepared(scratch: Path, whole: bool) -> Bench:
     return Bench(scratch, whole)
 
 
-FAMILIES = {"kills": kills, "full_disks": full_disks, "two_at_once": two_at_once, "training": training_faults,
-            "damage": damage}
+FAMILIES = {"kills": kills, "two_at_once": two_at_once, "damage": damage, "full_disks": full_disks,
+            "training": training_faults}
 
 if __name__ == "__main__":
     sys.exit(main())
