@@ -238,8 +238,9 @@ def test_the_fingerprint_of_the_rows():
     ("lora", "lora_A", lambda t: t.view(-1)[:1].fill_(float("inf")), "lora_A.weight is not finite"),
     ("lora", "both", None, r"has the shape None there, \(.*\) here")])
 def test_a_damaged_checkpoint_is_refused_before_training(whole, tmp_path, monkeypatch, method, part, damage, message):
-    """One entry that no such adapter has, or a tensor that is gone. No step is taken."""
+    """One entry that no such adapter has, or a tensor that is gone, and no checksum tells. No step is taken."""
     checkpoint = shutil.copytree(whole(method) / "checkpoint-5", tmp_path / "checkpoint-5")
+    forget_checksums(checkpoint)
     file = checkpoint / "adapter_model.safetensors"
     tensors = load_file(file)
     module = AdapterFolder(checkpoint).modules[3]

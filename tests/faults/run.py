@@ -176,7 +176,7 @@ class Bench:
 
     def some(self, count: int, quick: int, stride: int = 1) -> Iterable[int]:
         """Numbers from 1 to count: one of `stride`, or in the quick part `quick` in all, at equal distances."""
-        return range(1, count + 1, stride) if self.whole else [1 + (2 * i + 1) * count // (2 * quick)
+        return range(1, count + 1, stride) if self.whole or not count else [1 + (2 * i + 1) * count // (2 * quick)
                                                                for i in range(quick)]
 
     def judge(self, subject: str, where: str, result: str, text: str = "") -> None:
