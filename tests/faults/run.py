@@ -247,16 +247,16 @@ def kills(bench: Bench) -> None:
     for job in jobs(bench):
         expected, other = undisturbed(bench, job)
         for old in (None, other):
-            for action, kinds, quick in ((KILL, Fault.kinds, 2), (HALF_KILL, BYTES, 1)):
+            for action, kinds, quick, stride in ((KILL, Fault.kinds, 2, 1 if old else 2), (HALF_KILL, BYTES, 1, 2)):
                 events = count_events(bench, job, old, kinds)
-                for at in bench.some(len(events), quick):
+                for at in bench.some(len(events), quick, stride):
                     fault = Fault(bench.place, action, at, kinds)
                     fault_in_job(bench, job, fault, expected, old, f"{events[at - 1]} {'over' if old else 'new'}")
 
 
 # (name, action, errno, kinds, of how many events one is tried). A quota ends as a full disk does, so few are tried.
 FULL_DISKS = (("ENOSPC", FULL, errno.ENOSPC, BYTES | ROOM, 1), ("EDQUOT", FULL, errno.EDQUOT, BYTES | ROOM, 10),
-              ("EIO", FAIL, errno.EIO, Fault.kinds, 2))
+              ("EIO", FAIL, errno.EIO, Fault.kinds, 4))
 
 
 def full_disks(bench: Bench) -> None:
@@ -264,11 +264,10 @@ def full_disks(bench: Bench) -> None:
     for job in jobs(bench):
         expected, other = undisturbed(bench, job)
         for name, action, number, kinds, stride in FULL_DISKS:
-            for old in (None, other) if bench.whole else (other,):
-                events = count_events(bench, job, old, kinds)
-                for at in bench.some(len(events), 1, stride):
-                    fault = Fault(bench.place, action, at, kinds, number)
-                    fault_in_job(bench, job, fault, expected, old, f"{name} {events[at - 1]}")
+            events = count_events(bench, job, other, kinds)
+            for at in bench.some(len(events), 1, stride):
+                fault = Fault(bench.place, action, at, kinds, number)
+                fault_in_job(bench, job, fault, expected, other, f"{name} {events[at - 1]}")
 
 
 def two_at_once(bench: Bench) -> None:
@@ -278,7 +277,7 @@ def two_at_once(bench: Bench) -> None:
         expected, other = undisturbed(bench, job)
         for old in (None, other):
             events = count_events(bench, job, old, Fault.kinds)
-            for at in bench.some(len(events), 1):
+            for at in bench.some(len(events), 1, 2):
                 place = bench.clear()
                 if old:
                     shutil.copytree(old, place / "out")
@@ -390,15 +389,15 @@ def faults_in_training(bench: Bench, training: Training, action: int, kinds: int
 def training_faults(bench: Bench) -> None:
     training = Training(bench)
     bench.family = "kill"
-    faults_in_training(bench, training, KILL, Fault.kinds, 0, "kill", 2)
-    faults_in_training(bench, training, HALF_KILL, BYTES, 0, "half", 1, 2)
+    faults_in_training(bench, training, KILL, Fault.kinds, 0, "kill", 2, 2)
+    faults_in_training(bench, training, HALF_KILL, BYTES, 0, "half", 1, 4)
     bench.family = "full disk"
     for name, action, number, kinds, stride in FULL_DISKS if bench.whole else FULL_DISKS[:1]:
-        faults_in_training(bench, training, action, kinds, number, name, 1, 3 * stride)
+        faults_in_training(bench, training, action, kinds, number, name, 1, 6 * stride)
     bench.family = "two at once"
     act = partial(train, bench.gptq, bench.place / "out")
     events = bench.do(act, Fault(bench.clear(), COUNT)).events
-    for at in bench.some(len(events), 1, 5):
+    for at in bench.some(len(events), 1, 10):
         bench.clear()
         outcomes = one_between(bench, at, act, act)
         whole = all(weights(o.value)["adapter_model.safetensors"] == training.fresh for o in outcomes
@@ -411,8 +410,8 @@ def training_faults(bench: Bench) -> None:
 def damages(file: Path, whole: bool) -> list[tuple[str, Callable[[bytes], bytes]]]:
     """(what it is, a function of the file's content) of truncations and flipped bits."""
     size, draw = file.stat().st_size, random.Random(file.name)
-    cuts = sorted({0, 8, size // 2, size - 1} if whole else {size // 2}) if size else []
-    places = [0, size - 1, *(draw.randrange(size) for _ in range(8))][:10 if whole else 1] if size else []
+    cuts = sorted({0, size // 2, size - 1} if whole else {size // 2}) if size else []
+    places = [0, size - 1, *(draw.randrange(size) for _ in range(6))][:8 if whole else 1] if size else []
     bits = [(place, draw.randrange(8)) for place in places]
 
     def flipped(content: bytes, place: int, bit: int) -> bytes:
