@@ -247,7 +247,7 @@ def kills(bench: Bench) -> None:
     for job in jobs(bench):
         expected, other = undisturbed(bench, job)
         for old in (None, other):
-            for action, kinds, quick, stride in ((KILL, Fault.kinds, 2, 1 if old else 2), (HALF_KILL, BYTES, 1, 2)):
+            for action, kinds, quick, stride in ((KILL, Fault.kinds, 1, 1 if old else 2), (HALF_KILL, BYTES, 1, 2)):
                 events = count_events(bench, job, old, kinds)
                 for at in bench.some(len(events), quick, stride):
                     fault = Fault(bench.place, action, at, kinds)
@@ -318,6 +318,12 @@ class Training:
         self.resumed = {name: bench.must(partial(self.resume, folder)) for name, folder in checkpoints.items()}
         self.fresh = weights(self.run)["adapter_model.safetensors"]
 
+    @classmethod
+    @cache
+    def of(cls, bench: Bench) -> "Training":
+        """Made once for all families."""
+        return cls(bench)
+
     def merged(self, folder: Path) -> dict[str, str]:
         """Merges it: the checksums of the merged tensors."""
         output = self.bench.scratch / "judge"
@@ -387,7 +393,7 @@ def faults_in_training(bench: Bench, training: Training, action: int, kinds: int
 
 
 def training_faults(bench: Bench) -> None:
-    training = Training(bench)
+    training = Training.of(bench)
     bench.family = "kill"
     faults_in_training(bench, training, KILL, Fault.kinds, 0, "kill", 2, 2)
     faults_in_training(bench, training, HALF_KILL, BYTES, 0, "half", 1, 4)
@@ -422,7 +428,7 @@ def damages(file: Path, whole: bool) -> list[tuple[str, Callable[[bytes], bytes]
 
 
 def damage(bench: Bench) -> None:
-    bench.family, training = "damage", Training(bench)
+    bench.family, training = "damage", Training.of(bench)
     scratch, adapter = bench.scratch / "used", bench.adapters["full", 0]
 
     def used(act: Callable[[Path, Path], object]) -> Callable[[Path], object]:
