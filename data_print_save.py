@@ -623,7 +623,8 @@ def check_fit(place: str, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[l
 
     rows: their token ids. new_tokens: how many more may be generated after each. Returns how many new tokens fit after
     the longest row; None where the model's config sets no limit. Raises UserError where a row does not fit.
-    Every id must have a row of the embeddings, and a row with its new tokens must fit max_position_embeddings.
+    A row must have a token, every id must have a row of the embeddings, and a row with its new tokens must fit
+    max_position_embeddings.
     """
     from transformers import AutoConfig
 
@@ -633,6 +634,8 @@ def check_fit(place: str, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[l
     embeddings, positions = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
     longest, its_number = 0, 0
     for number, ids in enumerate(rows, 1):
+        if not len(ids):
+            raise UserError(f"row {number} has no token: look whether the tokenizer's chat template is whole")
         if len(ids) > longest:
             longest, its_number = len(ids), number
         # Shorter rows of a batch are padded, so the pad token must be there as well.

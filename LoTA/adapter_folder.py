@@ -26,6 +26,8 @@ from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")        # what PEFT writes
+# What a checkpoint must have. Trainer silently begins anew what is not there.
+STATE = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 PREFIX = "base_model.model."        # PEFT puts it before the name of every adapted layer
 # What the name of an adapter folder says: ..._int4_LoTA_48_0.950_0.999_alpaca_... Users put words before it and leave
 # numbers out.
@@ -70,6 +72,7 @@ class LotaConfig:
     training: dict = field(default_factory=dict)
     fingerprint_all: str | None = None          # "all:...": of every tensor, so of embeddings and norms too
     sha256: dict = field(default_factory=dict)          # {file: SHA-256}; empty: made before they were recorded
+    base_files: dict = field(default_factory=dict)      # the same of the GPTQ model's configuration and tokenizer
     format_version: int = 1
 
     @property
@@ -103,6 +106,17 @@ class LotaConfig:
             return "GPTQ weights"
         return "embeddings, norms or biases" if self.fingerprint_all != everything else None
 
+    def warn_of_other_files(self, found: dict[str, str], model: str | Path | None) -> None:
+        """Prints which configuration and tokenizer files of `model`, {name: SHA-256}, are others than in the training.
+
+        They are not refused, because users may edit a chat template. Yet the prompts or the results may be others.
+        """
+        recorded = self.base_files
+        other = sorted(name for name in found | recorded if found.get(name) != recorded.get(name))
+        if found and recorded and other:
+            print(f"{model}: {', '.join(other)} changed after the adapter was trained; prompts or results may be "
+                  "others")
+
     def record(self) -> "AdapterRecord":
         """What mode 2 prints and saves about an adapter."""
         return AdapterRecord(**{f.name: getattr(self, f.name) for f in fields(AdapterRecord)})
@@ -119,8 +133,9 @@ class LotaConfig:
         write_json(Path(folder) / LOTA_CONFIG, content)
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Writes lota_config.json into an adapter folder, with the checksums of the files that are loaded."""
-        replace(self, sha256=checksums(folder, ADAPTER_FILES)).save(folder)
+        """Writes lota_config.json into an adapter folder, with the checksums of what is loaded or resumed from it."""
+        state = sorted(file.name for pattern in STATE for file in Path(folder).glob(pattern))
+        replace(self, sha256=checksums(folder, [*ADAPTER_FILES, *state])).save(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "LotaConfig":
@@ -236,8 +251,6 @@ MAY_DIFFER = {
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
     "quantized_model_dir", "pretrained", "data_dir", "sym",
     "template_date"}                        # a resumed run takes the checkpoint's
-# What a checkpoint must have. Trainer silently begins anew what is not there.
-STATE = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 
 
 def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
@@ -277,6 +290,8 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
         if not any(checkpoint.glob(pattern)):
             raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {pattern.replace('*', '')}); take an "
                             "earlier checkpoint")
+    require_unchanged(checkpoint, saved.sha256, "copy the folder again, or take an earlier checkpoint")
+    saved.warn_of_other_files(config.base_files, config.quantized_model_dir)
     AdapterFolder(checkpoint).check_values()
 
 
@@ -299,6 +314,8 @@ class QuantizedModel(Protocol):
     def fingerprint(self) -> str: ...
 
     def fingerprints(self) -> tuple[str, str]: ...
+
+    def file_checksums(self) -> dict[str, str]: ...
 
 
 class AdapterFolder:
@@ -450,8 +467,9 @@ class AdapterFolder:
             return False
 
     def require_whole(self) -> None:
-        """Raises UserError where a file has other bytes than those that were written."""
-        require_unchanged(self.path, self.config.sha256, "copy the folder again, or take an earlier checkpoint")
+        """Raises UserError where a file of the adapter has other bytes than those that were written."""
+        recorded = {name: value for name, value in self.config.sha256.items() if name in ADAPTER_FILES}
+        require_unchanged(self.path, recorded, "copy the folder again, or take an earlier checkpoint")
 
     # --- the model it belongs to --------------------------------------------------------------------------------------
 
@@ -486,6 +504,8 @@ class AdapterFolder:
         if other:
             raise UserError(f"{self.path} was trained on other {other} than those of {source.path} (fingerprints "
                             f"differ); it was trained on {config.quantized_model_dir}")
+        if config.base_files:
+            config.warn_of_other_files(source.file_checksums(), source.path)
 
     def key_mapping(self, source: QuantizedModel) -> dict[str, str]:
         """{pattern: replacement} that turns the file's names into those of `source`, as PEFT's loader wants it.

@@ -97,7 +97,11 @@ def _check_merged(report: Report, path: Path) -> None:
 def _check_adapter(report: Report, path: Path) -> None:
     from LoTA.adapter_folder import ADAPTER_FILES, LOTA_CONFIG, AdapterFolder, LotaConfig
     recorded = LotaConfig.load(path).sha256 if (path / LOTA_CONFIG).exists() else {}
-    _compare_files(report, path, recorded, LOTA_CONFIG, ADAPTER_FILES)
+    gone = [name for name in recorded if name not in ADAPTER_FILES and not (path / name).exists()]
+    if gone:                            # an adapter is whole without it
+        report.notes.append(f"{', '.join(gone)} is not here, so training cannot be resumed from this folder")
+    recorded = {name: value for name, value in recorded.items() if name not in gone}
+    _compare_files(report, path, recorded, LOTA_CONFIG, (*ADAPTER_FILES, *recorded))
     if report.findings:
         return
     adapter = AdapterFolder(path)

@@ -24,6 +24,7 @@ from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import words_of
 from LoTA.storage import (
     SAFETENSORS_NAMES,
+    checksums,
     files_below,
     read_json,
     read_record,
@@ -39,6 +40,7 @@ MARKER = f"{LOTA_SUBFOLDER}/{LOTA_CONFIG}"      # written last, so it says that 
 OFFSETS_FILE = "offsets.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
 PICKLED_MODELS = ("pytorch_model", "model", "consolidated")
+SETTINGS_FILES = (".json", ".jinja", ".model", ".txt", ".py")       # the ends of their names
 LAYER_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 # The dtypes of these tensors, by safetensors' names.
 LAYER_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
@@ -246,6 +248,11 @@ class GPTQFolder:
             of_all.update(f"{name} {self._header(name)}".encode())
             of_all.update(data)
         return of_quantized.hexdigest(), f"all:{of_all.hexdigest()}"
+
+    def file_checksums(self) -> dict[str, str]:
+        """{name: SHA-256} of the files that say how the model runs: its configuration, tokenizer, chat template."""
+        return checksums(self.path, sorted(file.name for file in self.path.iterdir() if file.suffix in SETTINGS_FILES
+                                           and not file.name.endswith(".index.json")))
 
     def _quantized_names(self) -> list[str]:
         return [f"{module}.{tensor}" for module in self.modules for tensor in LAYER_TENSORS]

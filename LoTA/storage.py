@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -249,16 +249,36 @@ def _locked_folder(place: Path, prefix: str) -> Iterator[Path]:
 
     Its lock says that its process lives. A process id would not, because containers have equal ones.
     """
-    outer = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=place))
-    lock = open(outer / LOCK, "w")                              # a file, because NFS locks no folders
+    outer, lock = _claimed_folder(place, prefix)
     try:
-        with suppress(OSError):         # a file system without locks has no leftovers that can be told
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        (outer / NEW).mkdir()
         yield outer
     finally:
+        _remove(outer)
         lock.close()
-        shutil.rmtree(outer, ignore_errors=True)
+
+
+def _claimed_folder(place: Path, prefix: str) -> tuple[Path, IO]:
+    """(a new folder in `place`, with the empty folder NEW in it; its lock, which is held)."""
+    while True:
+        outer = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=place))
+        try:
+            lock = open(outer / LOCK, "w")                  # a file, because NFS locks no folders
+            with suppress(OSError):         # a file system without locks has no leftovers that can be told
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            (outer / NEW).mkdir()
+            return outer, lock
+        except FileNotFoundError:           # before it had its lock, another process took it for a leftover
+            continue
+        except BaseException:
+            shutil.rmtree(outer, ignore_errors=True)
+            raise
+
+
+def _remove(outer: Path) -> None:
+    """Removes a temporary folder, its lock last, because what has no lock cannot be told to be a leftover."""
+    for name in (NEW, OLD):
+        shutil.rmtree(outer / name, ignore_errors=True)
+    shutil.rmtree(outer, ignore_errors=True)
 
 
 def clear_leftovers(path: Path) -> None:
@@ -280,15 +300,16 @@ def _clear_unlocked(place: Path, prefix: str, path: Path | None = None) -> None:
         try:
             if path is None and outer.lstat().st_uid != os.getuid():
                 continue
+            if not any(outer.iterdir()):        # of a killed process, or made just now: its process makes another
+                outer.rmdir()
+                continue
             with open(outer / LOCK, "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not (outer / NEW).exists() and not (outer / OLD).exists():
-                    continue                    # its process has just made it, and waits for the lock
                 if path and (outer / OLD).exists() and not path.exists():
                     _bring_back(outer / OLD, path)
+                _remove(outer)
         except OSError:                         # its process lives, or it has no lock, or none that can be asked
             continue
-        shutil.rmtree(outer, ignore_errors=True)
         print(f"removed {outer}: the process that wrote it was killed")
 
 

@@ -125,6 +125,7 @@ def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder
         quantized_model_dir=_absolute(folder.path), fingerprint=fingerprint, fingerprint_all=fingerprint_all,
         data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
         versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")},
+        base_files=folder.file_checksums(),
         training={"processes": int(os.environ.get("WORLD_SIZE", "1")),      # torchrun and accelerate set WORLD_SIZE
                   **({} if data is None else {"data": data_fingerprint(data)})})
 

@@ -56,6 +56,14 @@ def flip(file, place):
     file.write_bytes(content)
 
 
+def means(text):
+    """The content of JSON, or None."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def rename(file, old, new):
     """Renames a tensor in a safetensors file, as one changed letter in its header does."""
     assert len(old) == len(new) and file.read_bytes().count(f'"{old}"'.encode()) == 1
@@ -95,8 +103,8 @@ def test_no_changed_character_of_the_record_is_read(merged):
     for place in range(0, len(text), 7):
         changed = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1:]
         file.write_text(changed)
-        if paths not in changed or text[place].isspace():
-            continue                    # a folder's path may change, and spaces mean nothing
+        if paths not in changed or text[place].isspace() or means(changed) == means(text):
+            continue                    # a folder's path may change; spaces and a number's 18th digit mean nothing
         with pytest.raises(UserError):
             MergedFolder(merged).require_whole()
 
@@ -276,6 +284,21 @@ def test_old_fingerprints_are_compared_as_before(gptq, tmp_path):
         adapter.check_match(GPTQFolder(gptq))
 
 
+def test_other_settings_files_of_the_base_are_named(trained, tmp_path, capsys):
+    """Its tensors are the same. A changed template changes the prompts, and the line says which file it is."""
+    base = shutil.copytree(LotaConfig.load(trained).quantized_model_dir, tmp_path / "base")
+    adapter, names = AdapterFolder(trained), set(LotaConfig.load(trained).base_files)
+    assert {"config.json", "quantize_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    adapter.check_match(GPTQFolder(base))
+    assert "changed" not in capsys.readouterr().out
+    flip(base / "tokenizer_config.json", 0.5)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    adapter.check_match(GPTQFolder(base))
+    assert capsys.readouterr().out == (
+        f"{base}: chat_template.jinja, tokenizer_config.json changed after the adapter was trained; prompts or results "
+        "may be others\n")
+
+
 # --- cards --------------------------------------------------------------------------------------------------------
 
 def test_a_merged_folder_has_a_card(merged, gptq, tmp_path):
@@ -300,7 +323,8 @@ def test_an_adapter_has_a_card(trained):
                      "| Sigma | 0.95, ", f'LTA(path="{folder.name}")', "`lota_config.json`"):
             assert text in card, text
         assert "More Information Needed" not in card
-        assert set(config.sha256) == set(ADAPTER_FILES) and config.fingerprint_all.startswith("all:")
+        state = {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"} if folder != trained else set()
+        assert set(config.sha256) == {*ADAPTER_FILES, *state} and config.fingerprint_all.startswith("all:")
         assert check_folder(folder).findings == []
     moved = LotaConfig.load(trained).training["moved"]["all"]
     assert f"| Integer weights moved by the merge | {moved:.4%} |" in (trained / "README.md").read_text()

@@ -500,18 +500,36 @@ def test_the_next_run_clears_what_a_killed_one_left(tmp_path, capsys, there, mom
 
 
 def test_what_is_no_leftover_stays(tmp_path):
-    """A folder of a living process, a new and still empty one, those of other outputs, and a user's."""
+    """A folder of a living process, those of other outputs, and a user's."""
     names = [".out.more.abcdefgh.tmp", ".outer.abcdefgh.tmp", ".out.tmp", ".out.123.tmp"]
     for name in names:
         (tmp_path / name / "old").mkdir(parents=True)
-    (tmp_path / ".out.aaaaaaaa.tmp").mkdir()
     with whole_folder(tmp_path / "out", "marker") as first, whole_folder(tmp_path / "out", "marker") as second:
         for folder in (first, second):
             (folder / "marker").write_text(folder.parent.name)
         clear_leftovers(tmp_path / "out")
         assert first.exists() and second.exists()
     assert (tmp_path / "out/marker").read_text() == first.parent.name               # the last to finish
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, ".out.aaaaaaaa.tmp", "out"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "out"])
+
+
+def test_a_folder_without_a_lock_is_cleared_and_made_again(tmp_path, monkeypatch):
+    """It is what a process leaves that is killed before it has a lock. A living one makes another."""
+    (tmp_path / ".out.aaaaaaaa.tmp").mkdir()
+    clear_leftovers(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    make, made = tempfile.mkdtemp, []
+
+    def taken(**kwargs):
+        made.append(make(**kwargs))
+        if len(made) == 1:
+            clear_leftovers(tmp_path / "out")
+        return made[-1]
+    monkeypatch.setattr("LoTA.storage.tempfile.mkdtemp", taken)
+    with whole_folder(tmp_path / "out", "marker") as folder:
+        assert len(made) == 2 and str(folder.parent) == made[1]
+        (folder / "marker").write_text("1")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.fixture

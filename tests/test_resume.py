@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import LoTA_QAF_main
 from LoTA import UserError, run_script, settings
 from LoTA.adapter_folder import MAY_DIFFER, OLD_RECIPE_NAMES, AdapterFolder, LotaConfig, check_resumable
+from LoTA.check import check_folder
 from LoTA.folders import GPTQFolder
 from LoTA.lota_merge import merge_folders
 from LoTA.storage import sha256
@@ -237,8 +238,9 @@ def test_the_fingerprint_of_the_rows():
     ("lora", "lora_A", lambda t: t.view(-1)[:1].fill_(float("inf")), "lora_A.weight is not finite"),
     ("lora", "both", None, r"has the shape None there, \(.*\) here")])
 def test_a_damaged_checkpoint_is_refused_before_training(whole, tmp_path, monkeypatch, method, part, damage, message):
-    """One entry that no such adapter has, or a tensor that is gone. No step is taken."""
+    """One entry that no such adapter has, or a tensor that is gone, and no checksum tells. No step is taken."""
     checkpoint = shutil.copytree(whole(method) / "checkpoint-5", tmp_path / "checkpoint-5")
+    forget_checksums(checkpoint)
     file = checkpoint / "adapter_model.safetensors"
     tensors = load_file(file)
     module = AdapterFolder(checkpoint).modules[3]
@@ -272,8 +274,12 @@ class Touch:
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("damage", ["code", "cut", "empty", "another content"])
 def test_the_pickles_of_a_checkpoint_run_no_code(whole, tmp_path, file, damage):
-    """They are the only ones that are read. One line refuses what is more than tensors and plain values."""
+    """They are the only ones that are read. One line refuses what is more than tensors and plain values.
+
+    The checksums of a new checkpoint would refuse it before.
+    """
     checkpoint = shutil.copytree(whole("published") / "checkpoint-5", tmp_path / "checkpoint-5")
+    forget_checksums(checkpoint)
     if damage == "code":
         torch.save({"state": Touch(tmp_path / "ran")}, checkpoint / file)
     elif damage == "another content":
@@ -287,6 +293,24 @@ def test_the_pickles_of_a_checkpoint_run_no_code(whole, tmp_path, file, damage):
     assert line.startswith("error: ") and "\n" not in line
     assert file in line and str(checkpoint) in line and "take another checkpoint" in line
     assert not (tmp_path / "ran").exists()
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth",
+                                  "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(whole, tmp_path, file):
+    """One flipped bit in what a resumed run reads. An adapter without the state of its training merges all the same."""
+    checkpoint = shutil.copytree(whole("published") / "checkpoint-5", tmp_path / "checkpoint-5")
+    config = LotaConfig.load(whole("published"))
+    check_resumable(checkpoint, config)
+    content = bytearray((checkpoint / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} has other bytes than those that were written; copy the folder again"):
+        check_resumable(checkpoint, config)
+    assert check_folder(checkpoint).findings == [f"{file} has other bytes than those that were written"]
+    if file != "adapter_model.safetensors":
+        (checkpoint / file).unlink()
+        AdapterFolder(checkpoint).require_whole()
+        report = check_folder(checkpoint)
+        assert report.findings == [] and f"{file} is not here, so training cannot be resumed" in report.notes[0]
 
 
 # --- killed -------------------------------------------------------------------------------------------------------
