@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from LoTA import UserError
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.answer_loss import answer_loss, has_plain_loss
 from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
 from LoTA.monitor import Monitor, console_line
@@ -152,6 +154,7 @@ class RunTrainer(Trainer):
     def __init__(self, config: LotaConfig, **kwargs):
         super().__init__(**kwargs)
         self.config = config
+        self.only_answers = has_plain_loss(self.model) and self.label_smoother is None
         self.before: dict = {}              # LotaConfig.training of the checkpoint that is resumed
         self.checkpoints = Checkpoints(self)
         self.add_callback(self.checkpoints)
@@ -168,6 +171,12 @@ class RunTrainer(Trainer):
             self._check_tensors(AdapterFolder(resume_from_checkpoint))
         with self.checkpoints:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """Trainer's. It calls answer_loss() for the model, because the prompts' logits are most of the memory."""
+        if self.only_answers and not return_outputs:
+            model = partial(answer_loss, model)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _check_tensors(self, adapter: AdapterFolder) -> None:
         """PEFT only warns about a missing tensor. The layer would silently start anew."""
