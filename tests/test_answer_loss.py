@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,6 +181,16 @@ def test_evaluation_needs_no_graph(pieces):
     with torch.inference_mode():
         total, count = sum_answer_losses(model, **batch())
         assert count == 12 and total.item() / count == pytest.approx(model(**batch()).loss.item(), rel=1e-6)
+
+
+def test_a_model_with_accelerates_hooks(pieces):
+    """A model on several GPUs has them. They give its body and its head a forward of their own, which stays theirs."""
+    model = make("gemma2")
+    wanted = model(**batch()).loss
+    model = dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, force_hooks=True)
+    own = vars(model.model)["forward"]
+    compare(model, batch(), expected=wanted)
+    assert vars(model.model)["forward"] is own
 
 
 # --- models of another build --------------------------------------------------------------------------------------

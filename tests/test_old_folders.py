@@ -68,6 +68,12 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def old_metrics():
+    """metrics_of() the old run. Losses and norms are to rounding, because the product with the head has fewer rows."""
+    return [line | {name: pytest.approx(line[name], rel=1e-6) for name in ("loss", "grad_norm")}
+            for line in metrics_of(OLD / "published")]
+
+
 def check(results, name):
     """Whether results are those that expected.json has under `name`."""
     expected = EXPECTED["results"][name]
@@ -125,7 +131,7 @@ def test_resuming_from_an_old_checkpoint_gives_the_same_adapter(tmp_path):
     adapter = train(tmp_path, *PUBLISHED, "--adapter_ckpt", OLD / "published/checkpoint-4")
     assert sha256(adapter / "adapter_model.safetensors") == EXPECTED["sha256"]["published/adapter_model.safetensors"]
     # What was logged before the checkpoint is in it, so the metrics are those of the whole run.
-    assert metrics_of(adapter) == metrics_of(OLD / "published")
+    assert metrics_of(adapter) == old_metrics()
 
 
 @same_cpu
@@ -143,4 +149,4 @@ def test_training_from_scratch_gives_the_same_adapter(tmp_path, name):
     if name == "published":
         assert sha256(adapter / "checkpoint-4/adapter_model.safetensors") == EXPECTED["sha256"][
             "published/checkpoint-4/adapter_model.safetensors"]
-        assert metrics_of(adapter) == metrics_of(OLD / "published")
+        assert metrics_of(adapter) == old_metrics()
