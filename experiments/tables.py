@@ -459,7 +459,7 @@ TABLES = {
                               "python benchmarks/train_step.py"),
     "speed_train_step_viggo": Table(
         "a training step on ViGGO's lengths", ("benchmarks/results/train_step_viggo_cpu.json",), answers_table,
-        "python benchmarks/train_step.py --data_dir DATA --output train_step_viggo"),
+        "python benchmarks/train_step.py --bits 4 --data_dir DATA --output train_step_viggo"),
     "speed_optimizer": Table("a step of the optimizer", ("benchmarks/results/optimizer_cpu.json",), optimizer_table,
                              "python benchmarks/optimizer.py"),
     "speed_generate": Table("generation", ("benchmarks/results/generate_cpu.json",), generate_table,
