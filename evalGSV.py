@@ -27,6 +27,7 @@ from data_print_save import (
     template_date,
 )
 from LoTA import UserError
+from LoTA.answer_loss import sum_answer_losses
 from LoTA.settings import MAX_NEW_TOKENS, baseConfig, evalConfig, split_names
 
 # What find_scorers() finds: (part of the file's name, a function (tokenizer, place, style, trust_remote_code) -> the
@@ -124,10 +125,8 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
         for i, (prompt, answer) in enumerate(batch):        # padded on the right, where no token attends to it
             ids[i, :len(prompt + answer)] = torch.tensor(prompt + answer)
             targets[i, len(prompt):len(prompt + answer)] = torch.tensor(answer)
-        logits = model(input_ids=ids.to(model.device)).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten().to(logits.device),
-                                                   ignore_index=IGNORE_INDEX, reduction="sum").item()
-        tokens += sum(len(answer) for _, answer in batch)
+        loss, count = sum_answer_losses(model, targets.to(model.device), input_ids=ids.to(model.device))
+        total, tokens = total + loss.item(), tokens + count
     return total / tokens
 
 

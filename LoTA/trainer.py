@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from LoTA import UserError, explain
 from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.answer_loss import answer_loss, has_plain_loss
 from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
 from LoTA.monitor import Monitor, console_line
@@ -155,6 +157,7 @@ class RunTrainer(Trainer):
     def __init__(self, config: LotaConfig, **kwargs):
         super().__init__(**kwargs)
         self.config = config
+        self.only_answers = has_plain_loss(self.model) and self.label_smoother is None
         self.before: dict = {}              # LotaConfig.training of the checkpoint that is resumed
         self.checkpoints = Checkpoints(self)
         self.add_callback(self.checkpoints)
@@ -179,6 +182,12 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with unpickling(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """Trainer's. It calls answer_loss() for the model, because the prompts' logits are most of the memory."""
+        if self.only_answers and not return_outputs:
+            model = partial(answer_loss, model)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _check_tensors(self, adapter: AdapterFolder) -> None:
         """PEFT only warns about a missing tensor. The layer would silently start anew."""

@@ -2,34 +2,76 @@
 
     python benchmarks/train_step.py                   60 M weights on a CPU, 8 B on a GPU; 2 bits and 4
     python benchmarks/train_step.py --shape 1B --batch 16 --length 512 --no_checkpointing
+    python benchmarks/train_step.py --data_dir DATA --output train_step_viggo
     python benchmarks/train_step.py --quick           under a minute; prints only
 
 A step is a forward, a backward with gradient checkpointing, and a step of the method's optimizer. Times are medians of
 steps that alternate. The peak memory is counted beyond what stays between two steps: the model, its adapter and the
 optimizer's state.
+
+DATA is a folder with ViGGO. The batch then has the lengths of the rows around the median, padded to one length, and the
+tokens of a prompt have no label. A byte-level BPE tokenizer of the training rows counts the tokens, because a random
+model has none. Each method runs with the model's own loss ("whole" logits), as plain transformers, and with LoTA's,
+which forms the "answers" logits only. Without DATA every token has a label, and the losses are the same.
 """
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from common import peak_extra_memory, print_table, save, time_interleaved
 from peft import LoraConfig, get_peft_model
 from random_model import SHAPES, write_gptq_llama
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from data_print_save import IGNORE_INDEX, load_rows, prepare_dataset, read_messages
 from LoTA.adapter import load_gptq
+from LoTA.answer_loss import answer_loss
 from LoTA.layer import register
 from LoTA.settings import TARGET_MODULES
 from LoTA.ternary import Threshold, ternarize_
 from t_signSGD import tSignSGD
 
 RANK, GROUP, OMEGA = 64, 64, 48.0
+Batch = dict[str, torch.Tensor]
 
 
-def make_step(folder: Path, method: str, dtype: torch.dtype, ids: torch.Tensor,
-              checkpointing: bool) -> Callable[[], None]:
-    """One training step of `method`, LoRA, QA-LoRA or LoTA, as a function."""
+def constant_batch(rows: int, length: int, vocabulary: int) -> Batch:
+    """Random tokens, all of them with a label. Each tensor is [rows, length]."""
+    ids = torch.randint(10, vocabulary, (rows, length))
+    return {"input_ids": ids, "labels": ids}
+
+
+def viggo_batch(rows: int, vocabulary: int, data_dir: str) -> Batch:
+    """Random tokens in the lengths of ViGGO's training rows around the median. Each tensor is [rows, longest]."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    texts = [(messages[-1]["content"], answer) for messages, answer in
+             (read_messages("viggo", row) for row in load_rows("viggo", "train", data_dir))]
+    bpe.train_from_iterator((text for pair in texts for text in pair), trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False))
+    data = prepare_dataset("viggo", PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"), data_dir=data_dir)
+    data = data.sort("length").select(range((len(data) - rows) // 2, (len(data) + rows) // 2))
+    width = -(-max(data["length"]) // 8) * 8             # as DataCollatorForSeq2Seq pads
+    ids = torch.randint(10, vocabulary, (rows, width))
+    labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
+    for i, row in enumerate(data):
+        prompt = row["labels"].count(IGNORE_INDEX)
+        labels[i, prompt:row["length"]] = ids[i, prompt:row["length"]]
+        mask[i, :row["length"]] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def make_steps(folder: Path, method: str, dtype: torch.dtype, batch: Batch,
+               checkpointing: bool) -> dict[str, Callable[[], None]]:
+    """One training step of `method`, LoRA, QA-LoRA or LoTA, as a function for each loss: {"whole" or "answers": it}.
+
+    Both train the same model.
+    """
     model = load_gptq(folder, dtype=dtype, backend="gptq_torch").model
     model.config.use_cache = False
     extra = {"use_qalora": True, "qalora_group_size": GROUP} if method == "QA-LoRA" else {}
@@ -51,12 +93,13 @@ def make_step(folder: Path, method: str, dtype: torch.dtype, ids: torch.Tensor,
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
-    def step():
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            model(input_ids=ids, labels=ids).loss.backward()
+    def step(forward: Callable):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = forward(**batch)["loss"]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return step
+    return {"whole": partial(step, model), "answers": partial(step, partial(answer_loss, model))}
 
 
 def main():
@@ -67,28 +110,44 @@ def main():
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], help="[4 2]")
     parser.add_argument("--batch", type=int, default=16 if on_gpu else 8)
     parser.add_argument("--length", type=int, default=1024 if on_gpu else 256, help="tokens of a row")
+    parser.add_argument("--data_dir", help="a folder with ViGGO, for its lengths in place of --length")
+    parser.add_argument("--methods", nargs="+", default=["LoRA", "QA-LoRA", "LoTA"],
+                        choices=["LoRA", "QA-LoRA", "LoTA"], help="LoRA must be one of them, because it is the measure")
+    parser.add_argument("--output", default="train_step", help="name of the JSON file [train_step]")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep all activations for the backward")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method [5]")
     args = parser.parse_args()
     if args.quick:
         args.shape, args.bits, args.rounds = "tiny", [4], 3
+    if "LoRA" not in args.methods:
+        parser.error("--methods needs LoRA, because it is the measure")
     shape = SHAPES[args.shape]
-    ids = torch.randint(10, shape.vocabulary, (args.batch, args.length), device="cuda" if on_gpu else "cpu")
+    batch = (viggo_batch(args.batch, shape.vocabulary, args.data_dir) if args.data_dir
+             else constant_batch(args.batch, args.length, shape.vocabulary))
+    batch = {name: tensor.to("cuda" if on_gpu else "cpu") for name, tensor in batch.items()}
+    losses = ["whole", "answers"] if args.data_dir else ["whole"]
     rows = []
     for bits in args.bits:
         with tempfile.TemporaryDirectory() as work:
             folder = write_gptq_llama(Path(work) / "gptq", shape, bits, GROUP)
-            steps = {m: make_step(folder, m, getattr(torch, args.dtype), ids, not args.no_checkpointing)
-                     for m in ("LoRA", "QA-LoRA", "LoTA")}
+            steps = {}
+            for method in args.methods:
+                made = make_steps(folder, method, getattr(torch, args.dtype), batch, not args.no_checkpointing)
+                steps |= {(method, loss): made[loss] for loss in losses}
             seconds = time_interleaved(steps, args.rounds)
-            memory = {m: peak_extra_memory(step) for m, step in steps.items()}
-            rows += [{"shape": args.shape, "bits": bits, "tokens": ids.numel(), "dtype": args.dtype,
-                      "checkpointing": not args.no_checkpointing, "method": m, "step_s": seconds[m],
-                      "/ LoRA": seconds[m] / seconds["LoRA"], "peak MB": memory[m] / 1e6,
-                      "memory / LoRA": memory[m] / memory["LoRA"]} for m in steps]
+            memory = {key: peak_extra_memory(step) for key, step in steps.items()}
+        for method, loss in steps:
+            row = {"shape": args.shape, "bits": bits, "tokens": batch["input_ids"].numel(),
+                   "answer tokens": int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()), "dtype": args.dtype,
+                   "checkpointing": not args.no_checkpointing, "method": method, "loss": loss,
+                   "step_s": seconds[method, loss], "peak MB": memory[method, loss] / 1e6}
+            for suffix, peer in (("LoRA", "whole"), ("LoRA, same loss", loss)):
+                row |= {f"/ {suffix}": seconds[method, loss] / seconds["LoRA", peer],
+                        f"memory / {suffix}": memory[method, loss] / memory["LoRA", peer]}
+            rows.append(row)
     print_table("one training step", rows)
-    save("train_step", rows, args.quick)
+    save(args.output, rows, args.quick)
 
 
 if __name__ == "__main__":

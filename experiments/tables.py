@@ -280,6 +280,17 @@ def train_step_table(measured: dict) -> str:
         "peak MB": ("peak MB", ".0f"), "memory / LoRA": ("memory / LoRA", ".2f")})
 
 
+def answers_table(measured: dict) -> str:
+    """A whole training step of each method, with the model's own loss and with the one that forms fewer logits."""
+    table = benchmark_table(measured, {
+        "bits": ("bits", ""), "method": ("method", ""), "logits": ("loss", ""), "step, s": ("step_s", ".2f"),
+        "time / LoRA, whole": ("/ LoRA", ".2f"), "time / LoRA, same logits": ("/ LoRA, same loss", ".2f"),
+        "peak MB": ("peak MB", ".0f"), "memory / LoRA, whole": ("memory / LoRA", ".2f"),
+        "memory / LoRA, same logits": ("memory / LoRA, same loss", ".2f")})
+    row = measured["rows"][0]
+    return f"{table.rstrip()} Of {row['tokens']:,} tokens {row['answer tokens']:,} are answers.\n"
+
+
 def optimizer_table(measured: dict) -> str:
     """A step of t-SignSGD beside the same with torch.quantile, and beside AdamW."""
     return benchmark_table(measured, {
@@ -446,6 +457,9 @@ TABLES = {
                               "python benchmarks/layer.py --bits 4 --omega 32 --output layer_half"),
     "speed_train_step": Table("a training step", ("benchmarks/results/train_step_cpu.json",), train_step_table,
                               "python benchmarks/train_step.py"),
+    "speed_train_step_viggo": Table(
+        "a training step on ViGGO's lengths", ("benchmarks/results/train_step_viggo_cpu.json",), answers_table,
+        "python benchmarks/train_step.py --bits 4 --data_dir DATA --output train_step_viggo"),
     "speed_optimizer": Table("a step of the optimizer", ("benchmarks/results/optimizer_cpu.json",), optimizer_table,
                              "python benchmarks/optimizer.py"),
     "speed_generate": Table("generation", ("benchmarks/results/generate_cpu.json",), generate_table,

@@ -54,6 +54,19 @@ def test_the_tables_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
 
 
+def test_a_batch_has_the_lengths_of_rows(demo_data):
+    """Of the rows around the median: a prompt without labels, an answer with them, padding without a mask."""
+    from train_step import viggo_batch
+    batch = viggo_batch(5, 600, demo_data)
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    assert ids.shape == labels.shape == mask.shape and ids.shape[0] == 5 and ids.shape[1] % 8 == 0
+    answers = labels != -100
+    assert (labels[answers] == ids[answers]).all() and (mask[answers] == 1).all() and not answers[:, 0].any()
+    lengths = mask.sum(1)
+    assert (lengths.diff() >= 0).all() and ids.shape[1] - 8 < lengths[-1] <= ids.shape[1]
+    assert all(answers[i, length - 1] and (mask[i, :length] == 1).all() for i, length in enumerate(lengths))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
