@@ -50,9 +50,8 @@ from harness import (  # noqa: E402
 OLD = ROOT / "tests/fixtures/old"
 TRAIN = ("--mode", 1, "--method", "lota", "--recipe", "full", "--interval_point", 1, "--pretrained", "base",
          "--data_dir", OLD / "data", "--training_data_name", "viggo", "--prompt_layout", "system", "--lora_r", 4,
-         "--train_batch_size", 8,
-         "--debug_number", 40, "--dtype", "float32", "--device_map", "cpu", "--gradient_checkpointing", False,
-         "--max_steps", 2, "--save_number", 2, "--logging_steps", 1)
+         "--train_batch_size", 8, "--debug_number", 40, "--dtype", "float32", "--device_map", "cpu",
+         "--gradient_checkpointing", False, "--max_steps", 2, "--save_number", 2, "--logging_steps", 1)
 EVALUATE = ("--mode", 2, "--ft_dataset_name", "viggo", "--data_dir", OLD / "data", "--dtype", "float32",
             "--max_new_tokens", 4, "--eval_batch_size", 64)
 FORMATS = ("gptq", "peft", "dense", "gguf")
