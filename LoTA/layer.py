@@ -154,11 +154,11 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return self._evaluated[1:]
 
     @torch.no_grad()
-    def merged_in_memory(self) -> tuple[PackedLayer, PackedLayer, torch.Tensor | None]:
-        """(the layer before, the layer after the adapter's steps, mu [groups, out] or None)."""
-        packed = self.packed()
-        after, offset = backend_for(packed.qweight.device).merge(*self.adapter_pair(), packed, self.threshold)
-        return packed, after, self.offset() if self.learned_offset else offset
+    def count_steps(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(how many integers a merge would move now, 0-dim int64; mu float32 [groups, out] or None)."""
+        packed = self.base_packed()         # learned scales move no integer
+        count, offset = backend_for(packed.qweight.device).count_steps(*self.adapter_pair(), packed, self.threshold)
+        return count, self.offset() if self.learned_offset else offset
 
 
 def register(lora_config: LoraConfig, threshold: Threshold, learned_offset: bool = False,
