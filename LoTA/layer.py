@@ -161,6 +161,20 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return count, self.offset() if self.learned_offset else offset
 
 
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict with all ternary A and B as int8, for PEFT's save_pretrained().
+
+    int8 holds -1, 0, 1 exactly and takes a quarter of float32's space. What loads the file copies it into floats.
+    """
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, CustomLoraLinear):
+            for key in ("lora_A", "lora_B"):
+                for adapter, matrix in getattr(layer, key).items():
+                    state[f"{name}.{key}.{adapter}.weight"] = matrix.weight.detach().to(torch.int8)
+    return state
+
+
 def register(lora_config: LoraConfig, threshold: Threshold, learned_offset: bool = False,
              learned_scales: bool = False) -> LoraConfig:
     """Makes PEFT wrap every targeted TorchLinear in a CustomLoraLinear. Changes lora_config in place and returns it."""
