@@ -15,7 +15,11 @@ import torch
 from LoTA.layer import CustomLoraLinear
 from LoTA.lota_merge import Moved
 
-DETAILED_STEPS = 100    # detailed metrics are taken about so often in a run, because each time all layers are merged
+DETAILED_STEPS = 100    # detailed metrics are taken about so often in a run, because each time all layers are looked at
+# At least so many steps lie between two looks in a run of 100 steps or more. A shorter run has about so many looks. On
+# a CPU a look takes up to 4 % of a step of 2,048 tokens (benchmarks/monitor.py), so all take less than 1 % of a run of
+# 50 steps or more. Steps are counted and not timed, because a resumed run must look at the same ones.
+DISTANCE = 10
 SAMPLE_ROWS = 64        # |dW| is sampled on at least so many evenly spaced rows of a layer, or on all of fewer
 
 
@@ -29,7 +33,7 @@ class Monitor:
                  log_history: Sequence[dict] = ()):
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
         self.optimizer, self.omega, self.num_steps = optimizer, omega, num_steps
-        self.interval = math.ceil(num_steps / DETAILED_STEPS)
+        self.interval = max(math.ceil(num_steps / DETAILED_STEPS), min(DISTANCE, num_steps // DISTANCE))
         # The step from which on detailed metrics are due.
         self.next_detailed = max((row["step"] + self.interval for row in log_history if "moved" in row), default=0)
         self.matrix_of = {id(p): matrix for layer in self.layers.values() for matrix in ("lora_A", "lora_B")
@@ -42,8 +46,8 @@ class Monitor:
     def metrics(self, step: int) -> dict[str, float]:
         """The numbers of a logging step, for the console and any tracker.
 
-        sigma: of the last step. flips_A, flips_B: the entries that the last step moved. About DETAILED_STEPS steps, the
-        last one among them, also have the detailed metrics.
+        sigma: of the last step. flips_A, flips_B: the entries that the last step moved. Steps at the interval, and the
+        last one, also have the detailed metrics.
         """
         flips = {"lora_A": 0, "lora_B": 0}
         for p, count in zip(self.optimizer.flipped, to_host(self.optimizer.flipped.values()), strict=True):

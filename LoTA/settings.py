@@ -177,8 +177,8 @@ class trainingConfig:
         "run", True, "recompute activations in the backward pass: less memory, more time",
         off="keep all activations for the backward pass: more memory, less time")
     logging_steps: int = setting(
-        "run", 1, "optimizer steps between two lines of metrics; about 100 lines of a run also have the share of "
-        "integers that a merge would move")
+        "run", 1, "optimizer steps between two lines of metrics; about 100 lines of a long run, and 10 of a run of "
+        "100 steps, also have the share of integers that a merge would move")
     save_strategy: str = setting(
         "run", "steps", "when to save checkpoints: steps (see --save_number), epoch or no",
         choices=["steps", "epoch", "no"])

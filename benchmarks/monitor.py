@@ -4,8 +4,8 @@
     python benchmarks/monitor.py --shape 8B --blocks 1    one block of 8B, with the time scaled to all blocks
     python benchmarks/monitor.py --quick                  under a minute; prints only
 
-The layers hold random integers. All blocks share those of one block, because 8 B weights would take 4 GB. Each block has
-random ternary matrices of its own. The old way copied the sampled |dW| to the CPU, merged every layer, compared the
+The layers hold random integers. All blocks share those of one block, because 8 B weights would take 4 GB. Each block
+has random ternary matrices of its own. The old way copied the sampled |dW| to the CPU, merged every layer, compared the
 integers before and after, and read every count by itself. On a CPU a training step of the same shape is timed too, of
 8 x 256 tokens as in train_step.py.
 """

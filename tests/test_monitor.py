@@ -55,6 +55,15 @@ def test_a_look_has_the_numbers_that_plain_torch_has(watched):
     assert {name: row[f"moved_{name}"] for name in moved} == {name: moved[name] / total[name] for name in moved}
 
 
+@pytest.mark.parametrize("steps, looks", [(1, 1), (8, 8), (50, 11), (100, 11), (400, 41), (1000, 101), (5000, 101)])
+def test_looks_of_a_run(monkeypatch, steps, looks):
+    """About 100 in a long run, about 10 in one of 100 steps, and one at the last step."""
+    monitor = Monitor(torch.nn.Module(), tSignSGD([torch.nn.Parameter(torch.zeros(1))]), OMEGA, steps)
+    monkeypatch.setattr(monitor, "detailed_metrics", lambda: {"moved": 0.0})
+    taken = [step for step in range(1, steps + 1) if "moved" in monitor.metrics(step)]
+    assert len(taken) == looks and taken[-1] == steps
+
+
 @pytest.mark.parametrize("counts", [[1], [0, 0, 5], [3, 0, 1, 1], [50, 30, 19, 1], [0, 1] * 30])
 def test_quantiles_of_a_histogram(counts):
     values = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
