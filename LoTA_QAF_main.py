@@ -48,6 +48,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable, config_of_checkpoint
     from LoTA.export.card import write_adapter_card
+    from LoTA.layer import adapter_state
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
     from LoTA.trainer import LotaTrainer, Run, RunTrainer, config_of_run, training_arguments
@@ -94,7 +95,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         outcome = {**config.training, "runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": steps,
                    "loss": trainer.state.log_history[-1].get("train_loss")}
         config.save(run.folder, complete=False)         # a run that is killed from here on leaves no half adapter
-        model.save_pretrained(str(run.folder), save_embedding_layers=False)
+        model.save_pretrained(str(run.folder), state_dict=adapter_state(model), save_embedding_layers=False)
         write_json(run.folder / "log_history.json", trainer.state.log_history)
         record = replace(config, training=outcome)
         record.save_adapter(run.folder)

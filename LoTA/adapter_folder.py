@@ -245,7 +245,8 @@ def make_threshold(omega: float, residual: bool, offset_scale: str) -> Threshold
 
 # What may differ between a checkpoint's settings and those that resume it. All other settings must be the same.
 MAY_DIFFER = {
-    "adapter_ckpt", "adapter_path", "report_to", "logging_steps", "save_strategy", "save_number",   # what is written
+    "adapter_ckpt", "adapter_path", "report_to", "logging_steps",                                   # what is written
+    "save_strategy", "save_number", "save_total_limit",
     "max_steps", "num_train_epochs",                                                                # how long it is
     "device_map", "flash_attn", "gradient_checkpointing", "trust_remote_code",                      # the device
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
@@ -430,8 +431,11 @@ class AdapterFolder:
         return tuple(self._tensor(module, f"{matrix}.weight").t() for matrix in ("lora_A", "lora_B"))
 
     def ternary_pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """matrices() of a LoTA adapter. Raises UserError where an entry is not -1, 0 or 1."""
-        pair = self.matrices(module)
+        """matrices() of a LoTA adapter as float32. Raises UserError where an entry is not -1, 0 or 1.
+
+        The file has int8, or floats where an older version or the published scripts wrote it.
+        """
+        pair = tuple(matrix.float() for matrix in self.matrices(module))
         for matrix, letter in zip(pair, "AB", strict=True):
             if not bool(((matrix == 0) | (matrix.abs() == 1)).all()):
                 raise UserError(f"{self.file}: {letter} of {module} is not ternary; this is not a LoTA adapter")

@@ -1,6 +1,6 @@
-"""adapted_weight(), merge() and step_gradients() of LoTA.ternary as Triton kernels. Needs torch and triton.
+"""adapted_weight(), count_steps() and step_gradients() of LoTA.ternary as Triton kernels. Needs torch and triton.
 
-The integers, mu and W are equal to LoTA.ternary's bit for bit. The gradients are equal to rounding. The integers are
+The counts, mu and W are equal to LoTA.ternary's bit for bit. The gradients are equal to rounding. The integers are
 unpacked inside the kernel. One program handles one piece of a group, of at most MAX_ROWS rows, and a block of outputs.
 It writes its tile of W and its part of the two sums that mu needs; torch adds up the parts. So the forward writes no
 [in, out] tensor but W, and a group of any size gives enough programs.
@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from LoTA.packed import Groups, PackedLayer
-from LoTA.packing import pack_rows
 from LoTA.ternary import Threshold, float_product, offset_factor
 
 MAX_ROWS = 64           # rows of one piece of a group; with 128 a thread runs out of registers at 3 bits, and spills
@@ -45,12 +44,14 @@ def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLay
 
 
 @torch.no_grad()
-def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
-          threshold: Threshold) -> tuple[PackedLayer, torch.Tensor | None]:
-    """Eq. 5: (the merged layer, mu float32 [groups, out] or None), as ternary.merge() describes it."""
-    merged = torch.empty(packed.shape, dtype=torch.uint8, device=packed.qweight.device)
-    offset = _launch_step(merged, lora_A, lora_B, packed, threshold, merging=True)
-    return packed.with_integers(pack_rows(merged, packed.bits)[:packed.qweight.shape[0]]), offset
+def count_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
+                threshold: Threshold) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(how many integers merge() would move, 0-dim int64; mu or None), as ternary.count_steps() describes them."""
+    pieces, _ = _pieces(packed.groups)
+    counts = torch.empty(packed.groups.count * pieces, triton.cdiv(packed.shape[1], BLOCK_COLS), dtype=torch.int32,
+                         device=packed.qweight.device)
+    offset = _launch_step(counts, lora_A, lora_B, packed, threshold, counting=True)
+    return counts.sum(), offset
 
 
 @torch.no_grad()
@@ -92,8 +93,11 @@ def _is_wide(packed: PackedLayer) -> bool:
 
 
 def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
-                 threshold: Threshold, merging: bool = False) -> torch.Tensor | None:
-    """Fills `out` [in, out] with W, or with the merged integers. Returns mu [groups, out], or None without kappa."""
+                 threshold: Threshold, counting: bool = False) -> torch.Tensor | None:
+    """Fills `out` [in, out] with W. Returns mu [groups, out], or None without kappa.
+
+    counting: `out` [pieces of all groups, blocks of outputs] gets the number of steps of each program instead.
+    """
     groups, (_, cols), rank = packed.groups, packed.shape, lora_B.shape[0]
     pieces, rows_block = _pieces(groups)
     rank_block = min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
@@ -106,7 +110,7 @@ def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, 
             *lora_A.stride(), *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
             groups.count * pieces * cols, float(math.floor(threshold.omega)), BITS=packed.bits,
             ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=has_offset, SHUFFLED=groups.order is not None,
-            WIDE=_is_wide(packed), MERGING=merging, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, RANK=rank_block,
+            WIDE=_is_wide(packed), COUNTING=counting, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, RANK=rank_block,
             RANK_PIECES=triton.cdiv(rank, rank_block), **options(rows_block))
     # The parts are integers, so their sums are exact in any order.
     return offset_factor(*sums.sum(2), groups.sizes, threshold) if has_offset else None
@@ -162,10 +166,10 @@ def _rows(program, order, starts, PIECES: tl.constexpr, ROWS: tl.constexpr, SHUF
 @triton.jit
 def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, starts, a_row, a_rank, b_rank, b_col,
                  q_row, z_row, width, rank, sums_size, omega_floor, BITS: tl.constexpr, ONE_LESS: tl.constexpr,
-                 OFFSET: tl.constexpr, SHUFFLED: tl.constexpr, WIDE: tl.constexpr, MERGING: tl.constexpr,
+                 OFFSET: tl.constexpr, SHUFFLED: tl.constexpr, WIDE: tl.constexpr, COUNTING: tl.constexpr,
                  PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
                  RANK_PIECES: tl.constexpr):
-    """Eq. 3 for one piece of a group and COLS outputs: writes W, or W_int' when MERGING.
+    """Eq. 3 for one piece of a group and COLS outputs: writes W, or when COUNTING only how many steps it takes.
 
     When OFFSET, the sums of dW and of W^ over the piece go to sums [2, groups * PIECES, width].
     """
@@ -189,14 +193,16 @@ def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, star
         place = sums + program * width + cols
         tl.store(place, tl.sum(delta_w, 0), mask=inside)
         tl.store(place + sums_size, tl.sum(stepped - integers, 0), mask=inside)
-    result = stepped
-    if not MERGING:
+    if COUNTING:
+        taken = tl.sum(tl.abs(stepped - integers))      # exact, because it is at most ROWS * COLS
+        tl.store(out + program * tl.num_programs(1) + tl.program_id(1), taken.to(tl.int32))
+    else:
         zeros = _zeros(qzeros, group, cols, z_row, inside, BITS, ONE_LESS)
         scale = tl.load(scales + group * width + cols, mask=inside, other=0)
         result = (stepped - zeros[None, :]) * scale.to(tl.float32)[None, :]
         if out.dtype.element_ty != tl.float32:
             result = result.to(scale.dtype)             # GPTQModel multiplies in this dtype
-    tl.store(out + rows[:, None] * width + cols[None, :], result.to(out.dtype.element_ty), mask=tile)
+        tl.store(out + rows[:, None] * width + cols[None, :], result.to(out.dtype.element_ty), mask=tile)
 
 
 @triton.jit

@@ -154,11 +154,25 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return self._evaluated[1:]
 
     @torch.no_grad()
-    def merged_in_memory(self) -> tuple[PackedLayer, PackedLayer, torch.Tensor | None]:
-        """(the layer before, the layer after the adapter's steps, mu [groups, out] or None)."""
-        packed = self.packed()
-        after, offset = backend_for(packed.qweight.device).merge(*self.adapter_pair(), packed, self.threshold)
-        return packed, after, self.offset() if self.learned_offset else offset
+    def count_steps(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(how many integers a merge would move now, 0-dim int64; mu float32 [groups, out] or None)."""
+        packed = self.base_packed()         # learned scales move no integer
+        count, offset = backend_for(packed.qweight.device).count_steps(*self.adapter_pair(), packed, self.threshold)
+        return count, self.offset() if self.learned_offset else offset
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict with all ternary A and B as int8, for PEFT's save_pretrained().
+
+    int8 holds -1, 0, 1 exactly and takes a quarter of float32's space. What loads the file copies it into floats.
+    """
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, CustomLoraLinear):
+            for key in ("lora_A", "lora_B"):
+                for adapter, matrix in getattr(layer, key).items():
+                    state[f"{name}.{key}.{adapter}.weight"] = matrix.weight.detach().to(torch.int8)
+    return state
 
 
 def register(lora_config: LoraConfig, threshold: Threshold, learned_offset: bool = False,

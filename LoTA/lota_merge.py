@@ -46,6 +46,7 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
         copy_own_file,
         set_checkpoint_format,
     )
+    from LoTA.packing import count_different
     from LoTA.storage import (
         check_output_folder,
         checksums,
@@ -81,7 +82,8 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
                 overwrite_tensor(folder / source.file_of[name].name, name, values)
             if offset is not None:
                 overwrite_tensor(folder / LOTA_SUBFOLDER / OFFSETS_FILE, f"{module}.offset", offset)
-            moved.add(module, packed, merged)
+            different = count_different(packed.qweight, merged.qweight, packed.bits)
+            moved.add(module, different, math.prod(packed.shape))
         record = replace(config, quantized_model_dir=str(source.path.resolve()), base_format=source.checkpoint_format,
                          training={**config.training, "moved": moved.shares()}, sha256={})
         record.save(folder / LOTA_SUBFOLDER)
@@ -171,12 +173,10 @@ class Moved:
         self.counts: dict[str, tuple[int, int]] = {}        # {projection: (integers moved, integers)}
         self.in_layer: dict[str, float] = {}                # {layer: share moved}
 
-    def add(self, module: str, before: "PackedLayer", after: "PackedLayer") -> None:
-        """Counts one layer."""
-        from LoTA.packing import count_different
+    def add(self, module: str, different: int, size: int) -> None:
+        """Counts one layer, of whose `size` integers `different` move."""
         projection = module.rsplit(".", 1)[-1]
         moved, total = self.counts.get(projection, (0, 0))
-        different, size = count_different(before.qweight, after.qweight, before.bits), math.prod(before.shape)
         self.counts[projection] = moved + different, total + size
         self.in_layer[module] = different / size
 

@@ -5,7 +5,9 @@ adapter folder. Trainer keeps what was logged in its state, so every checkpoint 
 """
 import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -13,7 +15,11 @@ import torch
 from LoTA.layer import CustomLoraLinear
 from LoTA.lota_merge import Moved
 
-DETAILED_STEPS = 100    # detailed metrics are taken about so often in a run, because each time all layers are merged
+DETAILED_STEPS = 100    # detailed metrics are taken about so often in a run, because each time all layers are looked at
+# At least so many steps lie between two looks in a run of 100 steps or more. A shorter run has about so many looks. On
+# a CPU a look takes up to 4 % of a step of 2,048 tokens (benchmarks/monitor.py), so all take less than 1 % of a run of
+# 50 steps or more. Steps are counted and not timed, because a resumed run must look at the same ones.
+DISTANCE = 10
 SAMPLE_ROWS = 64        # |dW| is sampled on at least so many evenly spaced rows of a layer, or on all of fewer
 
 
@@ -27,21 +33,24 @@ class Monitor:
                  log_history: Sequence[dict] = ()):
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
         self.optimizer, self.omega, self.num_steps = optimizer, omega, num_steps
-        self.interval = math.ceil(num_steps / DETAILED_STEPS)
+        self.interval = max(math.ceil(num_steps / DETAILED_STEPS), min(DISTANCE, num_steps // DISTANCE))
         # The step from which on detailed metrics are due.
         self.next_detailed = max((row["step"] + self.interval for row in log_history if "moved" in row), default=0)
         self.matrix_of = {id(p): matrix for layer in self.layers.values() for matrix in ("lora_A", "lora_B")
                           for p in getattr(layer, matrix).parameters()}
-        self.moved: Moved | None = None     # what a merge would have moved when the last detailed metrics were taken
+        # When the last detailed metrics were taken: what a merge would have moved, and how many sampled entries had
+        # |dW| = 0, 1, ... r.
+        self.moved: Moved | None = None
+        self.histogram: list[int] = []
 
     def metrics(self, step: int) -> dict[str, float]:
         """The numbers of a logging step, for the console and any tracker.
 
-        sigma: of the last step. flips_A, flips_B: the entries that the last step moved. About DETAILED_STEPS steps, the
-        last one among them, also have the detailed metrics.
+        sigma: of the last step. flips_A, flips_B: the entries that the last step moved. Steps at the interval, and the
+        last one, also have the detailed metrics.
         """
         flips = {"lora_A": 0, "lora_B": 0}
-        for p, count in self.optimizer.flipped.items():
+        for p, count in zip(self.optimizer.flipped, to_host(self.optimizer.flipped.values()), strict=True):
             flips[self.matrix_of[id(p)]] += int(count)
         numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"]}
         if step >= self.next_detailed or step == self.num_steps:
@@ -51,53 +60,70 @@ class Monitor:
 
     @torch.no_grad()
     def detailed_metrics(self) -> dict[str, float]:
-        """What the layers hold now. Also sets self.moved.
+        """What the layers hold now. Also sets self.moved and self.histogram.
 
         minus, zeros, plus: the shares of the entries of A and B that are -1, 0, 1.
         dW_median, dW_99, dW_max: quantiles of |dW| / omega, over a sample of the rows of every layer.
         mu: mean |mu| in grid steps. scales: mean |relative change| of learned scales.
         moved: the share of the integers that a merge would move. moved_PROJECTION: the same for one projection.
+
+        All is counted on the devices of the layers. The CPU waits for each device once.
         """
-        minus = plus = entries = 0
-        for layer in self.layers.values():
-            for matrix in layer.adapter_pair():
-                minus, plus = minus + int((matrix < 0).sum()), plus + int((matrix > 0).sum())
-                entries += matrix.numel()
-        magnitudes = self.delta_w_magnitudes()
-        mu = self.merge_in_memory()
-        changes = [c.abs().mean() for c in (layer.scale_change() for layer in self.layers.values()) if c is not None]
+        measured = [self._measure(layer) for layer in self.layers.values()]
+        bins = self._histograms()
+        numbers = iter(to_host([*(number for numbers in measured for number in numbers.values()), *bins]))
+        measured = [{name: next(numbers) for name in names} for names in measured]
+        self.histogram = [int(sum(counts)) for counts in zip(*numbers, strict=True)]
+        self.moved = Moved()
+        for (name, layer), counted in zip(self.layers.items(), measured, strict=True):
+            self.moved.add(name, int(counted["moved"]), layer.in_features * layer.out_features)
+        total = {name: sum(counted.get(name, 0) for counted in measured)
+                 for name in ("minus", "plus", "mu_sum", "scale_change")}
+        layers = self.layers.values()
+        entries = sum(matrix.numel() for layer in layers for matrix in layer.adapter_pair())
+        offsets = sum(layer.groups().count * layer.out_features for layer, counted in zip(layers, measured, strict=True)
+                      if "mu_sum" in counted)
+        scales = sum("scale_change" in counted for counted in measured)
         shares = {"moved" if name == "all" else f"moved_{name}": share for name, share in self.moved.shares().items()}
-        return {"minus": minus / entries, "zeros": 1 - (minus + plus) / entries, "plus": plus / entries,
-                "dW_median": _quantile(magnitudes, 0.5) / self.omega, "dW_99": _quantile(magnitudes, 0.99) / self.omega,
-                "dW_max": float(magnitudes.max()) / self.omega, "mu": mu,
-                "scales": float(sum(c.cpu() for c in changes)) / max(1, len(changes)), **shares}
+        return {"minus": total["minus"] / entries, "zeros": 1 - (total["minus"] + total["plus"]) / entries,
+                "plus": total["plus"] / entries, "dW_median": quantile(self.histogram, 0.5) / self.omega,
+                "dW_99": quantile(self.histogram, 0.99) / self.omega,
+                "dW_max": quantile(self.histogram, 1.0) / self.omega, "mu": total["mu_sum"] / max(1, offsets),
+                "scales": total["scale_change"] / max(1, scales), **shares}
 
-    @torch.no_grad()
-    def delta_w_magnitudes(self) -> torch.Tensor:
-        """|dW| of a sample of the rows of every layer, float32, flat, on the CPU."""
-        magnitudes = []
-        for layer in self.layers.values():
-            lora_A, lora_B = layer.adapter_pair()
+    def _measure(self, layer: CustomLoraLinear) -> dict[str, torch.Tensor]:
+        """0-dim tensors on the layer's device: the counts minus, plus and moved, and where there are a mu and learned
+        scales, mu_sum, the sum of |mu|, and scale_change, the mean |relative change|."""
+        pair, (moved, mu), change = layer.adapter_pair(), layer.count_steps(), layer.scale_change()
+        numbers = {"minus": sum(torch.count_nonzero(matrix < 0) for matrix in pair),
+                   "plus": sum(torch.count_nonzero(matrix > 0) for matrix in pair), "moved": moved}
+        if mu is not None:
+            numbers["mu_sum"] = mu.abs().sum()
+        if change is not None:
+            numbers["scale_change"] = change.abs().mean()
+        return numbers
+
+    def _histograms(self) -> list[torch.Tensor]:
+        """For each device that has layers, how many of their sampled entries have |dW| = 0, 1, ... r: int64 [r + 1].
+
+        r is the largest rank. Every row has bins of its own at first, because on a GPU millions of additions to a few
+        numbers would wait for each other. torch.bincount would make the CPU wait.
+        """
+        pairs = [layer.adapter_pair() for layer in self.layers.values()]
+        size, on_device = 1 + max(lora_B.shape[0] for _, lora_B in pairs), {}
+        for lora_A, lora_B in pairs:
             rows = lora_A[::max(1, lora_A.shape[0] // SAMPLE_ROWS)]
-            magnitudes.append((rows.float() @ lora_B.float()).abs().flatten().cpu())
-        return torch.cat(magnitudes)
-
-    @torch.no_grad()
-    def merge_in_memory(self) -> float:
-        """Counts in self.moved what a merge would move now. Returns the mean |mu|."""
-        self.moved, total, count = Moved(), 0.0, 0
-        for name, layer in self.layers.items():
-            before, after, mu = layer.merged_in_memory()
-            self.moved.add(name, before, after)
-            if mu is not None:
-                total, count = total + float(mu.abs().sum()), count + mu.numel()
-        return total / max(1, count)
+            magnitudes = (rows.float() @ lora_B.float()).abs_().long()
+            bins = torch.zeros(len(rows), size, dtype=torch.int32, device=rows.device)
+            bins.scatter_add_(1, magnitudes, bins.new_ones(()).expand_as(magnitudes))
+            on_device[rows.device] = on_device.get(rows.device, 0) + bins.sum(0)
+        return list(on_device.values())
 
     def write(self, folder: Path, log_history: list[dict]) -> None:
         """Writes metrics.jsonl, report.md and report.png. log_history: Trainer's, to the last step."""
         rows = [row for row in log_history if "sigma" in row]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        draw(folder / "report.png", rows, self.moved.in_layer, self.delta_w_magnitudes(), self.omega)
+        draw(folder / "report.png", rows, self.moved.in_layer, self.histogram, self.omega)
         last = rows[-1]
         verdict = ("**No integer weight moved.** All of the effect is in the offsets and scales: lower "
                    "--interval_point, or see --recipe." if last["moved"] == 0 else
@@ -129,14 +155,37 @@ def console_line(logs: dict, steps: str) -> str:
     return "  ".join(parts)
 
 
-def _quantile(values: torch.Tensor, level: float) -> float:
-    """An entry next to the quantile. That is close enough for a report, and torch.quantile refuses large tensors."""
-    return float(values.kthvalue(1 + math.floor(level * (len(values) - 1))).values)
+def quantile(histogram: Sequence[int], level: float) -> int:
+    """An entry next to the quantile of integers 0, 1, ... that occur so often. That is close enough for a report."""
+    rank = math.floor(level * (sum(histogram) - 1))         # counted from 0 for the smallest
+    return next(value for value, up_to in enumerate(accumulate(histogram)) if up_to > rank)
 
 
-def draw(file: Path, rows: list[dict], moved_in_layer: dict[str, float], magnitudes: torch.Tensor,
-         omega: float) -> None:
-    """Draws four pictures: loss and sigma, flips, |dW| with omega, and the share moved by layer and projection."""
+def to_host(tensors: Iterable[torch.Tensor]) -> list:
+    """What .tolist() gives for each of the 0- or 1-dim tensors, with a single transfer from every device.
+
+    They travel as float64, which holds float32 and counts up to 2**53 exactly.
+    """
+    tensors, alike = list(tensors), defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        alike[tensor.device, tensor.dtype].append(i)
+    parts = defaultdict(lambda: ([], []))                   # {device: (indices into tensors, float64 tensors)}
+    for (device, _), indices in alike.items():
+        parts[device][0].extend(indices)
+        parts[device][1].append(torch.cat([tensors[i].reshape(-1) for i in indices]).double())
+    values = [None] * len(tensors)
+    for indices, flat in parts.values():
+        numbers = iter(torch.cat(flat).tolist())
+        for i in indices:
+            values[i] = [next(numbers) for _ in range(tensors[i].numel())] if tensors[i].dim() else next(numbers)
+    return values
+
+
+def draw(file: Path, rows: list[dict], moved_in_layer: dict[str, float], counts: list[int], omega: float) -> None:
+    """Draws four pictures: loss and sigma, flips, |dW| with omega, and the share moved by layer and projection.
+
+    counts: how many sampled entries have |dW| = 0, 1, ...
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -151,8 +200,8 @@ def draw(file: Path, rows: list[dict], moved_in_layer: dict[str, float], magnitu
         flips.plot(steps, [row[name] for row in rows], label=f"{name[-1]}: entries moved in the step", color=color)
     flips.set_yscale("symlog")
     flips.legend(fontsize=8, frameon=False)
-    histogram.hist(magnitudes.numpy(), bins=range(int(max(float(magnitudes.max()), omega)) + 3), color="#9aa0a6",
-                   align="left")
+    shown = range(int(max(quantile(counts, 1.0), omega)) + 2)
+    histogram.bar(shown, [counts[k] if k < len(counts) else 0 for k in shown], width=1.0, color="#9aa0a6")
     histogram.axvline(omega, color="#b2182b")
     histogram.set_yscale("log")
     histogram.set_xlabel("|dW|; the line is omega: only what is beyond it can move an integer")

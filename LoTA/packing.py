@@ -82,6 +82,21 @@ def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     return packed.view(units * words, cols)
 
 
+def values_at(packed: torch.Tensor, bits: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    """The values at (rows, cols), int64 [n]. packed: int32 [words, cols]. rows, cols: int64 [n]."""
+    mask, (word, upper, shift) = 2**WORD - 1, _place(packed, bits, rows)
+    value = (packed[word, cols].long() & mask) >> shift
+    if WORD % bits:
+        value |= (packed[upper, cols].long() & mask) << (WORD - shift)
+    return value & (2**bits - 1)
+
+
+def _place(packed: torch.Tensor, bits: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(the word in which the value of a row begins, the word into which it may spill, its first bit), int64 [n]."""
+    word = rows * bits // WORD
+    return word, (word + 1).clamp_(max=packed.shape[0] - 1), rows * bits % WORD
+
+
 def step_at(packed: torch.Tensor, bits: int, rows: torch.Tensor, cols: torch.Tensor,
             step: torch.Tensor) -> torch.Tensor:
     """Adds `step` to the values at (rows, cols), in place, but never beyond 0 ... 2**bits - 1.
@@ -89,12 +104,8 @@ def step_at(packed: torch.Tensor, bits: int, rows: torch.Tensor, cols: torch.Ten
     packed: int32 [words, cols]. rows, cols: int64 [n]; no pair (row, col) may come twice. step: [n].
     Returns the steps that were taken, int64 [n]. It touches only the words that hold these values.
     """
-    mask, word, shift = 2**WORD - 1, rows * bits // WORD, rows * bits % WORD
-    value = (packed[word, cols].long() & mask) >> shift
-    if WORD % bits:                                             # values may spill into the next word
-        upper = (word + 1).clamp_(max=packed.shape[0] - 1)
-        value |= (packed[upper, cols].long() & mask) << (WORD - shift)
-    old = value & (2**bits - 1)
+    mask, (word, upper, shift) = 2**WORD - 1, _place(packed, bits, rows)
+    old = values_at(packed, bits, rows, cols)
     new = (old + step.long()).clamp_(0, 2**bits - 1)
     before, after = old << shift, new << shift
     # Values may share a word. int32 sums wrap modulo 2**32, so in any order they give the word with all new values.

@@ -177,12 +177,15 @@ class trainingConfig:
         "run", True, "recompute activations in the backward pass: less memory, more time",
         off="keep all activations for the backward pass: more memory, less time")
     logging_steps: int = setting(
-        "run", 1, "optimizer steps between two lines of metrics; about 100 lines of a run also have the share of "
-        "integers that a merge would move")
+        "run", 1, "optimizer steps between two lines of metrics; about 100 lines of a long run, and 10 of a run of "
+        "100 steps, also have the share of integers that a merge would move")
     save_strategy: str = setting(
         "run", "steps", "when to save checkpoints: steps (see --save_number), epoch or no",
         choices=["steps", "epoch", "no"])
     save_number: int = setting("run", 10, "with --save_strategy steps: how many checkpoints a run writes at most")
+    save_total_limit: int = setting(
+        "run", 3, "how many checkpoints stay; older ones are removed when a newer one is whole, because all of a long "
+        "run may fill the disk")
     adapter_path: str = setting("run", "./adapter", "where adapter folders are written")
     adapter_ckpt: str | None = setting("run", None, "a checkpoint folder to resume from", shown="start anew")
 
@@ -400,7 +403,8 @@ def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFold
     """Raises UserError where a run with these completed settings cannot start."""
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
         raise UserError("nothing to train: give --num_train_epochs or --max_steps")
-    for flag in ("train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len", "save_number"):
+    for flag in ("train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len", "save_number",
+                 "save_total_limit"):
         if getattr(training, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(training, flag)}")
     if training.adapter_ckpt and not Path(training.adapter_ckpt).is_dir():

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from LoTA import UserError
 from LoTA.packed import Groups, PackedLayer, Rows
-from LoTA.packing import step_at
+from LoTA.packing import step_at, values_at
 
 EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 ...
 EXACT_IN_BFLOAT16 = 2**8            # ... and in bfloat16
@@ -164,6 +164,28 @@ def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
         if offset is not None:
             offset[first:last] = mu
     return packed.with_integers(qweight), offset
+
+
+@torch.no_grad()
+def count_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
+                threshold: Threshold) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(how many integers merge() would move, 0-dim int64 on their device; mu as merge() gives it).
+
+    It packs no integer, and the CPU waits for no device.
+    """
+    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, threshold)
+    steps = _sparse_steps(lora_A, lora_B, threshold.omega)
+    if steps is not None:
+        rows, cols, step = steps
+        old = values_at(packed.qweight, packed.bits, rows, cols)
+        taken = (old + step.long()).clamp_(0, packed.maxq) - old
+        return torch.count_nonzero(taken), _offset_of_sparse_steps(rows, cols, taken, delta_w_sum, packed, threshold)
+    count = torch.zeros((), dtype=torch.int64, device=packed.qweight.device)
+    offsets = []
+    for _, _, _, _, taken, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, threshold):
+        count += torch.count_nonzero(taken)
+        offsets.append(mu)
+    return count, None if delta_w_sum is None else torch.cat(offsets)
 
 
 @torch.no_grad()
@@ -356,13 +378,19 @@ def _take_sparse_steps(steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor], d
     """Eq. 5 for the weights of _sparse_steps(): (the merged layer, mu [groups, out] or None)."""
     rows, cols, step = steps
     qweight = packed.qweight.clone()
-    taken = step_at(qweight, packed.bits, rows, cols, step).float()
-    offset = None
-    if delta_w_sum is not None:
-        ternary_sum = torch.zeros_like(delta_w_sum)
-        ternary_sum.index_put_((packed.groups.g_idx[rows], cols), taken, accumulate=True)
-        offset = offset_factor(delta_w_sum, ternary_sum, packed.groups.sizes, threshold)
-    return packed.with_integers(qweight), offset
+    taken = step_at(qweight, packed.bits, rows, cols, step)
+    return packed.with_integers(qweight), _offset_of_sparse_steps(rows, cols, taken, delta_w_sum, packed, threshold)
+
+
+def _offset_of_sparse_steps(rows: torch.Tensor, cols: torch.Tensor, taken: torch.Tensor,
+                            delta_w_sum: torch.Tensor | None, packed: PackedLayer,
+                            threshold: Threshold) -> torch.Tensor | None:
+    """Eq. 4 where only the weights at (rows, cols) step, by `taken`: mu [groups, out], or None without delta_w_sum."""
+    if delta_w_sum is None:
+        return None
+    ternary_sum = torch.zeros_like(delta_w_sum)
+    ternary_sum.index_put_((packed.groups.g_idx[rows], cols), taken.float(), accumulate=True)
+    return offset_factor(delta_w_sum, ternary_sum, packed.groups.sizes, threshold)
 
 
 def _adapted_blocks(lora_A: torch.Tensor, lora_B: torch.Tensor, delta_w_sum: torch.Tensor | None, packed: PackedLayer,

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +29,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from LoTA import UserError, explain
-from LoTA.adapter_folder import AdapterFolder, LotaConfig
+from LoTA.adapter_folder import ADAPTER_FILES, AdapterFolder, LotaConfig
 from LoTA.answer_loss import answer_loss, has_plain_loss
 from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
+from LoTA.layer import adapter_state
 from LoTA.monitor import Monitor, console_line
 from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
 
@@ -290,6 +292,9 @@ class LotaTrainer(RunTrainer):
         self.ternary_optimizer.raise_unless_finite()                # on a GPU the last step is judged only now
         return result
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, adapter_state(self.model) if state_dict is None else state_dict)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
         self.monitor = Monitor(self.model, self.ternary_optimizer, self.omega, num_training_steps,
@@ -322,7 +327,7 @@ class ConsoleLines(ProgressCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Marks whole checkpoints, turns Ctrl-C into a checkpoint, and refuses to resume a run at its end.
+    """Marks whole checkpoints, removes old ones, turns Ctrl-C into a checkpoint, refuses to resume a run at its end.
 
     It is a context manager around train(): while the block runs, it handles Ctrl-C. trainer: the RunTrainer whose
     record() it writes into every checkpoint, last of all files.
@@ -360,6 +365,19 @@ class Checkpoints(TrainerCallback):
             checkpoint, record = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.trainer.record()
             write_adapter_card(checkpoint, record)
             record.save_adapter(checkpoint)
+            remove_checkpoints(checkpoint.parent, record.settings.get("save_total_limit"))
+
+
+def remove_checkpoints(folder: Path, keep: int | None) -> None:
+    """Removes all but the `keep` checkpoints of the most steps in a run's folder. None keeps all.
+
+    Trainer would do it before the newest checkpoint is whole. A process that is killed then could leave none. The
+    matrices go first, because what is left without them is refused.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    for old in checkpoints[:-keep] if keep else []:
+        (old / ADAPTER_FILES[1]).unlink(missing_ok=True)
+        shutil.rmtree(old)
 
 
 def peak_memory_mb() -> float:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Says whether this checkout computes what another commit computes: runs the demo of both, and compares the files.
 #   bash runs/same_as.sh COMMIT      about 10 minutes; the last line says "the same" or what differs
-# The weights of the base, the GPTQ model, the adapter and the merged model must be equal byte for byte, and so must all
-# answers. It holds on one machine only, because other CPUs and versions of torch round differently.
+# The weights of the base, the GPTQ model and the merged model must be equal byte for byte, and the adapter's in value.
+# So must all answers. It holds on one machine only, because other CPUs and versions of torch round differently.
 set -euo pipefail
 commit=${1:?usage: bash runs/same_as.sh COMMIT}
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,13 +19,25 @@ python - "$work/theirs" "$work/ours" <<'PYTHON'
 import hashlib, json, sys
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 PATTERNS = ("base/*.safetensors", "gptq/*/*.safetensors", "adapter/*/adapter_model.safetensors",
             "merged/*.safetensors", "merged/lota/*.safetensors")
 
 
+def digest(file):
+    """Of an adapter the values count, because its ternary matrices were float32 before they were int8."""
+    if file.name != "adapter_model.safetensors":
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(file).items()):
+        found.update(name.encode() + tensor.double().numpy().tobytes())
+    return found.hexdigest()
+
+
 def contents(folder):
     """{what: its digest or its answers}. Names of runs hold the time, so they are left out."""
-    found = {f"{pattern} {i}": hashlib.sha256(file.read_bytes()).hexdigest() for pattern in PATTERNS
+    found = {f"{pattern} {i}": digest(file) for pattern in PATTERNS
              for i, file in enumerate(sorted(Path(folder).glob(pattern)))}
     for file in Path(folder, "results").glob("*.json"):
         model = next(name for name in ("16bit", "gptq", "live", "merged") if f"_{name}_" in file.name)

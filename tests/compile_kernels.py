@@ -56,17 +56,17 @@ def main():
     rows = []
     for capability, bits, (size, pieces, shuffled) in itertools.product((80, 90), (2, 3, 4, 8), GROUPS.values()):
         common = {"SHUFFLED": shuffled, "WIDE": False, "PIECES": pieces, "ROWS": size, "COLS": kernels.BLOCK_COLS}
-        for merging in (False, True) if bits == 3 else (False,):
-            types = {"out": "*u8" if merging else "*bf16"}
+        for counting in (False, True) if bits == 3 else (False,):
+            types = {"out": "*i32" if counting else "*bf16"}
             rows.append(compile_for(capability, kernels._step_kernel, types, {
-                "BITS": bits, "ONE_LESS": True, "OFFSET": True, "MERGING": merging, "RANK": 32, "RANK_PIECES": 2,
+                "BITS": bits, "ONE_LESS": True, "OFFSET": True, "COUNTING": counting, "RANK": 32, "RANK_PIECES": 2,
                 **common}))
         if bits == 4:               # the other kernel does not know the bits
             types = {"gradient": "*bf16", "weight": "*bf16"}
             rows.append(compile_for(capability, kernels._gradient_kernel, types, {**common, "WEIGHTED": True}))
         if bits == 3 and size > 32:         # a rank of several pieces, and indices of 64 bits where rows are in order
             rows.append(compile_for(capability, kernels._step_kernel, {"out": "*fp16"}, {
-                "BITS": bits, "ONE_LESS": True, "OFFSET": False, "MERGING": False, "RANK": 32, "RANK_PIECES": 6,
+                "BITS": bits, "ONE_LESS": True, "OFFSET": False, "COUNTING": False, "RANK": 32, "RANK_PIECES": 6,
                 **common, "WIDE": not shuffled}))
     print(json.dumps(rows))
 

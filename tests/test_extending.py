@@ -253,8 +253,9 @@ def test_a_new_bit_width_is_trained_merged_and_exported(five_bits, tmp_path, des
         whole = trained + (scales.float() * trained_mu)[g_idx.long()]
         torch.testing.assert_close(whole.double(), weight, rtol=1e-5, atol=1e-5)
         if not torch.cuda.is_available():               # else the kernels want tensors on the GPU: test_cuda.py
-            after, kernels_mu = kernels.merge(lora_A, lora_B, packed, threshold)
-            assert torch.equal(after.weight_int.long(), integers)
+            moved, kernels_mu = kernels.count_steps(lora_A, lora_B, packed, threshold)
+            on_kernels, _ = kernels.adapted_weight(lora_A, lora_B, packed, threshold)
+            assert moved == (integers != weight_int).sum() and torch.equal(on_kernels, trained)
             torch.testing.assert_close(kernels_mu.double(), mu, rtol=1e-6, atol=1e-7)
 
 

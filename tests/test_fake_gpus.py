@@ -150,15 +150,15 @@ def peft_layer(mode, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_live_evaluation_on_two_gpus(fake, launches, dtype):
-    """Each layer computes on its own GPU, keeps W between calls, and merges in memory there."""
+    """Each layer computes on its own GPU, keeps W between calls, and counts its steps there."""
     layers = [peft_layer(fake, device) for device in GPUS]
     with fake, torch.no_grad():
         for layer, device in zip(layers, GPUS, strict=True):
             for _ in range(2):
                 y = layer(torch.empty(3, ROWS, device=device, dtype=dtype))
                 assert (y.shape, y.dtype, y.device) == ((3, COLS), dtype, torch.device(device))
-            _, after, mu = layer.merged_in_memory()
-            assert after.qweight.device == mu.device == torch.device(device)
+            moved, mu = layer.count_steps()
+            assert moved.device == mu.device == torch.device(device)
     assert [launch.device.index for launch in launches.step] == [0, 0, 1, 1]
 
 

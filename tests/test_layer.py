@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import merge, run_main
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from LoTA import UserError
 from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder
-from LoTA.layer import CustomLoraLinear, register
+from LoTA.layer import CustomLoraLinear, adapter_state, register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
 from LoTA.ternary import Threshold
@@ -43,8 +44,8 @@ def with_adapter(folder, residual=True, randomize=True, **lora):
     return model.eval()
 
 
-def save(model, folder, gptq, residual=True):
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+def save(model, folder, gptq, residual=True, state_dict=None):
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
     source = GPTQFolder(gptq)
     LotaConfig(omega=OMEGA, residual=residual, bits=source.bits, group_size=source.group_size, rank=RANK,
                quantized_model_dir=str(gptq), fingerprint=source.fingerprint()).save(folder)
@@ -140,13 +141,35 @@ def test_live_equals_merged(quantize, tmp_path, flags, residual):
             packed.groups.g_idx]
         assert torch.equal(plain.round().to(torch.uint8), packed.weight_int)
         assert (module.adapter is not None) == residual
-        before, after, mu = layer.merged_in_memory()
-        assert torch.equal(after.qweight, packed.qweight)
-        assert torch.equal(before.qweight, GPTQFolder(gptq).packed(name).qweight)
+        moved, mu = layer.count_steps()
+        assert moved == (packed.weight_int != GPTQFolder(gptq).packed(name).weight_int).sum() > 0
         assert (mu is None) == (not residual) and (mu is None or torch.equal(mu, folder.offset(name)))
         weight, scaled = layer.evaluated(torch.float32)
         assert torch.equal(weight, module.dequantize_weight())
         assert not residual or torch.equal(scaled, folder.offset(name) * packed.scales.float())
+
+
+def test_int8_matrices_are_read_as_the_float_ones(quantize, tmp_path):
+    """A and B as int8: the same logits live and merged, and floats in memory. A plain PEFT LoRA reads them too."""
+    gptq = quantize(2)
+    model = with_adapter(gptq)
+    floats = save(model, tmp_path / "floats", gptq)
+    bytes_ = save(model, tmp_path / "bytes", gptq, state_dict=adapter_state(model))
+    tensors, wide = (load_file(folder / "adapter_model.safetensors") for folder in (bytes_, floats))
+    assert {t.dtype for t in tensors.values()} == {torch.int8} and {t.dtype for t in wide.values()} == {torch.float32}
+    assert all(torch.equal(tensors[name].float(), wide[name]) for name in wide) and tensors.keys() == wide.keys()
+    live = load_live(AdapterFolder(bytes_), gptq, dtype=torch.float32)
+    assert {p.dtype for name, p in live.named_parameters() if "lora_" in name} == {torch.float32}
+    assert torch.equal(logits(live), logits(model))
+    files = []
+    for folder in (bytes_, floats):
+        merge(folder, gptq, tmp_path / f"merged_{folder.name}")
+        files.append([f.read_bytes() for f in sorted((tmp_path / f"merged_{folder.name}").rglob("*.safetensors"))])
+    assert files[0] == files[1]
+    plain = PeftModel.from_pretrained(load(gptq), bytes_)
+    for name, p in plain.named_parameters():
+        if "lora_" in name:
+            assert p.dtype == torch.float32 and torch.equal(p, wide[name.replace(".default", "")])
 
 
 def test_lta_on_an_adapter_is_the_merged_folder(quantize, tmp_path):

@@ -12,7 +12,7 @@ from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from pairs import pairwise
 
 from LoTA import SUPPORTED_BITS, packing
-from LoTA.packing import count_different, pack_rows, step_at, unpack_rows, unpack_zeros, words_of
+from LoTA.packing import count_different, pack_rows, step_at, unpack_rows, unpack_zeros, values_at, words_of
 
 ANY_BITS = range(1, 9)          # what LoTA.packing is written for; GPTQModel's layer takes SUPPORTED_BITS only
 ROW_COUNTS = range(1, 98)       # whole words and parts of them, up to three units of 32 values and one value more
@@ -193,6 +193,7 @@ def test_step_at(bits):
     where = (torch.rand(rows, cols, generator=generator) < 0.5).nonzero(as_tuple=True)
     packed = oracle.pack_columns(values, bits)
     before = packed.clone()
+    assert torch.equal(values_at(packed, bits, *where), values[where])
     taken = step_at(packed, bits, *where, step[where].float())
     want = values.clone()
     want[where] = (values[where] + step[where]).clamp(0, maxq)

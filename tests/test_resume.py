@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ OLD = ROOT / "tests/fixtures/old"
 FLAGS = ("--mode", 1, "--quantized_model_dir", OLD / "gptq", "--pretrained", "base", "--data_dir", OLD / "data",
          "--training_data_name", "viggo", "--lora_r", 4, "--train_batch_size", 8, "--gradient_accumulation_steps", 2,
          "--debug_number", 40, "--dtype", "float32", "--device_map", "cpu", "--gradient_checkpointing", False,
-         "--max_steps", 12, "--save_number", 12, "--logging_steps", 3, "--prompt_layout", "system")
+         "--max_steps", 12, "--save_number", 12, "--save_total_limit", 12, "--logging_steps", 3, "--prompt_layout",
+         "system")
 FULL = ("--method", "lota", "--recipe", "full", "--interval_point", 1)
 METHODS = {
     "published": ("--method", "lota", "--interval_point", 2),
@@ -124,6 +126,53 @@ def test_loss_and_runtime_cover_the_whole_run(whole, tmp_path):
     assert rows[-1]["train_steps_per_second"] == pytest.approx(12 / rows[-1]["train_runtime"], abs=1e-3)
     outcome = LotaConfig.load(resumed).training
     assert 1000 < outcome["runtime_s"] < 1100 and outcome["peak_mb"] == 1e9 and "loss_sum" not in outcome
+
+
+def kinds(folder):
+    """{"A and B": the dtypes of these tensors, "others": those of all others} in an adapter folder."""
+    dtypes = {"A and B": set(), "others": set()}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        dtypes["A and B" if "weight" in name else "others"].add(tensor.dtype)
+    return dtypes
+
+
+def test_the_dtypes_on_disk(whole):
+    """Ternary matrices take a byte, also in checkpoints. All that is real stays float32, and so do other methods."""
+    for folder in (whole("full"), whole("full") / "checkpoint-5"):
+        assert kinds(folder) == {"A and B": {torch.int8}, "others": {torch.float32}}
+    for method in ("lora", "qalora"):
+        assert kinds(whole(method)) == {"A and B": {torch.float32}, "others": set()}
+
+
+def test_a_checkpoint_with_float_matrices_resumes(whole, tmp_path):
+    """As versions before wrote it."""
+    adapter = whole("full")
+    checkpoint = shutil.copytree(adapter / "checkpoint-5", tmp_path / "checkpoint-5")
+    file = checkpoint / "adapter_model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    forget_checksums(checkpoint)
+    resumed = train(tmp_path / "a", *FULL, "--adapter_ckpt", checkpoint)
+    assert sha256(resumed / "adapter_model.safetensors") == sha256(adapter / "adapter_model.safetensors")
+
+
+def test_the_newest_checkpoints_stay(whole, tmp_path):
+    """The resumed run may keep another number of them."""
+    adapter = train(tmp_path / "a", *FULL, "--adapter_ckpt", whole("full") / "checkpoint-5", "--save_total_limit", 2)
+    assert sorted(p.name for p in adapter.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-12"]
+    check_resumable(adapter / "checkpoint-11", LotaConfig.load(whole("full")))
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed(whole, tmp_path, monkeypatch):
+    """The newest is whole by then, and what is left of the old one is refused."""
+    def killed(folder):
+        raise RuntimeError("killed")
+    monkeypatch.setattr("LoTA.trainer.shutil", SimpleNamespace(rmtree=killed))
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tmp_path / "a", *FULL, "--save_total_limit", 1)
+    run, = (tmp_path / "a").iterdir()
+    with pytest.raises(UserError, match="it has no adapter_model.safetensors"):
+        check_resumable(run / "checkpoint-1", LotaConfig.load(whole("full")))
+    check_resumable(run / "checkpoint-2", LotaConfig.load(whole("full")))
 
 
 def test_logging_and_saving_follow_the_flags_of_the_resumed_run(whole, tmp_path):
@@ -245,6 +294,7 @@ def test_a_damaged_checkpoint_is_refused_before_training(whole, tmp_path, monkey
     tensors = load_file(file)
     module = AdapterFolder(checkpoint).modules[3]
     for name in [n for n in tensors if module in n and (part == "both" or part in n)]:
+        tensors[name] = tensors[name].float()           # A and B are int8, which holds no 0.5
         damage(tensors[name]) if damage else tensors.pop(name)
     save_file(tensors, file, {"format": "pt"})
     monkeypatch.setattr("transformers.Trainer.train", None)

@@ -445,6 +445,7 @@ REFUSED = [
     (("--quantized_model_dir", "{gptq}", "--source_max_len", 0), "--source_max_len must be"),
     (("--quantized_model_dir", "{gptq}", "--target_max_len", 0), "--target_max_len must be"),
     (("--quantized_model_dir", "{gptq}", "--save_number", 0), "--save_number must be"),
+    (("--quantized_model_dir", "{gptq}", "--save_total_limit", 0), "--save_total_limit must be at least 1, not 0"),
     (("--quantized_model_dir", "{gptq}", "--dtype", "float16"), "float16 is not supported"),
     (("--quantized_model_dir", "{gptq}", "--lora_dropout", 0.1), "--lora_dropout must be 0"),
     (("--quantized_model_dir", "{gptq}", "--max_steps", -1), "nothing to train"),

@@ -16,6 +16,7 @@ from LoTA.ternary import (
     Threshold,
     adapted_weight,
     check_settings,
+    count_steps,
     dequantize,
     is_merge,
     layer_gradients,
@@ -296,11 +297,14 @@ def test_merge(bits, layout, kappa, road):
                                           kappa)
     assert integers.dtype == torch.uint8 and torch.equal(integers.long(), want_integers)
     assert integers.max() <= 2**bits - 1 and torch.equal(layer.qweight, before)
+    moved, counted_mu = count_steps(case.A, case.B, layer, case.threshold())
+    assert moved == (want_integers != case.weight_int).sum() > 0 and torch.equal(layer.qweight, before)
     if kappa is None:
-        assert mu is None
+        assert mu is counted_mu is None
     else:
         assert mu.dtype == torch.float32 and bool(want_mu.any())
         within(mu, want_mu, 4 * UNIT[torch.float32] * want_mu.abs())
+        assert torch.equal(counted_mu, mu)
 
 
 @pytest.mark.parametrize("bits, layout, kappa, dtype, road", pairwise(
