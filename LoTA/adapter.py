@@ -81,16 +81,16 @@ class LTA(Adapter):
         return load_merged(merged, **kwargs)
 
     def set_offset(self, offset: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> None:
-        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]."""
+        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]. Keeps s * mu."""
         self.groups = Groups(g_idx, scales.shape[0])
-        self.offset, self.scales = offset, scales
+        self.offset = scaled_offset(offset, scales, torch.float32)
         self._ready = None              # (device, dtype, s * mu on that device in that dtype)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """out += (group sums of x) @ (s * mu), in place. x: [..., in]. out: [..., out]. Returns out."""
         if self._ready is None or self._ready[:2] != (x.device, x.dtype):
             self.groups.to(x.device)
-            self._ready = x.device, x.dtype, scaled_offset(self.offset, self.scales, x.dtype).to(x.device)
+            self._ready = x.device, x.dtype, self.offset.to(x.device, x.dtype)
         add_offset_(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), self._ready[2], self.groups)
         return out
 

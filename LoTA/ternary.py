@@ -220,20 +220,20 @@ def step_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Ten
                        torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(H @ B^T, A^T @ H, the sum of G * W over each group or None), all float32.
 
-    G = x^T @ grad_output [in, out] in the dtype of x, and H = s * G. x: [tokens, in]. grad_output: [tokens, out].
+    G = x^T @ grad_output [in, out] and H = s * G are in the dtype of x. x: [tokens, in]. grad_output: [tokens, out].
     weight: W [in, out]. Without it there is no third result, [groups, out].
     """
-    lora_A, lora_B = lora_A.float(), lora_B.float()
-    gradient = torch.mm(x.t(), grad_output, out=_workspace(packed.shape, x)).float()    # G, made H block by block
+    gradient = torch.mm(x.t(), grad_output, out=_workspace(packed.shape, x))        # G, made H block by block
     weight_sum = None if weight is None else torch.empty(packed.scales.shape, device=x.device)
-    for rows, first, last, size in packed.groups.blocks(lora_B.shape[1]):
-        block = gradient[rows].view(last - first, size, -1)
+    for rows, first, last, size in packed.groups.blocks(packed.shape[1]):
+        block = gradient[rows].view(last - first, size, -1).float()
         if weight is not None:
             weight_sum[first:last] = (block * weight[rows].view_as(block)).sum(1)
         block.mul_(packed.scales[first:last, None].float())
-        if not isinstance(rows, slice):
-            gradient[rows] = block.flatten(0, 1)
-    return gradient @ lora_B.t(), lora_A.t() @ gradient, weight_sum
+        if not isinstance(rows, slice) or gradient.dtype != torch.float32:          # else `block` is a part of it
+            gradient[rows] = block.flatten(0, 1).to(gradient.dtype)
+    lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
+    return float_product(gradient, lora_B.t()), float_product(lora_A.t(), gradient), weight_sum
 
 
 @torch.no_grad()
@@ -343,10 +343,11 @@ def product_dtype(rank: int, device: torch.device) -> torch.dtype:
 
 
 def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in float32. On a GPU the sums are float32 without a copy of a and b in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    """a @ b in float32, a and b of one dtype. On a CPU a 16-bit product is rounded to that dtype first.
+
+    It could not be had unrounded there without copies in float32, whose products take three times as long.
+    """
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else (a @ b).float()
 
 
 def _group_sums_of_delta_w(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
@@ -428,8 +429,12 @@ def _write_weight(weight: torch.Tensor, rows: Rows, integers: torch.Tensor, pack
         return
     integers.mul_(scales)
     if weight.dtype != torch.float32:
-        integers = integers.to(packed.scales.dtype)     # GPTQModel multiplies in this dtype
-    weight[rows] = integers.flatten(0, 1).to(weight.dtype)
+        # GPTQModel multiplies in this dtype. By way of float32, because torch converts float16 to bfloat16 slowly.
+        integers.copy_(integers.to(packed.scales.dtype))
+    if isinstance(rows, slice):
+        weight[rows].view_as(integers).copy_(integers)
+    else:
+        weight[rows] = integers.flatten(0, 1).to(weight.dtype)
 
 
 _workspaces: dict[torch.dtype, torch.Tensor] = {}
