@@ -476,16 +476,20 @@ def _formats(config: dict) -> set[str]:
     return {config[name] for name in ("checkpoint_format", "format") if config.get(name)}
 
 
-def copy_own_file(file: Path, folder: Path) -> None:
-    """Copies a file of a model folder into `folder`.
+def check_own_file(file: Path) -> None:
+    """Raises UserError for a link that leads out of the model folder, because its target may not be meant for others.
 
-    Raises UserError for a link that leads out of the model folder, because what lies elsewhere may not be meant for
-    others. The cache of the hub is an exception: its snapshots are links to its blobs.
+    The cache of the hub is an exception: its snapshots are links to its blobs.
     """
     root, target = file.parent.resolve(), file.resolve()
     own = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(place) for place in own):
         raise UserError(f"{file} is a link to a file outside of its folder; replace it by the file, or remove it")
+
+
+def copy_own_file(file: Path, folder: Path) -> None:
+    """Copies a file of a model folder into `folder`. Raises UserError as check_own_file() does."""
+    check_own_file(file)
     shutil.copyfile(file, folder / file.name)
 
 

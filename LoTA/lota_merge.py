@@ -43,6 +43,7 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
         MARKER,
         OFFSETS_FILE,
         MergedFolder,
+        check_own_file,
         copy_own_file,
         set_checkpoint_format,
     )
@@ -53,6 +54,7 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
         create_safetensors,
         files_below,
         overwrite_tensor,
+        rewrite_safetensors,
         whole_folder,
     )
     check_output_folder(output, MARKER)
@@ -65,25 +67,34 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
     merge_layer = layer_merger(adapter)
 
     with whole_folder(output, MARKER) as folder:
-        for item in tqdm([f for f in sorted(source.path.iterdir()) if f.is_file()], desc="copying", unit="file"):
-            copy_own_file(item, folder)
+        weights = sorted(set(source.file_of.values()))
+        for item in sorted(f for f in source.path.iterdir() if f.is_file()):
+            check_own_file(item) if item in weights else copy_own_file(item, folder)
         (folder / LOTA_SUBFOLDER).mkdir()
         if config.residual:
             create_safetensors(folder / LOTA_SUBFOLDER / OFFSETS_FILE, {
                 f"{module}.offset": (torch.float32, source.shape(f"{module}.scales")) for module in adapter.modules})
             set_checkpoint_format(folder, LOTA_FORMAT)
-        moved = Moved()
-        for module in tqdm(adapter.modules, desc="merging", unit="layer"):
-            packed = source.packed(module)
-            merged, offset = merge_layer(module, packed)
-            replaced = {"qweight": merged.qweight} | ({"scales": merged.scales} if config.learned_scales else {})
-            for tensor, values in replaced.items():
-                name = f"{module}.{tensor}"
-                overwrite_tensor(folder / source.file_of[name].name, name, values)
-            if offset is not None:
-                overwrite_tensor(folder / LOTA_SUBFOLDER / OFFSETS_FILE, f"{module}.offset", offset)
-            different = count_different(packed.qweight, merged.qweight, packed.bits)
-            moved.add(module, different, math.prod(packed.shape))
+        modules, different, sizes, moved = set(adapter.modules), {}, {}, Moved()
+        with tqdm(total=len(modules), desc="merging", unit="layer") as progress:
+            def merged_tensor(name: str) -> "torch.Tensor | None":
+                """What takes the place of a tensor of the GPTQ model; None where it stays."""
+                module, _, tensor = name.rpartition(".")
+                if module in modules and tensor == "scales" and config.learned_scales:
+                    return source.packed(module).rescaled(adapter.scale_change(module)).scales
+                if module not in modules or tensor != "qweight":
+                    return None
+                packed = source.packed(module)
+                merged, offset = merge_layer(module, packed)
+                if offset is not None:
+                    overwrite_tensor(folder / LOTA_SUBFOLDER / OFFSETS_FILE, f"{module}.offset", offset)
+                different[module] = count_different(packed.qweight, merged.qweight, packed.bits)
+                sizes[module] = math.prod(packed.shape)
+                progress.update()
+                return merged.qweight
+            written = {file.name: rewrite_safetensors(file, folder / file.name, merged_tensor) for file in weights}
+        for module in adapter.modules:
+            moved.add(module, different[module], sizes[module])
         record = replace(config, quantized_model_dir=str(source.path.resolve()), base_format=source.checkpoint_format,
                          training={**config.training, "moved": moved.shares()}, sha256={})
         record.save(folder / LOTA_SUBFOLDER)
@@ -91,7 +102,8 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
             verify_folders(adapter, source, MergedFolder(folder), merge_layer)
         write_merged_card(folder, Path(output).name, record, source.bits, source.group_size)
         names = [name for name in files_below(folder) if name != MARKER]
-        replace(record, sha256=checksums(folder, names)).save(folder / LOTA_SUBFOLDER)
+        written |= checksums(folder, [name for name in names if name not in written])
+        replace(record, sha256={name: written[name] for name in names}).save(folder / LOTA_SUBFOLDER)
     return moved.shares()
 
 

@@ -122,7 +122,8 @@ def count_different(packed: torch.Tensor, other: torch.Tensor, bits: int) -> int
     if packed.shape[0] != units * words:
         packed, other = (F.pad(p, (0, 0, 0, units * words - len(p))) for p in (packed, other))
     packed, other = (p.view(units, words, -1) for p in (packed, other))
-    differ = (packed != other).any(1)
+    differ = packed != other
+    differ = differ.any(1) if words > 1 else differ[:, 0]
     values = (unpack_rows(p.transpose(0, 1)[:, differ], bits, len(fields)) for p in (packed, other))
     return int(torch.count_nonzero(torch.ne(*values)))
 

@@ -15,7 +15,9 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
@@ -79,6 +81,7 @@ def write_json(path: str | Path, content: dict | list) -> None:
 # --- checksums ----------------------------------------------------------------------------------------------------
 
 CHUNK_BYTES = 1 << 22
+PENDING_CHUNKS = 16         # that rewrite_safetensors() has written and not yet hashed
 CARD = "README.md"
 # {what os.stat says of a file: its SHA-256}. It spares reading a large file again that this process has just hashed.
 _known: dict[tuple[int, ...], str] = {}
@@ -153,7 +156,7 @@ def require_unchanged(root: str | Path, recorded: dict[str, str], remedy: str) -
 # --- safetensors --------------------------------------------------------------------------------------------------
 # A safetensors file is the header's length (8 bytes, little endian), a JSON header, and the tensors' bytes:
 # https://github.com/huggingface/safetensors#format. The library writes all tensors of a file at once. A large model
-# would fill the memory that way, so these two functions write one tensor at a time.
+# would fill the memory that way, so these functions write one tensor at a time.
 
 def create_safetensors(file: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
     """Creates a safetensors file with room for `tensors`, {name: (dtype, shape)}, and zeros in it.
@@ -179,11 +182,56 @@ def overwrite_tensor(file: Path, name: str, tensor: torch.Tensor) -> None:
     with open(file, "r+b") as f:
         header_size, = struct.unpack("<Q", f.read(8))
         entry = json.loads(f.read(header_size))[name]
-        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
-        if entry["dtype"] != dtype or entry["shape"] != shape:
-            raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected {dtype} {shape}")
         f.seek(8 + header_size + entry["data_offsets"][0])
-        f.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        f.write(_bytes_of(tensor, file, name, entry))
+
+
+def rewrite_safetensors(source: Path, target: Path, replacement: Callable[[str], torch.Tensor | None]) -> str:
+    """Writes a safetensors file anew with some tensors replaced, from its first byte to its last. Returns its SHA-256.
+
+    replacement: (name of a tensor) -> what takes its place, on the CPU, or None where it stays. It is called once for
+    each tensor, in the order of the file. A thread hashes what was written while the next tensor is made.
+    Raises UserError where a dtype or a shape would change, and where the file is cut off.
+    """
+    digest, hashed = hashlib.sha256(), deque()
+
+    def write(data: memoryview | bytes) -> None:
+        new.write(data)
+        hashed.append(hashing.submit(digest.update, data))
+        if len(hashed) > PENDING_CHUNKS:            # so that few tensors are alive
+            hashed.popleft().result()
+
+    with open(source, "rb") as old, open(target, "wb") as new, ThreadPoolExecutor(1) as hashing:
+        size = old.read(8)
+        text = old.read(struct.unpack("<Q", size)[0])
+        write(size + text)
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            tensor = replacement(name)
+            if tensor is None:
+                for place in range(start, end, CHUNK_BYTES):
+                    size = min(CHUNK_BYTES, end - place)
+                    data = old.read(size)
+                    if len(data) < size:
+                        raise UserError(f"{source} is not whole: it ends before its last tensor")
+                    write(data)
+                continue
+            old.seek(end - start, os.SEEK_CUR)
+            data = _bytes_of(tensor, source, name, entry)
+            for place in range(0, len(data), CHUNK_BYTES):
+                write(data[place:place + CHUNK_BYTES])
+        for part in hashed:
+            part.result()
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor, file: Path, name: str, entry: dict) -> memoryview:
+    """The bytes of a tensor that takes the place of `name` in `file`. entry: what the file's header says of that."""
+    dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
+    if entry["dtype"] != dtype or entry["shape"] != shape:
+        raise UserError(f"{file}: {name} is {entry['dtype']} {entry['shape']}, expected {dtype} {shape}")
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def require_safetensors(folder: Path, wanted: str, stems: tuple[str, ...]) -> None:

@@ -28,7 +28,14 @@ from LoTA.export.shared import copy_files
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import PackedLayer
-from LoTA.storage import clear_leftovers, overwrite_tensor, temporary_folder, whole_folder
+from LoTA.storage import (
+    clear_leftovers,
+    overwrite_tensor,
+    rewrite_safetensors,
+    sha256,
+    temporary_folder,
+    whole_folder,
+)
 
 
 @pytest.fixture
@@ -664,3 +671,25 @@ def test_the_command(adapter, tmp_path):
     failed = run("--adapter", tmp_path / "nowhere", "--output", tmp_path / "merged2")
     assert failed.returncode == 1 and failed.stdout == "" and "Traceback" not in failed.stderr
     assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("chunk", [16, 1 << 22])
+def test_a_safetensors_file_is_written_anew(tmp_path, monkeypatch, chunk):
+    """One tensor is replaced, all others and the header stay. The SHA-256 is that of the file."""
+    monkeypatch.setattr("LoTA.storage.CHUNK_BYTES", chunk)
+    tensors = {name: torch.randn(5, 7, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
+    save_file(tensors, tmp_path / "old", metadata={"format": "pt", "by": "others"})
+    new, asked = torch.ones(5, 7), []
+
+    def replacement(name):
+        asked.append(name)
+        return new if name == "b" else None
+    digest = rewrite_safetensors(tmp_path / "old", tmp_path / "new", replacement)
+    save_file({**tensors, "b": new}, tmp_path / "wanted", metadata={"format": "pt", "by": "others"})
+    assert (tmp_path / "new").read_bytes() == (tmp_path / "wanted").read_bytes()
+    assert digest == sha256(tmp_path / "new") and sorted(asked) == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"b is F32 \[5, 7\], expected F16 \[5, 7\]"):
+        rewrite_safetensors(tmp_path / "old", tmp_path / "other", lambda name: new.half() if name == "b" else None)
+    (tmp_path / "cut").write_bytes((tmp_path / "old").read_bytes()[:-1])
+    with pytest.raises(UserError, match="cut is not whole: it ends before its last tensor"):
+        rewrite_safetensors(tmp_path / "cut", tmp_path / "other", lambda name: None)
