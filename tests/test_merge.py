@@ -678,14 +678,14 @@ def test_a_safetensors_file_is_written_anew(tmp_path, monkeypatch, chunk):
     """One tensor is replaced, all others and the header stay. The SHA-256 is that of the file."""
     monkeypatch.setattr("LoTA.storage.CHUNK_BYTES", chunk)
     tensors = {name: torch.randn(5, 7, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
-    save_file(tensors, tmp_path / "old", metadata={"format": "pt", "by": "others"})
+    save_file(tensors, tmp_path / "old", metadata={"by": "others"})
     new, asked = torch.ones(5, 7), []
 
     def replacement(name):
         asked.append(name)
         return new if name == "b" else None
     digest = rewrite_safetensors(tmp_path / "old", tmp_path / "new", replacement)
-    save_file({**tensors, "b": new}, tmp_path / "wanted", metadata={"format": "pt", "by": "others"})
+    save_file({**tensors, "b": new}, tmp_path / "wanted", metadata={"by": "others"})
     assert (tmp_path / "new").read_bytes() == (tmp_path / "wanted").read_bytes()
     assert digest == sha256(tmp_path / "new") and sorted(asked) == ["a", "b", "c"]
     with pytest.raises(UserError, match=r"b is F32 \[5, 7\], expected F16 \[5, 7\]"):
