@@ -3,11 +3,13 @@
     python benchmarks/merge.py            about 0.1, 0.6 and 1.9 billion weights, 4 bits, group 64, rank 64
     python benchmarks/merge.py --quick    0.03 billion; prints only
 
-Every merge runs in a process of its own, so that its peak memory is its own. Times are medians of runs that alternate.
+Every merge runs in a process of its own, so that its peak memory is its own. Each run begins with the files out of the
+page cache, as the first one of a user does. Times are medians of runs that alternate.
 """
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -35,6 +37,14 @@ def write_model(folder: Path, blocks: int, hidden: int, intermediate: int) -> di
     packed_bytes = sum(math.prod(size) for size in layers.values()) * BITS // 8
     write_gptq(folder, layers, BITS, GROUP, shards=-(-packed_bytes // SHARD_BYTES))
     return layers
+
+
+def forget(*folders: Path) -> None:
+    """Takes the files of folders out of the page cache."""
+    for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())                # pages that are still to be written stay
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def merge_once(adapter: str, gptq: str, output: str, verify: bool) -> None:
@@ -70,6 +80,7 @@ def main():
             seconds, peak = {name: [] for name in ("copy", *kinds)}, {}
             for turn in range(args.rounds + 1):
                 for name in seconds:
+                    forget(*work.iterdir())
                     if name == "copy":
                         start = time.perf_counter()
                         shutil.copytree(work / "gptq", work / "out")
