@@ -246,7 +246,7 @@ def make_threshold(omega: float, residual: bool, offset_scale: str) -> Threshold
 # What may differ between a checkpoint's settings and those that resume it. All other settings must be the same.
 MAY_DIFFER = {
     "adapter_ckpt", "adapter_path", "report_to", "logging_steps",                                   # what is written
-    "save_strategy", "save_number", "save_total_limit",
+    "save_strategy", "save_number", "save_total_limit", "loss_guard",
     "max_steps", "num_train_epochs",                                                                # how long it is
     "device_map", "flash_attn", "gradient_checkpointing", "trust_remote_code",                      # the device
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.

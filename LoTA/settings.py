@@ -183,6 +183,9 @@ class trainingConfig:
         "run", "steps", "when to save checkpoints: steps (see --save_number), epoch or no",
         choices=["steps", "epoch", "no"])
     save_number: int = setting("run", 10, "with --save_strategy steps: how many checkpoints a run writes at most")
+    loss_guard: bool = setting(
+        "run", True, "end a run whose logged loss is three times in a row beyond twice the first one, and beyond it by "
+        "a nat", off="let a run go on whose loss climbs")
     save_total_limit: int = setting(
         "run", 3, "how many checkpoints stay; older ones are removed when a newer one is whole, because all of a long "
         "run may fill the disk")

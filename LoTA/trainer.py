@@ -3,6 +3,7 @@
 Touches transformers, through the hooks that Trainer offers, PEFT's names of tensors, and the run's folder.
 """
 import errno
+import math
 import os
 import pickle
 import resource
@@ -36,6 +37,8 @@ from LoTA.folders import GPTQFolder
 from LoTA.layer import adapter_state
 from LoTA.monitor import Monitor, console_line
 from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
+
+CLIMBS = 3          # logged losses in a row that show a divergence
 
 
 class Run:
@@ -163,6 +166,8 @@ class RunTrainer(Trainer):
         self.before: dict = {}              # LotaConfig.training of the checkpoint that is resumed
         self.checkpoints = Checkpoints(self)
         self.add_callback(self.checkpoints)
+        if config.settings.get("loss_guard", True):
+            self.add_callback(LossGuard(remedy_for(config)))
 
     @property
     def interrupted(self) -> bool:
@@ -306,6 +311,33 @@ class LotaTrainer(RunTrainer):
             logs.pop("learning_rate")                               # t-SignSGD has none
             logs |= self.monitor.metrics(self.state.global_step)
         super().log(logs, *args, **kwargs)
+
+
+class LossGuard(TrainerCallback):
+    """Ends a run whose loss climbs, because a diverged adapter is worse than none and the hours go on.
+
+    A run has diverged where CLIMBS logged losses in a row are beyond twice the first one, and beyond it by a nat.
+    remedy: what the user may do. It reads Trainer's log, so a resumed run is judged by the first loss of the whole run.
+    """
+
+    def __init__(self, remedy: str):
+        self.remedy = remedy
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = [row["loss"] for row in state.log_history if "loss" in row]
+        limit = max(2 * losses[0], losses[0] + 1) if losses else math.inf
+        if "loss" in logs and len(losses) > CLIMBS and all(loss > limit for loss in losses[-CLIMBS:]):
+            raise UserError(f"the loss climbed from {losses[0]:.3g} to {losses[-1]:.3g} at step {state.global_step}: "
+                            f"{self.remedy}, or go on with --loss_guard False")
+
+
+def remedy_for(config: LotaConfig) -> str:
+    """What to do where a run of these settings diverged."""
+    if config.method != "LoTA":
+        return "lower --learning_rate"
+    if config.learned_offset or config.learned_scales:
+        return "lower --offset_lr and --scale_lr, or take --recipe published"
+    return "raise --sigma_start or --interval_point"
 
 
 class LogLastStep(TrainerCallback):

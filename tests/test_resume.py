@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from LoTA.check import check_folder
 from LoTA.folders import GPTQFolder
 from LoTA.lota_merge import merge_folders
 from LoTA.storage import sha256
-from LoTA.trainer import data_fingerprint
+from LoTA.trainer import LossGuard, data_fingerprint, remedy_for
 
 OLD = ROOT / "tests/fixtures/old"
 FLAGS = ("--mode", 1, "--quantized_model_dir", OLD / "gptq", "--pretrained", "base", "--data_dir", OLD / "data",
@@ -170,7 +171,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed(whole, tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match="killed"):
         train(tmp_path / "a", *FULL, "--save_total_limit", 1)
     run, = (tmp_path / "a").iterdir()
-    with pytest.raises(UserError, match="it has no adapter_model.safetensors"):
+    with pytest.raises(UserError, match="adapter_model.safetensors is missing"):
         check_resumable(run / "checkpoint-1", LotaConfig.load(whole("full")))
     check_resumable(run / "checkpoint-2", LotaConfig.load(whole("full")))
 
@@ -499,3 +500,40 @@ def test_learned_tensors_are_never_ignored(whole, tmp_path, part):
     (folder / "checkpoint-5/lota_config.json").unlink()
     with pytest.raises(UserError, match="learned offsets or scales, and no lota_config.json"):
         AdapterFolder(folder / "checkpoint-5")
+
+
+# --- diverged -----------------------------------------------------------------------------------------------------
+
+GUARDED = (*METHODS["full"], "--logging_steps", 1, "--save_strategy", "no", "--offset_lr", 5, "--scale_lr", 2)
+
+
+def test_a_run_whose_loss_climbs_is_ended(tmp_path, capsys):
+    """In one line that says what to lower, and without a folder. A flag lets it go on."""
+    remedy = "lower --offset_lr and --scale_lr, or take --recipe published, or go on with --loss_guard False"
+    with pytest.raises(UserError, match=rf"the loss climbed from .* to .* at step \d+: {remedy}"):
+        train(tmp_path / "a", *GUARDED)
+    assert not (tmp_path / "a").exists()
+    adapter = train(tmp_path / "b", *GUARDED, "--loss_guard", False)
+    losses = [row["loss"] for row in logged(adapter) if "loss" in row]
+    assert len(losses) == 12 and max(losses) > 2 * losses[0] + 1
+
+
+@pytest.mark.parametrize("losses, ends", [
+    ([1, 2.1, 2.1, 2.1], True), ([1, 2.1, 2.1], False), ([1, 9, 9, 0.9, 9], False), ([1, 2, 2, 2], False),
+    ([0.1, 0.9, 1, 0.9], False), ([0.1, 2, 2, 2], True), ([8, 15, 15, 15], False), ([8, 17, 17, 17], True),
+    ([5], False)])
+def test_what_is_a_climb(losses, ends):
+    """Three logs in a row beyond twice the first one, and beyond it by a nat."""
+    state = SimpleNamespace(log_history=[{"loss": loss} for loss in losses], global_step=7)
+    guard = LossGuard("do this")
+    with pytest.raises(UserError, match="do this") if ends else nullcontext():
+        guard.on_log(None, state, None, logs={"loss": losses[-1]})
+    guard.on_log(None, state, None, logs={"train_loss": 99})
+
+
+@pytest.mark.parametrize("record, remedy", [
+    (LotaConfig(method="LoRA"), "--learning_rate"), (LotaConfig(omega=3.0), "--sigma_start"),
+    (LotaConfig(omega=3.0, offset_scale="learned"), "--offset_lr"), (LotaConfig(omega=3.0, learned_scales=True),
+                                                                     "--scale_lr")])
+def test_the_remedy_fits_the_method(record, remedy):
+    assert remedy in remedy_for(record)
