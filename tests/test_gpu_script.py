@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
+import common
 import matplotlib
 import plot
 import pytest
@@ -136,6 +138,22 @@ def test_a_part_that_fails_is_named_and_the_next_one_runs(tmp_path):
     done = run_script("--rehearse", PYTHON=str(python), PARTS="optimizer generate")
     assert done.returncode == 1
     assert re.findall(r"^(\w+): FAILED", done.stdout, re.MULTILINE) == ["optimizer", "generate"]
+
+
+def test_results_go_where_out_says(tmp_path, monkeypatch):
+    """They name the device and GPTQModel's version."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    common.save("some", [{"a": 1}], quick=True)
+    assert not list(tmp_path.iterdir())
+    common.save("some", [{"a": 1}], quick=False)
+    file, = tmp_path.iterdir()
+    content = read_json(file)
+    assert content["rows"] == [{"a": 1}] and content["gptqmodel"] == version("gptqmodel") and content["device"]
+
+
+def test_the_stand_in_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(STAND_IN / "gptqmodel")
+    assert common.gptqmodel_version() == "stand-in"
 
 
 def test_every_device_with_results_is_drawn(tmp_path, monkeypatch):
