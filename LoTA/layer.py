@@ -94,12 +94,15 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         return self._groups
 
     def base_packed(self) -> PackedLayer:
-        """The base layer's integers with the scales of the checkpoint."""
+        """The base layer's integers with the scales of the checkpoint.
+
+        TorchLinear's qzeros hold z, as in gptq_v2, because GPTQModel adds the 1 to a folder in the format gptq when it
+        loads it. Its qzero_format() says 1 of a folder that is in gptq_v2 on disk.
+        """
         base = self.get_base_layer()
         if self._groups is not None:
             self._groups.to(base.qweight.device)
-        return PackedLayer(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits,
-                           "gptq" if base.qzero_format() == 1 else "gptq_v2", self._groups)
+        return PackedLayer(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits, "gptq_v2", self._groups)
 
     def packed(self) -> PackedLayer:
         """The base layer's integers with learned scales, where the adapter has them."""

@@ -17,11 +17,11 @@ from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import xxhash
-from datasets import Dataset
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from torch.utils.data import Sampler
@@ -37,6 +37,10 @@ from LoTA.folders import GPTQFolder
 from LoTA.layer import adapter_state
 from LoTA.monitor import Monitor, console_line
 from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
+
+# Not at run time, because LotaTrainer takes any sequence of rows, and then needs no datasets.
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CLIMBS = 3          # logged losses in a row that show a divergence
 
@@ -121,7 +125,7 @@ def training_arguments(base: baseConfig, training: trainingConfig, folder: Path)
 
 
 def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder,
-                  data: Dataset | None = None) -> LotaConfig:
+                  data: "Dataset | None" = None) -> LotaConfig:
     """The LotaConfig of a run with these completed settings. It goes into the adapter folder. data: tokenized rows."""
     fingerprint, fingerprint_all = folder.fingerprints()
     return LotaConfig(
@@ -142,7 +146,7 @@ def _absolute(name: str | Path | None) -> str | None:
     return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
 
 
-def data_fingerprint(data: Dataset) -> str:
+def data_fingerprint(data: "Dataset") -> str:
     """xxh3-128 over the tokens and labels of all rows, in their order. data: columns input_ids and labels."""
     digest = xxhash.xxh3_128()
     for rows in data.select_columns(["input_ids", "labels"]).iter(1000):

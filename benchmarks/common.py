@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -31,10 +32,19 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Device, versions and commit, for the JSON."""
+    """Device, versions and commit, for the JSON. gptqmodel: "stand-in" where benchmarks/stand_in/ takes its place."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {"device": device_name(), "python": platform.python_version(), "torch": torch.__version__,
-            "commit": commit.stdout.strip()}
+            "gptqmodel": gptqmodel_version(), "commit": commit.stdout.strip()}
+
+
+def gptqmodel_version() -> str | None:
+    """GPTQModel's version, "stand-in", or None where neither is there."""
+    try:
+        found = version("gptqmodel")
+    except PackageNotFoundError:
+        return None
+    return "stand-in" if found.endswith("stand.in") else found
 
 
 def synchronize() -> None:
@@ -93,10 +103,14 @@ def print_table(title: str, rows: list[dict]) -> None:
 
 
 def save(name: str, rows: list[dict], quick: bool) -> None:
-    """Writes benchmarks/results/{name}_{cpu or the GPU's name}.json. A quick run writes nothing."""
-    if quick:
-        return
+    """Writes {name}_{cpu or the GPU's name}.json into the folder OUT of the environment, or benchmarks/results.
+
+    A quick run writes nothing.
+    """
     device = torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"{name}_{device}.json"
+    path = Path(os.environ.get("OUT") or RESULTS) / f"{name}_{device}.json"
+    if quick:
+        print(f"\na run that is not quick would write {path.name}")
+        return
     write_json(path, {"benchmark": name, **environment(), "rows": rows})
-    print(f"\nsaved to {path.relative_to(ROOT)}")
+    print(f"\nsaved to {path}")

@@ -60,7 +60,7 @@ def measure(work: Path, shape: str, bits: int, backend: str, batches: list[int],
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--quick", action="store_true", help="the tiny shape, one batch; prints only")
+    parser.add_argument("--quick", action="store_true", help="the tiny shape, one batch, 8 new tokens; prints only")
     parser.add_argument("--shape", default="8B" if on_gpu else "60M", choices=SHAPES)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], help="[4 2]")
     parser.add_argument("--backend", nargs="+", default=["auto"], help="names of GPTQModel's BACKEND [auto]")
@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each model [5]")
     args = parser.parse_args()
     if args.quick:
-        args.shape, args.batch, args.bits, args.rounds = "tiny", [8], [4], 3
+        args.shape, args.batch, args.bits, args.rounds, args.new_tokens = "tiny", [8], [4], 3, 8
     rows = []
     for bits in args.bits:
         with tempfile.TemporaryDirectory() as work:

@@ -102,10 +102,10 @@ def step_time(shape: Shape, bits: int, omega: float, rounds: int) -> float:
     """Seconds of a training step as benchmarks/train_step.py times it."""
     import train_step
     train_step.OMEGA = omega
-    ids = torch.randint(10, shape.vocabulary, (8, 256))
+    batch = train_step.constant_batch(8, 256, shape.vocabulary)
     with tempfile.TemporaryDirectory() as work:
         folder = write_gptq_llama(Path(work) / "gptq", shape, bits, GROUP)
-        step = train_step.make_step(folder, "LoTA", torch.float32, ids, True)
+        step = train_step.make_steps(folder, "LoTA", torch.float32, batch, True)["whole"]
         return time_interleaved({"step": step}, rounds)["step"]
 
 

@@ -1,9 +1,10 @@
-"""Draws the figure of docs/speed.md from the JSON files in benchmarks/results/.
+"""Draws the figure of docs/speed.md from the JSON files in benchmarks/results/, and one of each GPU that has some.
 
-    python benchmarks/plot.py            -> benchmarks/results/performance_cpu.svg
-    python benchmarks/plot.py --device NAME     (the end of the JSON files' names)
+    python benchmarks/plot.py            -> benchmarks/results/performance_cpu.svg, performance_NVIDIA_H100_... .svg
+    python benchmarks/plot.py --device NAME     one device only (the end of the JSON files' names)
 """
 import argparse
+import re
 
 import matplotlib
 
@@ -42,17 +43,22 @@ def results(name, device):
     return read_json(path)["rows"] if path.exists() else []
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="the end of the JSON files' names [cpu]")
-    device = parser.parse_args().device
+def devices():
+    """The ends of the names of the layers' and training steps' JSON files: cpu, or a GPU's name."""
+    names = (re.fullmatch(r"(?:layer|train_step_[18]B)_(cpu|[A-Z].*)", path.stem) for path in RESULTS.glob("*.json"))
+    return sorted({name[1] for name in names if name})
+
+
+def draw(device):
+    """Writes the figure of one device."""
+    steps = [row for name in ("train_step", "train_step_1B", "train_step_8B") for row in results(name, device)]
     layer = [row for row in results("layer", device) if row["bits"] == 4 and row["peer"] != "lota, W' kept"]
     panels = [
         (layer, lambda r: f"{r['shape']}\n{r['tokens']} tokens", "peer", "step / bare",
          "One layer, forward + backward, 4 bits: time / bare products", 1),
         (layer, lambda r: f"{r['shape']}\n{r['tokens']} tokens", "peer", "memory_mb",
          "One layer, forward + backward, 4 bits: peak extra MB", None),
-        (results("train_step", device), lambda r: f"{r['shape']}, {r['bits']} bits", "method", "/ LoRA",
+        (steps, lambda r: f"{r['shape']}, {r['bits']} bits", "method", "/ LoRA",
          "Whole training step: time / LoRA", 1),
         (results("generate", device), lambda r: f"{r['shape']}, {r['bits']} bits\nbatch {r['batch']}", "model",
          "/ GPTQ", "Generation: tokens per second / bare GPTQ", 1)]
@@ -65,7 +71,16 @@ def main():
     figure.tight_layout()
     path = RESULTS / f"performance_{device}.svg"
     figure.savefig(path, metadata={"Date": None})
-    print(path.relative_to(RESULTS.parent.parent))
+    plt.close(figure)
+    print(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="the end of the JSON files' names [every device that has some]")
+    device = parser.parse_args().device
+    for name in [device] if device else devices():
+        draw(name)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def make_steps(folder: Path, method: str, dtype: torch.dtype, batch: Batch,
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--quick", action="store_true", help="the tiny shape, 4 bits; prints only")
+    parser.add_argument("--quick", action="store_true", help="the tiny shape, two rows, 4 bits; prints only")
     parser.add_argument("--shape", default="8B" if on_gpu else "60M", choices=SHAPES)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], help="[4 2]")
     parser.add_argument("--batch", type=int, default=16 if on_gpu else 8)
@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method [5]")
     args = parser.parse_args()
     if args.quick:
-        args.shape, args.bits, args.rounds = "tiny", [4], 3
+        args.shape, args.bits, args.rounds, args.batch = "tiny", [4], 3, 2
     if "LoRA" not in args.methods:
         parser.error("--methods needs LoRA, because it is the measure")
     shape = SHAPES[args.shape]

@@ -7,6 +7,7 @@ leaves the system turn out, because the model knows one task only and short sequ
 """
 import argparse
 import json
+from collections.abc import Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,8 +38,13 @@ def chat_template(data_name: str) -> str:
 
 def train_tokenizer(data_name: str, data_dir: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on the questions and answers of the train split."""
+    return tokenizer_of(data_name, load_rows(data_name, "train", data_dir), vocab_size)
+
+
+def tokenizer_of(data_name: str, rows: Iterable[dict], vocab_size: int) -> PreTrainedTokenizerFast:
+    """The same of these rows."""
     texts = []
-    for row in load_rows(data_name, "train", data_dir):
+    for row in rows:
         messages, answer = read_messages(data_name, row, "system")
         texts += [messages[-1]["content"], answer]
     bpe = Tokenizer(models.BPE())

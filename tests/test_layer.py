@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import merge, run_main
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_model import SHAPES, write_gptq_llama
 from safetensors.torch import load_file
 
-from LoTA import UserError
+from LoTA import SUPPORTED_BITS, UserError
 from LoTA.adapter import LTA, load_gptq, load_live
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder
@@ -78,6 +79,15 @@ def test_the_first_forward_is_the_quantized_model(gptq):
     A = next(iter(layers(fresh).values())).lora_A["default"].weight
     assert set(A.unique().tolist()) == {-1.0, 0.0, 1.0} and 0.3 < A.abs().mean() < 0.8
     torch.testing.assert_close(logits(fresh), logits(plain), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_a_folder_in_the_format_gptq_v2(tmp_path, bits):
+    """The live layers take its zero points as they are, because GPTQModel does."""
+    folder = write_gptq_llama(tmp_path / "gptq", SHAPES["tiny"], bits, 32)
+    assert GPTQFolder(folder).checkpoint_format == "gptq_v2"
+    torch.testing.assert_close(logits(with_adapter(folder, randomize=False)), logits(load(folder)), rtol=1e-5,
+                               atol=1e-5)
 
 
 def test_layer_against_the_oracle(gptq):
