@@ -158,6 +158,7 @@ def main():
     parser.add_argument("--omega", type=float, default=48.0, help="the threshold; the rank is 64 [48]")
     parser.add_argument("--output", default="layer", help="name of the JSON file [layer]")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="[4 3 2]")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="[bfloat16 on a GPU, else float32]")
     args = parser.parse_args()
     torch.compiler.set_stance("force_eager")        # GPTQModel's layer would be compiled, which takes long on a CPU
     if torch.cuda.is_available():
@@ -166,6 +167,8 @@ def main():
     else:
         device, dtype, tokens = "cpu", torch.float32, [512, 2048]
         shapes = [(2048, 2048), (2048, 5632)]
+    if args.dtype:
+        dtype = getattr(torch, args.dtype)
     if args.quick:
         shapes, tokens, args.bits, args.rounds = shapes[:1], tokens[:1], args.bits[:1], 3
     rows = []
