@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from LoTA import UserError
+from LoTA import IGNORE_INDEX, UserError
 from LoTA.row_files import READABLE, kind_of, read_rows, row_name
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]     # turns: {"role": "system", "user" or "assistant", "content": text}
 
-IGNORE_INDEX = -100                 # the label that torch's cross entropy leaves out
 # The first name that is found wins.
 SPLIT_NAMES = {"train": ("train", "training"),
                "test": ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(min(8, os.cpu_count() or 1)))
 
 SUPPORTED_BITS = (2, 3, 4, 8)       # bits of an integer weight; LoTA.packing is written for any number up to 8
+IGNORE_INDEX = -100         # the label of tokens that are no answer: torch's cross entropy leaves them out
 # What --recipe's values were called before. Flags and the files of old runs still have these names.
 OLD_RECIPE_NAMES = {"steps": "ternary", "grid": "scales", "learned": "full"}
 

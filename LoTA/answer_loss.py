@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-IGNORED = -100                  # the label of tokens that are no answer; transformers' and torch's value
+from LoTA import IGNORE_INDEX
+
 # The float32 logits of one chunk take at most so many bytes. The cross entropy and its gradient need a few tensors of
 # this size, so that about 1 GB is needed at once. At a vocabulary of 128,256 a chunk has 523 tokens, which still keep
 # a GPU busy.
@@ -45,7 +46,7 @@ def answer_loss(model: torch.nn.Module, labels: torch.Tensor, num_items_in_batch
                 **inputs) -> dict[str, torch.Tensor]:
     """{"loss": the loss that `model` returns for these inputs and labels}. For models with has_plain_loss().
 
-    labels: [batch, S], the input's tokens, or IGNORED. num_items_in_batch: what the sum over the answer tokens is
+    labels: [batch, S], the input's tokens, or IGNORE_INDEX. num_items_in_batch: what the sum over the answer tokens is
     divided by, as transformers does it; None: their number in this batch.
     The loss is a float32 scalar, equal to the model's own to rounding. Without an answer token it is 0, with a graph.
     """
@@ -58,8 +59,8 @@ def answer_loss(model: torch.nn.Module, labels: torch.Tensor, num_items_in_batch
 def sum_answer_losses(model: torch.nn.Module, labels: torch.Tensor, **inputs) -> tuple[torch.Tensor, int]:
     """(the sum of the answer tokens' cross entropies, a float32 scalar; n). The arguments are as in answer_loss()."""
     inner = causal_lm(model)
-    following = pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()     # the token that each hidden state predicts
-    places = (following != IGNORED).nonzero().squeeze(1)
+    following = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()     # the token that each hidden state predicts
+    places = (following != IGNORE_INDEX).nonzero().squeeze(1)
     count = len(places)
     if count == 0:                      # one ignored token, so that the loss has a graph and its gradients are 0
         places = places.new_zeros(1)
@@ -92,7 +93,7 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
 def _sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The sum of cross entropies in float32. logits: [..., vocabulary], one row for each of targets [n]."""
     logits = logits.reshape(len(targets), -1).float()
-    return cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class _Selection:

@@ -47,6 +47,7 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
         copy_own_file,
         set_checkpoint_format,
     )
+    from LoTA.packed import rescale
     from LoTA.packing import count_different
     from LoTA.storage import (
         check_output_folder,
@@ -69,7 +70,10 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
     with whole_folder(output, MARKER) as folder:
         weights = sorted(set(source.file_of.values()))
         for item in sorted(f for f in source.path.iterdir() if f.is_file()):
-            check_own_file(item) if item in weights else copy_own_file(item, folder)
+            if item in weights:
+                check_own_file(item)
+            else:
+                copy_own_file(item, folder)
         (folder / LOTA_SUBFOLDER).mkdir()
         if config.residual:
             create_safetensors(folder / LOTA_SUBFOLDER / OFFSETS_FILE, {
@@ -81,7 +85,7 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
                 """What takes the place of a tensor of the GPTQ model; None where it stays."""
                 module, _, tensor = name.rpartition(".")
                 if module in modules and tensor == "scales" and config.learned_scales:
-                    return source.packed(module).rescaled(adapter.scale_change(module)).scales
+                    return rescale(source.tensor(name), adapter.scale_change(module))
                 if module not in modules or tensor != "qweight":
                     return None
                 packed = source.packed(module)

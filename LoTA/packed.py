@@ -145,18 +145,22 @@ class PackedLayer:
 
     @torch.no_grad()
     def rescaled(self, scale_change: torch.Tensor) -> "PackedLayer":
-        """The same integers with learned scales s = base_scales * (1 + scale_change), scale_change [groups, out].
-
-        They are rounded to float16, because a GPTQ checkpoint holds float16 and training must compute with what will be
-        written. They never become 0, because the gradient of scale_change divides by s. Training the scales alone is
-        PEQA (https://arxiv.org/abs/2305.14152).
-        """
-        scales = (self.base_scales.float() * (1 + scale_change.float())).half()
-        scales.masked_fill_(scales == 0, SMALLEST_SCALE)
-        return self._with(self.qweight, scales)
+        """The same integers with learned scales, see rescale()."""
+        return self._with(self.qweight, rescale(self.base_scales, scale_change))
 
     def _with(self, qweight: torch.Tensor, scales: torch.Tensor) -> "PackedLayer":
         layer = PackedLayer(qweight, self.qzeros, scales, self.groups.g_idx, self.bits, self.checkpoint_format,
                             self.groups)
         layer.base_scales = self.base_scales
         return layer
+
+
+def rescale(scales: torch.Tensor, scale_change: torch.Tensor) -> torch.Tensor:
+    """Learned scales s = scales * (1 + scale_change), float16. All are [groups, out].
+
+    They are rounded to float16, because a GPTQ checkpoint holds float16 and training must compute with what will be
+    written. They never become 0, because the gradient of scale_change divides by s. Training the scales alone is PEQA
+    (https://arxiv.org/abs/2305.14152).
+    """
+    scales = (scales.float() * (1 + scale_change.float())).half()
+    return scales.masked_fill_(scales == 0, SMALLEST_SCALE)

@@ -202,9 +202,9 @@ def rewrite_safetensors(source: Path, target: Path, replacement: Callable[[str],
             hashed.popleft().result()
 
     with open(source, "rb") as old, open(target, "wb") as new, ThreadPoolExecutor(1) as hashing:
-        size = old.read(8)
-        text = old.read(struct.unpack("<Q", size)[0])
-        write(size + text)
+        length = old.read(8)
+        text = old.read(struct.unpack("<Q", length)[0])
+        write(length + text)
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]

@@ -3,7 +3,6 @@
 Touches transformers, through the hooks that Trainer offers, PEFT's names of tensors, and the run's folder.
 """
 import errno
-import math
 import os
 import pickle
 import resource
@@ -328,10 +327,13 @@ class LossGuard(TrainerCallback):
         self.remedy = remedy
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        losses = [row["loss"] for row in state.log_history if "loss" in row]
-        limit = max(2 * losses[0], losses[0] + 1) if losses else math.inf
-        if "loss" in logs and len(losses) > CLIMBS and all(loss > limit for loss in losses[-CLIMBS:]):
-            raise UserError(f"the loss climbed from {losses[0]:.3g} to {losses[-1]:.3g} at step {state.global_step}: "
+        if "loss" not in logs:          # the summary at the end
+            return
+        history = state.log_history
+        first = history[0]["loss"]
+        limit = max(2 * first, first + 1)
+        if len(history) > CLIMBS and all(row.get("loss", 0) > limit for row in history[-CLIMBS:]):
+            raise UserError(f"the loss climbed from {first:.3g} to {logs['loss']:.3g} at step {state.global_step}: "
                             f"{self.remedy}, or go on with --loss_guard False")
 
 

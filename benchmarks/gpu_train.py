@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import LoTA_QAF_main
-from data_print_save import encode_answer, fit_prompt, read_messages, set_seed
+from data_print_save import IGNORE_INDEX, encode_answer, fit_prompt, read_messages, set_seed
 from LoTA.adapter import load_for_training, load_live, load_merged
 from LoTA.adapter_folder import AdapterFolder
 from LoTA.answer_loss import answer_loss, sum_answer_losses
@@ -73,12 +73,12 @@ def make_rows(size: Size) -> tuple[list[dict], list[dict]]:
 
 
 def encode(tokenizer, rows: list[dict]) -> list[dict]:
-    """The rows as Trainer takes them: input_ids, and labels with -100 for the prompt."""
+    """The rows as Trainer takes them: input_ids, and labels with IGNORE_INDEX for the prompt."""
     encoded = []
     for row in rows:
         messages, answer = read_messages("viggo", row)
         source, target = fit_prompt(tokenizer, messages, 512)[0], encode_answer(tokenizer, answer)
-        encoded.append({"input_ids": source + target, "labels": [-100] * len(source) + target})
+        encoded.append({"input_ids": source + target, "labels": [IGNORE_INDEX] * len(source) + target})
     return encoded
 
 
@@ -184,7 +184,7 @@ def run(recipe: str, gptq: Path, work: Path, size: Size, data: tuple[list[dict],
     batch = collate(data[1][:BATCH]).to(DEVICE)
     labels = batch.pop("labels")
     with torch.inference_mode():
-        ours, theirs = (m(**batch).logits.float()[labels != -100] for m in (live, merged))
+        ours, theirs = (m(**batch).logits.float()[labels != IGNORE_INDEX] for m in (live, merged))
     return {"recipe": recipe, "bits": folder.bits, "weights": sum(math.prod(folder.packed(name).shape)
                                                                   for name in folder.modules), "steps": size.steps,
             "rows of a step": BATCH, "steps / s": size.steps / seconds, "peak MiB": peak, "loss before": before,
