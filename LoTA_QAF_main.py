@@ -47,11 +47,15 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
     from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable, config_of_checkpoint
-    from LoTA.export.card import write_adapter_card
-    from LoTA.layer import adapter_state
-    from LoTA.lota_merge import print_moved
-    from LoTA.storage import write_json
-    from LoTA.trainer import LotaTrainer, Run, RunTrainer, config_of_run, training_arguments
+    from LoTA.trainer import (
+        GridTrainer,
+        LotaTrainer,
+        Run,
+        RunTrainer,
+        config_of_run,
+        real_optimizer,
+        training_arguments,
+    )
     numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
                else (training.learning_rate, base.lora_r, base.lora_alpha))
     size, _ = folder.model_size(base.pretrained)
@@ -78,8 +82,10 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         model.print_trainable_parameters()
         common = {"model": model, "train_dataset": data, "args": arguments, "config": config,
                   "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)}
-        if base.lota_qaf:
-            trainer = LotaTrainer(ternary_optimizer(model, base, training), training.interval_point, **common)
+        if base.method == "lota":
+            trainer = LotaTrainer(ternary_optimizer(model, base, training), **common)
+        elif base.method == "lrqat":
+            trainer = GridTrainer(real_optimizer(model, base, training, arguments), **common)
         else:
             trainer = RunTrainer(**common)
         with layers_by_name(model):             # resuming loads an adapter too
@@ -89,24 +95,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
             raise UserError(f"interrupted at step {steps}; resume with --adapter_ckpt "
                             f"{run.folder / f'checkpoint-{steps}'}")
 
-        runtime, peak = trainer.runtime_and_peak()
-        if not run.writes:
-            return run.folder
-        outcome = {**config.training, "runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": steps,
-                   "loss": trainer.state.log_history[-1].get("train_loss")}
-        config.save(run.folder, complete=False)         # a run that is killed from here on leaves no half adapter
-        model.save_pretrained(str(run.folder), state_dict=adapter_state(model), save_embedding_layers=False)
-        write_json(run.folder / "log_history.json", trainer.state.log_history)
-        record = replace(config, training=outcome)
-        record.save_adapter(run.folder)
-        if base.lota_qaf:               # the adapter is on disk already, whatever becomes of its report
-            moved = trainer.monitor.moved.shares()
-            print_moved(moved)
-            record = replace(record, training={**outcome, "moved": moved})
-            record.save_adapter(run.folder)
-            trainer.monitor.write(run.folder, trainer.state.log_history)
-        final = run.finish(runtime, peak)
-        write_adapter_card(final, record)
+        final = trainer.save_finished(run)
     print(f"adapter saved to {final}")
     return final
 
@@ -115,14 +104,11 @@ def ternary_optimizer(model, base: baseConfig, training: trainingConfig):
     """A tSignSGD over A and B. It also steps an AdamW over mu and the scales, where these are learned."""
     import torch
 
+    from LoTA.trainer import trained_groups
     from t_signSGD import tSignSGD
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    rates = {"lora_offset": training.offset_lr * (2**base.w_bits - 1), "lora_scale": training.scale_lr}
-    real = [{"params": [(name, p) for name, p in trained if part in name], "lr": rate} for part, rate in rates.items()]
-    real = [group for group in real if group["params"]]
+    matrices, real = trained_groups(model, base, training)
     return tSignSGD(
-        [(name, p) for name, p in trained if "lora_A" in name or "lora_B" in name],
-        threshold_ratio=training.filter_ratio, min_grad=training.min_grad, filter_upper=training.filter_upper,
+        matrices, threshold_ratio=training.filter_ratio, min_grad=training.min_grad, filter_upper=training.filter_upper,
         momentum=training.momentum, real_optimizer=torch.optim.AdamW(real, weight_decay=0.0) if real else None)
 
 

@@ -24,10 +24,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from LoTA import UserError
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder, is_merged, reading, set_checkpoint_format
-from LoTA.layer import register
+from LoTA.layer import CustomLoraLinear, register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
 from LoTA.settings import baseConfig, target_layers
+from LoTA.steps import dither_from_fraction
 from LoTA.storage import read_json, temporary_folder
 from LoTA.ternary import add_offset_, scaled_offset
 
@@ -169,16 +170,16 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
 
 
 def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_torch", **kwargs) -> PeftModel:
-    """A PEFT model in evaluation mode: the adapter (LoTA, LoRA or QA-LoRA) unmerged on its GPTQ folder.
+    """A PEFT model in evaluation mode: the adapter, of any method, unmerged on its GPTQ folder.
 
-    kwargs go to load_gptq(). A LoTA adapter runs on the plain torch kernel's layers, whatever `backend` says.
-    Raises UserError where a file of the adapter has other bytes than those that were written.
+    kwargs go to load_gptq(). An adapter of LoTA or LR-QAT runs on the plain torch kernel's layers, whatever `backend`
+    says. Raises UserError where a file of the adapter has other bytes than those that were written.
     """
     adapter.require_whole()
     config, lora_config = adapter.config, LoraConfig.from_pretrained(adapter.path)
-    if config.method == "LoTA":
+    if config.in_grid:
         backend = "gptq_torch"
-        register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
+        register(lora_config, config.rule, config.learned_offset, config.learned_scales, config.dither)
     source = GPTQFolder(gptq)
     # PEFT only warns of tensors that it cannot place. None leaves it the model's own mapping.
     key_mapping = adapter.key_mapping(source) or None
@@ -201,8 +202,8 @@ def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) 
     pooling = {"use_qalora": True, "qalora_group_size": folder.group_size} if base.method == "qalora" else {}
     lora_config = LoraConfig(r=base.lora_r, lora_alpha=base.lora_alpha, lora_dropout=base.lora_dropout,
                              target_modules=targets, task_type=TaskType.CAUSAL_LM, **pooling)
-    if base.lota_qaf:
-        register(lora_config, config.threshold, config.learned_offset, config.learned_scales)
+    if config.in_grid:
+        register(lora_config, config.rule, config.learned_offset, config.learned_scales, config.dither)
     with layers_by_name(model):
         model = get_peft_model(model, lora_config)
     adapted = {name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -211,7 +212,32 @@ def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) 
         raise UserError(f"PEFT puts no adapter on {missed[0]} ({len(missed)} of {len(targets)} layers): leave "
                         f"{missed[0].rsplit('.', 1)[-1]} out of --lora_target_modules")
     print(coverage(adapted, folder.modules))
+    if config.dither == "fraction":
+        set_fractions(model, load_16bit(base.pretrained, "cpu", trust_remote_code=base.trust_remote_code))
     return model
+
+
+@torch.no_grad()
+def set_fractions(model: PeftModel, original: PreTrainedModel) -> None:
+    """Sets the dither of every layer to what GPTQ rounded away: W / s + z - W_int, cut to (-1/2, 1/2).
+
+    original: the 16-bit model that `model` was quantized from. Raises UserError where it has no such layer.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, CustomLoraLinear):
+            name = name.removeprefix(PREFIX)
+            try:
+                weight = original.get_submodule(name).weight
+            except AttributeError:
+                weight = None
+            packed = layer.base_packed()
+            if weight is None or tuple(weight.shape) != packed.shape[::-1]:
+                raise UserError(f"--dither fraction: the 16-bit model has no {name} of {packed.shape[1]} x "
+                                f"{packed.shape[0]}; name the model that was quantized with --pretrained")
+            g_idx = packed.groups.g_idx
+            grid = weight.t().float().to(g_idx.device) / packed.scales.float()[g_idx] + packed.zeros.float()[g_idx]
+            dither, = layer.lora_dither.values()
+            dither.copy_(dither_from_fraction(grid - packed.weight_int.float()))
 
 
 def coverage(adapted: set[str], quantized: Sequence[str]) -> str:

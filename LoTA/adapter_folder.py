@@ -13,6 +13,7 @@ from pydantic import Field
 from safetensors import safe_open
 
 from LoTA import OLD_RECIPE_NAMES, UserError
+from LoTA.steps import Rounding, Rule, Threshold, layer_seed, power_of_two
 from LoTA.storage import (
     checksums,
     read_json,
@@ -22,7 +23,6 @@ from LoTA.storage import (
     require_unchanged,
     write_json,
 )
-from LoTA.ternary import Threshold
 
 LOTA_CONFIG = "lota_config.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")        # what PEFT writes
@@ -31,12 +31,13 @@ STATE = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 PREFIX = "base_model.model."        # PEFT puts it before the name of every adapted layer
 # What the name of an adapter folder says: ..._int4_LoTA_48_0.950_0.999_alpaca_... Users put words before it and leave
 # numbers out.
-ADAPTER_NAME = re.compile(r"(?:^|[^a-z0-9])int(?P<bits>\d)_(?P<method>qa-lora|lota|lora)"
+ADAPTER_NAME = re.compile(r"(?:^|[^a-z0-9])int(?P<bits>\d)_(?P<method>qa-lora|lr-qat|lota|lora)"
                           r"_(?P<first>\d+(?:\.\d+)?(?:e-?\d+)?)"
                           r"(?:_[\d.]+){0,2}(?:_(?P<data_set>[^\W\d_][^_]*))?(?=_|$)", re.IGNORECASE)
-METHOD_NAMES = {"lota": "LoTA", "lora": "LoRA", "qa-lora": "QA-LoRA"}
+METHOD_NAMES = {"lota": "LoTA", "lora": "LoRA", "qa-lora": "QA-LoRA", "lr-qat": "LR-QAT"}
+IN_GRID = ("LoTA", "LR-QAT")        # the methods whose adapters are steps on the grid
 # The tensors of an adapter file: the layer, and which of its tensors it is.
-TENSOR_NAME = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_offset|lora_scale)")
+TENSOR_NAME = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_[AB]\.(?:weight|exponent)|lora_offset|lora_scale|lora_dither)")
 # Entries of adapter_config.json that change nothing in a trained adapter, because they say how it was initialized or
 # trained, or which layers it has, and the tensors say that too.
 WITHOUT_EFFECT = {
@@ -50,12 +51,14 @@ PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")      # the ot
 @dataclass(frozen=True)
 class LotaConfig:
     """lota_config.json: how an adapter was trained, and so how it must be read."""
-    method: Literal["LoTA", "LoRA", "QA-LoRA"] = "LoTA"
-    omega: float | None = None                  # None for LoRA and QA-LoRA
+    method: Literal["LoTA", "LoRA", "QA-LoRA", "LR-QAT"] = "LoTA"
+    omega: float | None = None                  # None for all but LoTA
     residual: bool = True                       # whether there is an offset mu
     # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter.
     offset_scale: Literal["omega", "paper", "learned"] = "omega"
     learned_scales: bool = False
+    # LR-QAT: what is added below the rounding. "noise" is made from the layer's name, "fraction" is in the adapter.
+    dither: Literal["none", "noise", "fraction"] = "none"
     bits: int | None = None
     group_size: int | None = None
     rank: int | None = None
@@ -76,14 +79,23 @@ class LotaConfig:
     format_version: int = 1
 
     @property
-    def threshold(self) -> Threshold:
-        """How a LoTA adapter's dW becomes a step and an offset. The baselines have no omega, and so no threshold."""
-        return make_threshold(self.omega, self.residual, self.offset_scale)
+    def in_grid(self) -> bool:
+        """Whether the adapter is a step on the grid, so that it has a rule."""
+        return self.method in IN_GRID
+
+    @property
+    def rule(self) -> Rule:
+        """How A and B become a step. For LR-QAT what differs from layer to layer is missing, see AdapterFolder.rule().
+
+        The baselines have none.
+        """
+        return (Rounding(scaling=1.0) if self.method == "LR-QAT" else
+                make_threshold(self.omega, self.residual, self.offset_scale))
 
     @property
     def learned_offset(self) -> bool:
         """Whether mu is a parameter of the adapter."""
-        return self.method == "LoTA" and self.residual and self.offset_scale == "learned"
+        return self.in_grid and self.residual and self.offset_scale == "learned"
 
     @property
     def template_date(self) -> str | None:
@@ -264,8 +276,8 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
         raise UserError(f"--adapter_ckpt {checkpoint} is not whole (it has no {LOTA_CONFIG}); "
                         "take an earlier checkpoint")
     saved = LotaConfig.load(checkpoint)
-    for name in ("method", "rank", "omega", "residual", "offset_scale", "learned_scales", "bits", "prompt_layout",
-                 "fingerprint"):
+    for name in ("method", "rank", "omega", "residual", "offset_scale", "learned_scales", "dither", "bits",
+                 "prompt_layout", "fingerprint"):
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with these settings: its {name} is "
                             f"{getattr(saved, name)}, not {getattr(config, name)}")
@@ -370,12 +382,16 @@ class AdapterFolder:
                 known = TENSOR_NAME.fullmatch(name)
                 if not known:
                     raise UserError(f"{self.file}: {name} is not supported, because a merge would leave it out; LoTA "
-                                    "reads lora_A, lora_B, lora_offset and lora_scale")
+                                    "reads lora_A, lora_B, lora_offset, lora_scale and lora_dither")
                 kinds[known["layer"]].add(known["kind"])
                 if known["kind"].endswith("weight") and len(tensors.get_slice(name).get_shape()) != 2:
                     raise UserError(f"{self.file}: {name} is no matrix")
+        self._has_exponents = any("lora_A.exponent" in found for found in kinds.values())
         for layer, found in kinds.items():
-            for kind in sorted({"lora_A.weight", "lora_B.weight"} - found):
+            wanted = {"lora_A.weight", "lora_B.weight"}
+            if self._has_exponents:
+                wanted |= {"lora_A.exponent", "lora_B.exponent"}
+            for kind in sorted(wanted - found):
                 raise UserError(f"{self.file} is not whole: {layer}.{kind} is missing")
             if layer.startswith(PREFIX) and layer.removeprefix(PREFIX) in kinds:
                 raise UserError(f"{self.file}: {layer} is there twice, with and without {PREFIX}")
@@ -383,13 +399,14 @@ class AdapterFolder:
 
     def _check_learned(self, kinds: dict[str, set[str]]) -> None:
         """Raises UserError unless exactly what the LotaConfig calls learned is there, for every layer."""
-        learned = {"lora_offset": self.config.learned_offset, "lora_scale": self.config.learned_scales}
+        learned = {"lora_offset": self.config.learned_offset, "lora_scale": self.config.learned_scales,
+                   "lora_dither": self.config.dither == "fraction"}
         for layer, found in kinds.items():
             for kind, wanted in learned.items():
                 # The published scripts learn neither, so what has them without a record is half of a folder of ours.
                 if kind in found and not wanted:
-                    raise UserError(f"{self.path} is not whole: it has learned offsets or scales, and no {LOTA_CONFIG} "
-                                    f"says that it was learned ({layer}.{kind}); take an earlier checkpoint")
+                    raise UserError(f"{self.path} is not whole: it has learned offsets or scales or a dither, and no "
+                                    f"{LOTA_CONFIG} says so ({layer}.{kind}); take an earlier checkpoint")
                 if wanted and kind not in found:
                     raise UserError(f"{self.file}: {layer}.{kind} is missing")
 
@@ -407,6 +424,8 @@ class AdapterFolder:
         method = METHOD_NAMES[named["method"].lower()] if named else "LoTA" if self._is_ternary() else "LoRA"
         if self.peft_config.use_qalora:
             method = "QA-LoRA"
+        if method == "LR-QAT":
+            raise UserError(f"{self.path} is not whole: an LR-QAT adapter cannot be read without {LOTA_CONFIG}")
         if method != "LoTA":
             omega = None
         elif named:
@@ -430,16 +449,29 @@ class AdapterFolder:
         """(A [in, r], B [r, out]) of one layer, in the file's dtype. A QA-LoRA adapter's A is [groups, r]."""
         return tuple(self._tensor(module, f"{matrix}.weight").t() for matrix in ("lora_A", "lora_B"))
 
-    def ternary_pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """matrices() of a LoTA adapter as float32. Raises UserError where an entry is not -1, 0 or 1.
+    def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [in, r], B [r, out]) of one layer, float32, as the rule takes them. Raises UserError where they are not.
 
-        The file has int8, or floats where an older version or the published scripts wrote it.
+        For LoTA the file has int8, or floats where an older version or the published scripts wrote it. For LR-QAT it
+        has int8 and an exponent, or floats in a checkpoint.
         """
         pair = tuple(matrix.float() for matrix in self.matrices(module))
+        if self.config.method == "LR-QAT":
+            if not self._has_exponents:
+                return pair
+            exponents = (self._tensor(module, f"{matrix}.exponent") for matrix in ("lora_A", "lora_B"))
+            return tuple(matrix * power_of_two(e) for matrix, e in zip(pair, exponents, strict=True))
         for matrix, letter in zip(pair, "AB", strict=True):
             if not bool(((matrix == 0) | (matrix.abs() == 1)).all()):
                 raise UserError(f"{self.file}: {letter} of {module} is not ternary; this is not a LoTA adapter")
         return pair
+
+    def rule(self, module: str) -> Rule:
+        """How A and B of one layer become a step. After check_match(), because noise goes by the model's names."""
+        if self.config.method != "LR-QAT":
+            return self.config.rule
+        return Rounding(self.scaling(module), layer_seed(module) if self.config.dither == "noise" else None,
+                        self._tensor(module, "lora_dither") if self.config.dither == "fraction" else None)
 
     def offset(self, module: str) -> torch.Tensor:
         """The learned mu of one layer, float32 [groups, out]."""
@@ -450,14 +482,14 @@ class AdapterFolder:
         return self._tensor(module, "lora_scale").float()
 
     def check_values(self) -> None:
-        """Reads every tensor. Raises UserError where one is not finite, or is not ternary in a LoTA adapter."""
+        """Reads every tensor. Raises UserError where one is not finite, or A or B are not what the rule takes."""
         with safe_open(self.file, "pt") as tensors:
             wrong = [name for name in tensors.keys() if not bool(tensors.get_tensor(name).isfinite().all())]
         if wrong:
             raise UserError(f"{self.file} is damaged: {min(wrong)} is not finite; take an earlier checkpoint")
-        if self.config.method == "LoTA":
+        if self.config.in_grid:
             for module in self.modules:
-                self.ternary_pair(module)
+                self.pair(module)
 
     def _tensor(self, module: str, kind: str) -> torch.Tensor:
         with safe_open(self.file, "pt") as tensors:
@@ -466,7 +498,7 @@ class AdapterFolder:
     def _is_ternary(self) -> bool:
         """Whether the first layer's matrices hold -1, 0, 1 only."""
         try:
-            return bool(self.modules) and self.ternary_pair(self.modules[0]) is not None
+            return bool(self.modules) and self.pair(self.modules[0]) is not None
         except UserError:
             return False
 
@@ -496,10 +528,12 @@ class AdapterFolder:
             if (rows, cols) != shape or not rank == other_rank == wanted:
                 raise UserError(f"{self.path} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "
                                 f"adapter {rows} x {cols} of rank {rank}")
-            for kind, learned in (("lora_offset", config.learned_offset), ("lora_scale", config.learned_scales)):
-                if learned and self._shape(module, kind) != (groups, width):
-                    raise UserError(f"{self.path} does not fit {source.path}: {module}.{kind} is not {groups} x "
-                                    f"{width}")
+            for kind, learned, wanted in (("lora_offset", config.learned_offset, (groups, width)),
+                                          ("lora_scale", config.learned_scales, (groups, width)),
+                                          ("lora_dither", config.dither == "fraction", shape)):
+                if learned and self._shape(module, kind) != wanted:
+                    raise UserError(f"{self.path} does not fit {source.path}: {module}.{kind} is not {wanted[0]} x "
+                                    f"{wanted[1]}")
         for fact, trained, given in (("bits", config.bits, source.bits),
                                      ("rows in a group", config.group_size, source.group_size)):
             if trained is not None and trained != given:

@@ -5,8 +5,9 @@ unpacked inside the kernel. One program handles one piece of a group, of at most
 It writes its tile of W and its part of the two sums that mu needs; torch adds up the parts. So the forward writes no
 [in, out] tensor but W, and a group of any size gives enough programs.
 
-The ternary product runs on the tensor cores: float16 factors and float32 sums are exact, because the entries are -1, 0,
-1. Without a GPU the kernels run under Triton's interpreter (set TRITON_INTERPRET=1 before this module is imported).
+The product runs on the tensor cores. Ternary factors take float16 and float32 sums, which are exact because the entries
+are -1, 0, 1. Fixed-point factors (--method lrqat) take int8 and int32 sums. Without a GPU the kernels run under
+Triton's interpreter (set TRITON_INTERPRET=1 before this module is imported).
 """
 import math
 
@@ -15,11 +16,12 @@ import triton
 import triton.language as tl
 
 from LoTA.packed import Groups, PackedLayer
-from LoTA.ternary import Threshold, float_product, offset_factor
+from LoTA.steps import Rounding, Rule, as_int32
+from LoTA.ternary import float_product, offset_factor
 
 MAX_ROWS = 64           # rows of one piece of a group; with 128 a thread runs out of registers at 3 bits, and spills
 BLOCK_COLS = 64         # outputs of one program
-BLOCK_RANK = 32         # columns of A, rows of B, of one tensor core product
+BLOCK_RANK = 32         # columns of A, rows of B, of one tensor core product; int8 products need at least 32
 LARGEST_INT32 = 2**31 - 1
 
 
@@ -35,43 +37,42 @@ def options(rows: int) -> dict:
 
 
 @torch.no_grad()
-def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer, threshold: Threshold,
+def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer, rule: Rule,
                    dtype: torch.dtype = torch.float32,
                    out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(W [in, out] = s * (W_int - z + W^), mu [groups, out] or None), as ternary.adapted_weight() describes them."""
     weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.qweight.device)
-    return weight, _launch_step(weight, lora_A, lora_B, packed, threshold)
+    return weight, _launch_step(weight, lora_A, lora_B, packed, rule)
 
 
 @torch.no_grad()
 def count_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
-                threshold: Threshold) -> tuple[torch.Tensor, torch.Tensor | None]:
+                rule: Rule) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(how many integers merge() would move, 0-dim int64; mu or None), as ternary.count_steps() describes them."""
     pieces, _ = _pieces(packed.groups)
     counts = torch.empty(packed.groups.count * pieces, triton.cdiv(packed.shape[1], BLOCK_COLS), dtype=torch.int32,
                          device=packed.qweight.device)
-    offset = _launch_step(counts, lora_A, lora_B, packed, threshold, counting=True)
+    offset = _launch_step(counts, lora_A, lora_B, packed, rule, counting=True)
     return counts.sum(), offset
 
 
 @torch.no_grad()
 def step_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
-                   packed: PackedLayer, weight: torch.Tensor | None = None) -> tuple[
+                   scales: torch.Tensor, groups: Groups, weight: torch.Tensor | None = None) -> tuple[
                        torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(H @ B^T, A^T @ H, the sum of G * W over each group or None), as ternary.step_gradients() describes them.
 
     G = x^T @ grad_output becomes H in place, in the dtype of x. The two products add up in float32.
     """
     gradient = x.t() @ grad_output
-    pieces, rows_block = _pieces(packed.groups)
-    cols, weighted = packed.shape[1], weight is not None
-    sums = torch.empty(packed.groups.count, pieces, cols, device=gradient.device) if weighted else gradient
+    pieces, rows_block = _pieces(groups)
+    cols, weighted = gradient.shape[1], weight is not None
+    sums = torch.empty(groups.count, pieces, cols, device=gradient.device) if weighted else gradient
     with torch.cuda.device_of(gradient):            # Triton launches on the current GPU; it must be the layer's
-        _gradient_kernel[packed.groups.count * pieces, triton.cdiv(cols, BLOCK_COLS)](
+        _gradient_kernel[groups.count * pieces, triton.cdiv(cols, BLOCK_COLS)](
             gradient, weight if weighted else gradient, sums,       # where unread, any tensor may stand in
-            packed.scales, _order(packed.groups), packed.groups.starts, cols, WEIGHTED=weighted,
-            SHUFFLED=packed.groups.order is not None, WIDE=_is_wide(packed), PIECES=pieces, ROWS=rows_block,
-            COLS=BLOCK_COLS, **options(rows_block))
+            scales, _order(groups), groups.starts, cols, WEIGHTED=weighted, SHUFFLED=groups.order is not None,
+            WIDE=_is_wide(gradient.shape), PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, **options(rows_block))
     lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
     return (float_product(gradient, lora_B.t()), float_product(lora_A.t(), gradient), sums.sum(1) if weighted else None)
 
@@ -87,33 +88,41 @@ def _order(groups: Groups) -> torch.Tensor:
     return groups.starts if groups.order is None else groups.order
 
 
-def _is_wide(packed: PackedLayer) -> bool:
-    """Whether an index into the layer's [in, out] tensors may pass int32."""
-    return packed.shape[0] * packed.shape[1] > LARGEST_INT32
+def _is_wide(shape: tuple[int, int]) -> bool:
+    """Whether an index into [in, out] tensors of this shape may pass int32."""
+    return shape[0] * shape[1] > LARGEST_INT32
 
 
 def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
-                 threshold: Threshold, counting: bool = False) -> torch.Tensor | None:
+                 rule: Rule, counting: bool = False) -> torch.Tensor | None:
     """Fills `out` [in, out] with W. Returns mu [groups, out], or None without kappa.
 
     counting: `out` [pieces of all groups, blocks of outputs] gets the number of steps of each program instead.
     """
     groups, (_, cols), rank = packed.groups, packed.shape, lora_B.shape[0]
     pieces, rows_block = _pieces(groups)
-    rank_block = min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
-    has_offset = threshold.kappa is not None
+    rounding, has_offset = isinstance(rule, Rounding), rule.kappa is not None
+    rank_block = BLOCK_RANK if rounding else min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
+    unit = divisors = dither = seed = None
+    if rounding:
+        factors = rule.factors(lora_A, lora_B)
+        lora_A, lora_B, unit = factors.A.to(torch.int8), factors.B.to(torch.int8), factors.unit
+        divisors, dither, seed = rule.divisors(packed), rule.dither, rule.seed
+    omega_floor = 0.0 if rounding else float(math.floor(rule.omega))
     # The sums of dW and of W^, for each piece of a group. Triton needs a tensor, so `out` stands in where it is unread.
     sums = torch.empty(2, groups.count, pieces, cols, device=out.device) if has_offset else out
     with torch.cuda.device_of(out):
         _step_kernel[groups.count * pieces, triton.cdiv(cols, BLOCK_COLS)](
             out, sums, lora_A, lora_B, packed.qweight, packed.qzeros, packed.scales, _order(groups), groups.starts,
-            *lora_A.stride(), *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
-            groups.count * pieces * cols, float(math.floor(threshold.omega)), BITS=packed.bits,
-            ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=has_offset, SHUFFLED=groups.order is not None,
-            WIDE=_is_wide(packed), COUNTING=counting, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, RANK=rank_block,
+            *(out if tensor is None else tensor for tensor in (unit, divisors, dither)), *lora_A.stride(),
+            *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
+            groups.count * pieces * cols, omega_floor, as_int32(seed or 0), BITS=packed.bits,
+            ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=has_offset, ROUNDING=rounding, NOISE=seed is not None,
+            DITHER=dither is not None, SHUFFLED=groups.order is not None, WIDE=_is_wide(packed.shape),
+            COUNTING=counting, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, RANK=rank_block,
             RANK_PIECES=triton.cdiv(rank, rank_block), **options(rows_block))
     # The parts are integers, so their sums are exact in any order.
-    return offset_factor(*sums.sum(2), groups.sizes, threshold) if has_offset else None
+    return offset_factor(*sums.sum(2), groups.sizes, rule) if has_offset else None
 
 
 # --- the kernels --------------------------------------------------------------------------------------------------
@@ -164,12 +173,36 @@ def _rows(program, order, starts, PIECES: tl.constexpr, ROWS: tl.constexpr, SHUF
 
 
 @triton.jit
-def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, starts, a_row, a_rank, b_rank, b_col,
-                 q_row, z_row, width, rank, sums_size, omega_floor, BITS: tl.constexpr, ONE_LESS: tl.constexpr,
-                 OFFSET: tl.constexpr, SHUFFLED: tl.constexpr, WIDE: tl.constexpr, COUNTING: tl.constexpr,
+def _noise(seed, place):
+    """noise() of LoTA.steps for the weights at `place`, int32."""
+    x = place.to(tl.uint32) ^ seed.to(tl.uint32, bitcast=True)
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x.to(tl.int32, bitcast=True) >> 24
+
+
+@triton.jit
+def _rounded(product, unit, divisor, dither, DITHERED: tl.constexpr):
+    """Rounding.step() of LoTA.steps: round(dW / s + u), float32. dither: u in steps of 1/256."""
+    # Triton's own division is approximate. div_rn rounds as IEEE says, and as torch does.
+    value = tl.math.div_rn(product.to(tl.float32) * tl.load(unit), divisor)
+    if DITHERED:
+        value += (dither.to(tl.float32) + 0.5) * 0.00390625
+    value = tl.minimum(tl.maximum(value, -256.0), 256.0)
+    # Adding 1.5 * 2**23 leaves no bits below 1, so that the sum is rounded to the nearest integer, ties to even.
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, starts, unit, divisors, dithers, a_row,
+                 a_rank, b_rank, b_col, q_row, z_row, width, rank, sums_size, omega_floor, seed, BITS: tl.constexpr,
+                 ONE_LESS: tl.constexpr, OFFSET: tl.constexpr, ROUNDING: tl.constexpr, NOISE: tl.constexpr,
+                 DITHER: tl.constexpr, SHUFFLED: tl.constexpr, WIDE: tl.constexpr, COUNTING: tl.constexpr,
                  PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
                  RANK_PIECES: tl.constexpr):
-    """Eq. 3 for one piece of a group and COLS outputs: writes W, or when COUNTING only how many steps it takes.
+    """The steps of one piece of a group and COLS outputs: writes W, or when COUNTING only how many steps it takes.
 
     When OFFSET, the sums of dW and of W^ over the piece go to sums [2, groups * PIECES, width].
     """
@@ -178,31 +211,47 @@ def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, star
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = cols < width
     tile = there[:, None] & inside[None, :]
-    delta_w = tl.zeros([ROWS, COLS], tl.float32)
+    if ROUNDING:
+        delta_w = tl.zeros([ROWS, COLS], tl.int32)
+    else:
+        delta_w = tl.zeros([ROWS, COLS], tl.float32)
     for piece in range(RANK_PIECES):
         k = piece * RANK + tl.arange(0, RANK)
         known = k < rank
         a = tl.load(lora_A + rows[:, None] * a_row + k[None, :] * a_rank, mask=there[:, None] & known[None, :], other=0)
         b = tl.load(lora_B + k[:, None] * b_rank + cols[None, :] * b_col, mask=known[:, None] & inside[None, :],
                     other=0)
-        delta_w = tl.dot(a.to(tl.float16), b.to(tl.float16), delta_w)
+        if ROUNDING:
+            delta_w = tl.dot(a, b, delta_w, out_dtype=tl.int32)
+        else:
+            delta_w = tl.dot(a.to(tl.float16), b.to(tl.float16), delta_w)
     integers = _bits_at(qweight, rows[:, None] * BITS, q_row, cols[None, :], tile, BITS).to(tl.float32)
-    step = tl.where(delta_w > omega_floor, 1.0, tl.where(delta_w < -omega_floor, -1.0, 0.0))
+    places = rows[:, None] * width + cols[None, :]
+    if ROUNDING:
+        dither = integers
+        if NOISE:
+            dither = _noise(seed, places)
+        if DITHER:
+            dither = tl.load(dithers + places, mask=tile, other=0)
+        divisor = tl.load(divisors + group * width + cols, mask=inside, other=1.0)
+        step = _rounded(delta_w, unit, divisor[None, :], dither, NOISE or DITHER)
+    else:
+        step = tl.where(delta_w > omega_floor, 1.0, tl.where(delta_w < -omega_floor, -1.0, 0.0))
     stepped = tl.minimum(tl.maximum(integers + step, 0.0), (1 << BITS) - 1.0)
     if OFFSET:
         place = sums + program * width + cols
         tl.store(place, tl.sum(delta_w, 0), mask=inside)
         tl.store(place + sums_size, tl.sum(stepped - integers, 0), mask=inside)
     if COUNTING:
-        taken = tl.sum(tl.abs(stepped - integers))      # exact, because it is at most ROWS * COLS
-        tl.store(out + program * tl.num_programs(1) + tl.program_id(1), taken.to(tl.int32))
+        taken = tl.sum((stepped != integers).to(tl.int32))
+        tl.store(out + program * tl.num_programs(1) + tl.program_id(1), taken)
     else:
         zeros = _zeros(qzeros, group, cols, z_row, inside, BITS, ONE_LESS)
         scale = tl.load(scales + group * width + cols, mask=inside, other=0)
         result = (stepped - zeros[None, :]) * scale.to(tl.float32)[None, :]
         if out.dtype.element_ty != tl.float32:
             result = result.to(scale.dtype)             # GPTQModel multiplies in this dtype
-        tl.store(out + rows[:, None] * width + cols[None, :], result.to(out.dtype.element_ty), mask=tile)
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=tile)
 
 
 @triton.jit

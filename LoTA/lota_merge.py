@@ -1,4 +1,4 @@
-"""Merges a trained adapter, LoTA or QA-LoRA, into its GPTQ model: folder in, folder out.
+"""Merges a trained adapter, LoTA, LR-QAT or QA-LoRA, into its GPTQ model: folder in, folder out.
 
     python -m LoTA.lota_merge --adapter ADAPTER --gptq GPTQ_MODEL --output MERGED
 
@@ -113,20 +113,20 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
 
 def layer_merger(adapter: "AdapterFolder") -> LayerMerger:
     """The function that merges one layer of this adapter."""
-    from LoTA.ternary import check_settings, merge
+    from LoTA.ternary import merge
     config = adapter.config
     if config.method == "QA-LoRA":
         return lambda module, packed: (packed, qalora_offset(*adapter.matrices(module), adapter.scaling(module), packed,
                                                              module))
 
-    def merge_ternary(module: str, packed: "PackedLayer") -> "tuple[PackedLayer, torch.Tensor | None]":
-        lora_A, lora_B = adapter.ternary_pair(module)
-        check_settings(lora_A.shape[1], config.threshold.omega, packed.groups.largest)
+    def merge_steps(module: str, packed: "PackedLayer") -> "tuple[PackedLayer, torch.Tensor | None]":
+        (lora_A, lora_B), rule = adapter.pair(module), adapter.rule(module)
+        rule.check(lora_A.shape[1], packed.groups.largest)
         if config.learned_scales:
             packed = packed.rescaled(adapter.scale_change(module))
-        merged, offset = merge(lora_A, lora_B, packed, config.threshold)
+        merged, offset = merge(lora_A, lora_B, packed, rule)
         return merged, adapter.offset(module) if config.learned_offset else offset
-    return merge_ternary
+    return merge_steps
 
 
 def qalora_offset(lora_A: "torch.Tensor", lora_B: "torch.Tensor", scaling: float, packed: "PackedLayer",
@@ -170,8 +170,8 @@ def verify_folders(adapter: "AdapterFolder", source: "GPTQFolder", merged: "Merg
         if config.method == "QA-LoRA":
             same = torch.equal(before.qweight, after.qweight) and torch.equal(offset, merge_layer(module, before)[1])
         else:
-            same = is_merge(*adapter.ternary_pair(module), before, after, None if config.learned_offset else offset,
-                            config.threshold)
+            same = is_merge(*adapter.pair(module), before, after, None if config.learned_offset else offset,
+                            adapter.rule(module))
             same &= not config.learned_offset or torch.equal(offset, adapter.offset(module))
         if config.learned_scales:
             untouched.remove("scales")

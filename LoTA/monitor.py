@@ -21,38 +21,44 @@ DETAILED_STEPS = 100    # detailed metrics are taken about so often in a run, be
 # 50 steps or more. Steps are counted and not timed, because a resumed run must look at the same ones.
 DISTANCE = 10
 SAMPLE_ROWS = 64        # |dW| is sampled on at least so many evenly spaced rows of a layer, or on all of fewer
+FINE = 16               # where dW is no integer, its histogram has so many bins for a step of the grid ...
+BINS = 64 * FINE        # ... and all that is beyond the last bin is in the last one
 
 
 class Monitor:
-    """Reads the ternary layers of a model while tSignSGD trains them.
+    """Reads the layers of a model whose adapters are steps on the grid, while an optimizer trains them.
 
+    omega: the threshold that |dW| is measured by. None: dW is rounded (LR-QAT), and |dW| is measured in grid steps.
     log_history: what Trainer logged before, in a resumed run. Its detailed metrics go on at the same distance.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, omega: float, num_steps: int,
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, omega: float | None, num_steps: int,
                  log_history: Sequence[dict] = ()):
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CustomLoraLinear)}
         self.optimizer, self.omega, self.num_steps = optimizer, omega, num_steps
+        self.unit = FINE if omega is None else omega        # what a number of the histogram is divided by
         self.interval = max(math.ceil(num_steps / DETAILED_STEPS), min(DISTANCE, num_steps // DISTANCE))
         # The step from which on detailed metrics are due.
         self.next_detailed = max((row["step"] + self.interval for row in log_history if "moved" in row), default=0)
         self.matrix_of = {id(p): matrix for layer in self.layers.values() for matrix in ("lora_A", "lora_B")
                           for p in getattr(layer, matrix).parameters()}
         # When the last detailed metrics were taken: what a merge would have moved, and how many sampled entries had
-        # |dW| = 0, 1, ... r.
+        # |dW| = 0, 1, ... r, or FINE times as much of it where it is no integer.
         self.moved: Moved | None = None
         self.histogram: list[int] = []
 
     def metrics(self, step: int) -> dict[str, float]:
         """The numbers of a logging step, for the console and any tracker.
 
-        sigma: of the last step. flips_A, flips_B: the entries that the last step moved. Steps at the interval, and the
-        last one, also have the detailed metrics.
+        With t-SignSGD: sigma of the last step, and flips_A and flips_B, the entries that the last step moved. Steps at
+        the interval, and the last one, also have the detailed metrics.
         """
-        flips = {"lora_A": 0, "lora_B": 0}
-        for p, count in zip(self.optimizer.flipped, to_host(self.optimizer.flipped.values()), strict=True):
-            flips[self.matrix_of[id(p)]] += int(count)
-        numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"]}
+        numbers = {}
+        if self.omega is not None:
+            flips = {"lora_A": 0, "lora_B": 0}
+            for p, count in zip(self.optimizer.flipped, to_host(self.optimizer.flipped.values()), strict=True):
+                flips[self.matrix_of[id(p)]] += int(count)
+            numbers = {"sigma": self.optimizer.current_sigma(), "flips_A": flips["lora_A"], "flips_B": flips["lora_B"]}
         if step >= self.next_detailed or step == self.num_steps:
             self.next_detailed = step + self.interval
             numbers |= self.detailed_metrics()
@@ -62,8 +68,9 @@ class Monitor:
     def detailed_metrics(self) -> dict[str, float]:
         """What the layers hold now. Also sets self.moved and self.histogram.
 
-        minus, zeros, plus: the shares of the entries of A and B that are -1, 0, 1.
-        dW_median, dW_99, dW_max: quantiles of |dW| / omega, over a sample of the rows of every layer.
+        minus, zeros, plus: the shares of the entries of A and B that are negative, 0 and positive.
+        dW_median, dW_99, dW_max: quantiles of |dW| / omega, or of |dW| in grid steps, over a sample of the rows of
+        every layer.
         mu: mean |mu| in grid steps. scales: mean |relative change| of learned scales.
         moved: the share of the integers that a merge would move. moved_PROJECTION: the same for one projection.
 
@@ -86,9 +93,9 @@ class Monitor:
         scales = sum("scale_change" in counted for counted in measured)
         shares = {"moved" if name == "all" else f"moved_{name}": share for name, share in self.moved.shares().items()}
         return {"minus": total["minus"] / entries, "zeros": 1 - (total["minus"] + total["plus"]) / entries,
-                "plus": total["plus"] / entries, "dW_median": quantile(self.histogram, 0.5) / self.omega,
-                "dW_99": quantile(self.histogram, 0.99) / self.omega,
-                "dW_max": quantile(self.histogram, 1.0) / self.omega, "mu": total["mu_sum"] / max(1, offsets),
+                "plus": total["plus"] / entries, "dW_median": quantile(self.histogram, 0.5) / self.unit,
+                "dW_99": quantile(self.histogram, 0.99) / self.unit,
+                "dW_max": quantile(self.histogram, 1.0) / self.unit, "mu": total["mu_sum"] / max(1, offsets),
                 "scales": total["scale_change"] / max(1, scales), **shares}
 
     def _measure(self, layer: CustomLoraLinear) -> dict[str, torch.Tensor]:
@@ -106,34 +113,40 @@ class Monitor:
     def _histograms(self) -> list[torch.Tensor]:
         """For each device that has layers, how many of their sampled entries have |dW| = 0, 1, ... r: int64 [r + 1].
 
-        r is the largest rank. Every row has bins of its own at first, because on a GPU millions of additions to a few
-        numbers would wait for each other. torch.bincount would make the CPU wait.
+        r is the largest rank. Where dW is no integer, FINE |dW| is cut to integers below BINS. Every row has bins of
+        its own at first, because on a GPU millions of additions to a few numbers would wait for each other.
+        torch.bincount would make the CPU wait.
         """
-        pairs = [layer.adapter_pair() for layer in self.layers.values()]
-        size, on_device = 1 + max(lora_B.shape[0] for _, lora_B in pairs), {}
-        for lora_A, lora_B in pairs:
-            rows = lora_A[::max(1, lora_A.shape[0] // SAMPLE_ROWS)]
-            magnitudes = (rows.float() @ lora_B.float()).abs_().long()
-            bins = torch.zeros(len(rows), size, dtype=torch.int32, device=rows.device)
+        size, on_device = BINS, {}
+        if self.omega is not None:
+            size = 1 + max(layer.adapter_pair()[1].shape[0] for layer in self.layers.values())
+        for layer in self.layers.values():
+            magnitudes = layer.sampled_delta_w(SAMPLE_ROWS).abs_()
+            if self.omega is None:
+                magnitudes.mul_(FINE).clamp_(max=BINS - 1)
+            magnitudes = magnitudes.long()
+            bins = torch.zeros(len(magnitudes), size, dtype=torch.int32, device=magnitudes.device)
             bins.scatter_add_(1, magnitudes, bins.new_ones(()).expand_as(magnitudes))
-            on_device[rows.device] = on_device.get(rows.device, 0) + bins.sum(0)
+            on_device[bins.device] = on_device.get(bins.device, 0) + bins.sum(0)
         return list(on_device.values())
 
     def write(self, folder: Path, log_history: list[dict]) -> None:
         """Writes metrics.jsonl, report.md and report.png. log_history: Trainer's, to the last step."""
-        rows = [row for row in log_history if "sigma" in row]
+        rows = [row for row in log_history if "loss" in row]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         draw(folder / "report.png", rows, self.moved.in_layer, self.histogram, self.omega)
+        ternary = self.omega is not None
         last = rows[-1]
-        verdict = ("**No integer weight moved.** All of the effect is in the offsets and scales: lower "
-                   "--interval_point, or see --recipe." if last["moved"] == 0 else
-                   f"{last['moved']:.4%} of the integer weights moved.")
+        remedy = "lower --interval_point, or see --recipe" if ternary else "raise --learning_rate, or see --dither"
+        verdict = (f"**No integer weight moved.** All of the effect is in the offsets and scales: {remedy}."
+                   if last["moved"] == 0 else f"{last['moved']:.4%} of the integer weights moved.")
         lines = ["# What this run did", "", verdict, "", "![](report.png)", "", "| at the last step | |", "|---|---|",
                  f"| step | {last['step']} |", f"| loss | {last['loss']:.4f} |",
-                 f"| entries of A and B that are -1, 0, 1 | {last['minus']:.1%}, {last['zeros']:.1%}, "
-                 f"{last['plus']:.1%} |",
-                 f"| median, 99 % and largest \\|dW\\| over omega | {last['dW_median']:.2f}, {last['dW_99']:.2f}, "
-                 f"{last['dW_max']:.2f} |", f"| mean \\|mu\\| in grid steps | {last['mu']:.4f} |",
+                 f"| entries of A and B that are {'-1, 0, 1' if ternary else 'negative, 0, positive'} | "
+                 f"{last['minus']:.1%}, {last['zeros']:.1%}, {last['plus']:.1%} |",
+                 f"| median, 99 % and largest \\|dW\\| {'over omega' if ternary else 'in grid steps'} | "
+                 f"{last['dW_median']:.2f}, {last['dW_99']:.2f}, {last['dW_max']:.2f} |",
+                 f"| mean \\|mu\\| in grid steps | {last['mu']:.4f} |",
                  f"| mean relative change of the scales | {last['scales']:.4f} |", "",
                  "| projection | integers moved |", "|---|---|",
                  *(f"| {name} | {share:.4%} |" for name, share in self.moved.shares().items()), ""]
@@ -143,13 +156,16 @@ class Monitor:
 def console_line(logs: dict, steps: str) -> str:
     """One line for the console, from what a step logged. steps: "done/all"."""
     parts = [f"step {steps}", *(f"{name} {logs[name]:{form}}" for name, form in (
-        ("loss", ".4f"), ("grad_norm", ".3g"), ("sigma", ".5f")) if name in logs),
-        f"flips A {logs['flips_A']} B {logs['flips_B']}"]
+        ("loss", ".4f"), ("grad_norm", ".3g"), ("learning_rate", ".3g"), ("sigma", ".5f")) if name in logs)]
+    ternary = "sigma" in logs
+    if ternary:
+        parts.append(f"flips A {logs['flips_A']} B {logs['flips_B']}")
     if "moved" in logs:
         by_projection = " ".join(f"{name.removeprefix('moved_').removesuffix('_proj')} {share:.3%}"
                                  for name, share in logs.items() if name.startswith("moved_"))
-        parts += [f"-1/0/1 {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
-                  f"|dW|/omega {logs['dW_median']:.2f} {logs['dW_99']:.2f} {logs['dW_max']:.2f}",
+        parts += [f"{'-1/0/1' if ternary else '-/0/+'} {logs['minus']:.0%}/{logs['zeros']:.0%}/{logs['plus']:.0%}",
+                  f"|dW|/{'omega' if ternary else 's'} {logs['dW_median']:.2f} {logs['dW_99']:.2f} "
+                  f"{logs['dW_max']:.2f}",
                   f"mu {logs['mu']:.3f}", f"scales {logs['scales']:.3f}",
                   f"moved {logs['moved']:.3%} ({by_projection})"]
     return "  ".join(parts)
@@ -181,10 +197,12 @@ def to_host(tensors: Iterable[torch.Tensor]) -> list:
     return values
 
 
-def draw(file: Path, rows: list[dict], moved_in_layer: dict[str, float], counts: list[int], omega: float) -> None:
+def draw(file: Path, rows: list[dict], moved_in_layer: dict[str, float], counts: list[int],
+         omega: float | None) -> None:
     """Draws four pictures: loss and sigma, flips, |dW| with omega, and the share moved by layer and projection.
 
-    counts: how many sampled entries have |dW| = 0, 1, ...
+    Where omega is None: loss and learning rate, the share moved by step, |dW| in grid steps, and the last one.
+    counts: how many sampled entries have |dW| = 0, 1, ..., or FINE |dW|.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -193,18 +211,27 @@ def draw(file: Path, rows: list[dict], moved_in_layer: dict[str, float], counts:
     steps = [row["step"] for row in rows]
     loss.plot(steps, [row["loss"] for row in rows], color="#1f6fb2")
     loss.set_ylabel("loss", color="#1f6fb2")
-    sigma = loss.twinx()
-    sigma.plot(steps, [row["sigma"] for row in rows], color="#d9822b")
-    sigma.set_ylabel("sigma", color="#d9822b")
-    for name, color in (("flips_A", "#7fb069"), ("flips_B", "#1f6fb2")):
-        flips.plot(steps, [row[name] for row in rows], label=f"{name[-1]}: entries moved in the step", color=color)
-    flips.set_yscale("symlog")
-    flips.legend(fontsize=8, frameon=False)
-    shown = range(int(max(quantile(counts, 1.0), omega)) + 2)
-    histogram.bar(shown, [counts[k] if k < len(counts) else 0 for k in shown], width=1.0, color="#9aa0a6")
-    histogram.axvline(omega, color="#b2182b")
+    schedule, second = ("sigma", "sigma") if omega is not None else ("learning_rate", "learning rate")
+    other = loss.twinx()
+    other.plot(steps, [row[schedule] for row in rows], color="#d9822b")
+    other.set_ylabel(second, color="#d9822b")
+    unit, border = (1, omega) if omega is not None else (FINE, 0.5)
+    if omega is not None:
+        for name, color in (("flips_A", "#7fb069"), ("flips_B", "#1f6fb2")):
+            flips.plot(steps, [row[name] for row in rows], label=f"{name[-1]}: entries moved in the step", color=color)
+        flips.set_yscale("symlog")
+        flips.legend(fontsize=8, frameon=False)
+        histogram.set_xlabel("|dW|; the line is omega: only what is beyond it can move an integer")
+    else:
+        looks = [row for row in rows if "moved" in row]
+        flips.plot([row["step"] for row in looks], [100 * row["moved"] for row in looks], color="#1f6fb2")
+        flips.set_ylabel("% of the integers moved")
+        histogram.set_xlabel("|dW| in grid steps; beyond the line it moves an integer without any dither")
+    shown = range(int(max(quantile(counts, 1.0), border * unit)) + 2)
+    histogram.bar([k / unit for k in shown], [counts[k] if k < len(counts) else 0 for k in shown], width=1 / unit,
+                  color="#9aa0a6")
+    histogram.axvline(border, color="#b2182b")
     histogram.set_yscale("log")
-    histogram.set_xlabel("|dW|; the line is omega: only what is beyond it can move an integer")
     columns = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in moved_in_layer))
     numbers = list(dict.fromkeys(_block(name) for name in moved_in_layer))
     table = [[math.nan] * len(columns) for _ in numbers]

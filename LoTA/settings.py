@@ -24,7 +24,8 @@ if typing.TYPE_CHECKING:
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LAYERS = "all"          # the value of --lora_target_modules that means every quantized layer but lm_head
 PROMPT_LAYOUTS = ("published", "system")
-METHODS = {"lota": "LoTA", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
+METHODS = {"lota": "LoTA", "lrqat": "LR-QAT", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
+IN_GRID = ("lota", "lrqat")             # those whose adapters are steps on the grid
 MAX_NEW_TOKENS = 512        # of an answer, where --max_new_tokens is not given and the model has room for them
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 
@@ -34,6 +35,13 @@ RECIPES = {
     "ternary": {"momentum": 0.9, "residual": False},
     "scales": {"momentum": 0.9, "residual": False, "learned_scales": True},
     "full": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True}}
+# The same for --method lrqat.
+LRQAT_RECIPES = {
+    "integers": {"residual": False},
+    "scales": {"residual": False, "learned_scales": True},
+    "full": {"offset_scale": "learned", "learned_scales": True}}
+# Defaults of --method lrqat for the flags that are not given, chosen in experiments/LOG.md.
+LRQAT_DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "max_grad_norm": 0.0}
 # For each bit width a recipe's omega, as a share of the rank, and its sigma at the start, chosen in experiments/LOG.md.
 # A finer grid gets a smaller omega, because more ternary steps are worth taking there. 8 bits take the row of 4.
 OMEGA_AND_SIGMA = {
@@ -48,7 +56,7 @@ GROUPS = {
     "data": ("mode 1: the data and the length of the run", None),
     "lota": ("mode 1: LoTA's optimizer", "omega is the threshold on |dW| in Eq. 3. sigma is the quantile of |gradient| "
                                          "above which an entry of A or B flips (Eq. 6)."),
-    "baseline": ("mode 1: the optimizer of LoRA and QA-LoRA", None),
+    "baseline": ("mode 1: the optimizer of LR-QAT, LoRA and QA-LoRA", None),
     "run": ("mode 1: the run itself", None),
     "model": ("mode 2: which model", None),
     "measure": ("mode 2: what is measured", None),
@@ -108,15 +116,21 @@ class baseConfig:
         shown="the folder's")
     lota_qaf: bool = setting("method", False, "True is the same as --method lota; the published scripts use this flag")
     method: str | None = setting(
-        "method", None, "lota: ternary adapters and t-SignSGD. lora: a baseline that does not merge. qalora: a "
-        "baseline that merges into an offset per group and output", choices=list(METHODS),
+        "method", None, "lota: ternary adapters and t-SignSGD. lrqat: a product in fixed point is rounded to steps of "
+        "any size on the grid. lora: a baseline that does not merge. qalora: a baseline that merges into an offset per "
+        "group and output", choices=list(METHODS),
         shown="lota with --lota_qaf True, else lora")
     lora_target_modules: list[str] = setting(
         "method", (ALL_LAYERS,), "the quantized layers that get an adapter, each by its name or the end of its name; "
         "all: every quantized layer but lm_head", shown=ALL_LAYERS)
     lora_r: int | None = setting("method", None, "the rank r", shown="64 below 30B parameters, else 32")
-    lora_alpha: int | None = setting("method", None, "LoRA's alpha; LoTA only records it", shown="2 r")
-    lora_dropout: float = setting("method", 0.0, "dropout of LoRA and QA-LoRA; LoTA has none")
+    lora_alpha: int | None = setting("method", None, "alpha: LR-QAT and the baselines multiply A B by alpha / r; LoTA "
+                                     "only records it", shown="2 r")
+    lora_dropout: float = setting("method", 0.0, "dropout of LoRA and QA-LoRA; LoTA and LR-QAT have none")
+    dither: str = setting(
+        "method", "noise", "LR-QAT: what is added below the rounding. noise: fixed pseudo-random numbers in "
+        "(-1/2, 1/2), so that steps begin with the first update. fraction: what GPTQ rounded away, from the 16-bit "
+        "--pretrained; the adapter then has a byte a weight. none: nothing", choices=["none", "noise", "fraction"])
     residual: bool = setting(
         "method", True, "LoTA: keep the offset factor mu (Eq. 4); mode 2 uses this flag for adapters without "
         "lota_config.json only", off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
@@ -125,7 +139,8 @@ class baseConfig:
         "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used",
         choices=["omega", "paper", "learned"])
     learned_scales: bool = setting(
-        "method", False, "LoTA: also train the scales of the groups; the merged model has them as its own scales")
+        "method", False, "LoTA, LR-QAT: also train the scales of the groups; the merged model has them as its own "
+        "scales")
     report_to: str = setting("run", "none", "trackers that get the metrics, such as tensorboard or wandb", several=True)
 
 
@@ -143,10 +158,12 @@ class trainingConfig:
         "data", 1024, "tokens of a prompt at most; a longer one loses the beginning of its question")
     target_max_len: int = setting(
         "data", 256, "tokens of an answer at most; a longer one loses its end and its end token")
-    recipe: str = setting(
-        "method", "published", "LoTA: defaults for the flags that are not given. published: the paper's. ternary: an "
-        "average of gradients decides, and there is no mu. scales: as ternary, and the scales are trained. full: as "
-        "scales, and mu is trained. ternary and scales merge into a plain GPTQ model", choices=list(RECIPES))
+    recipe: str | None = setting(
+        "method", None, "LoTA, LR-QAT: defaults for the flags that are not given. published: the paper's. ternary: an "
+        "average of gradients decides, and there is no mu. integers: LR-QAT's A and B alone. scales: as ternary or "
+        "integers, and the scales are trained. full: as scales, and mu is trained. ternary, integers and scales merge "
+        "into a plain GPTQ model", choices=list(RECIPES | LRQAT_RECIPES),
+        shown="published; with --method lrqat integers")
     interval_point: float | None = setting(
         "lota", None, "the threshold omega, in (0, r)",
         shown="0.75 r, so 48 at r = 64; other recipes choose by the bits")
@@ -165,14 +182,16 @@ class trainingConfig:
         "lota", 0.03, "AdamW's first learning rate for the relative change of learned scales; it falls linearly "
         "towards 0")
     optimizer_type: str = setting(
-        "baseline", "adamw_torch", "the optimizer of LoRA and QA-LoRA; LoTA always takes int_sign_sgd, which is "
-        "t-SignSGD", choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
-    learning_rate: float = setting("baseline", 1e-5, "learning rate")
-    lr_scheduler_type: str = setting("baseline", "constant", "learning rate schedule")
+        "baseline", "adamw_torch", "the optimizer; LoTA always takes int_sign_sgd, which is t-SignSGD",
+        choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
+    learning_rate: float = setting("baseline", 1e-5, "learning rate", shown="1e-05; with --method lrqat 0.001")
+    lr_scheduler_type: str = setting("baseline", "constant", "learning rate schedule",
+                                     shown="constant; with --method lrqat linear, towards 0")
     warmup_ratio: float = setting(
         "baseline", 0.03, "share of the steps in which the learning rate rises; the constant schedule has none")
     weight_decay: float = setting("baseline", 0.0, "weight decay")
-    max_grad_norm: float = setting("baseline", 0.3, "gradients are clipped to this norm; LoTA never clips")
+    max_grad_norm: float = setting("baseline", 0.3, "gradients are clipped to this norm; LoTA never clips",
+                                   shown="0.3; with --method lrqat 0, which clips nothing")
     gradient_checkpointing: bool = setting(
         "run", True, "recompute activations in the backward pass: less memory, more time",
         off="keep all activations for the backward pass: more memory, less time")
@@ -201,15 +220,15 @@ class evalConfig:
         "model", "gptq", "with --load_adapter none: gptq evaluates --quantized_model_dir, none evaluates the 16-bit "
         "--pretrained", choices=["gptq", "none"])
     merge: bool = setting(
-        "model", True, "merge a LoTA or QA-LoRA adapter before it is evaluated",
+        "model", True, "merge an adapter before it is evaluated, unless it is LoRA",
         off="evaluate the adapter live: unmerged, as it was trained")
     merged_path: str | None = setting("model", None, "where the merged model is kept", shown="a temporary folder")
     load_ada_interval: float | None = setting(
         "model", None, "omega of an adapter that says it neither in lota_config.json nor in a folder's name",
         shown="0.75 r, so 48 at r = 64")
     backend: str = setting(
-        "model", "auto", "GPTQModel's kernel, a value of its BACKEND such as gptq_torch; float32 and live LoTA "
-        "adapters always take gptq_torch")
+        "model", "auto", "GPTQModel's kernel, a value of its BACKEND such as gptq_torch; float32 and live adapters of "
+        "LoTA and LR-QAT always take gptq_torch")
     device: str | None = setting("model", None, "device of the evaluation", shown="--device_map's")
     ft_dataset_name: str = setting("measure", "none", "generate and score on this data set")
     max_new_tokens: int | None = setting(
@@ -247,7 +266,9 @@ def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequ
             raise UserError(f"there is no flag {unknown[0]}; --help lists all")
         return known
 
-    parser.set_defaults(**RECIPES[parse().recipe])      # a recipe's settings are defaults: a flag that is given wins
+    given = parse()                         # settings that go together are defaults: a flag that is given wins
+    parser.set_defaults(**(LRQAT_DEFAULTS if given.method == "lrqat" else {}),
+                        **recipes_of(given.method).get(given.recipe or default_recipe(given.method), {}))
     values = vars(parse())
     values["lora_target_modules"] = [name for names in values["lora_target_modules"] for name in split_names(names)]
     configs = (baseConfig, trainingConfig, evalConfig)
@@ -255,6 +276,15 @@ def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequ
         if isinstance(values[f.name], list):            # the flag was given
             values[f.name] = ",".join(split_names(" ".join(filter(None, values[f.name])))) or None
     return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
+
+
+def recipes_of(method: str | None) -> dict[str, dict]:
+    """{name of a recipe: its settings} of one method. None has LoTA's, because --lota_qaf True names no method."""
+    return LRQAT_RECIPES if method == "lrqat" else RECIPES
+
+
+def default_recipe(method: str | None) -> str:
+    return next(iter(recipes_of(method)))
 
 
 def split_names(text: str | None) -> list[str]:
@@ -339,8 +369,12 @@ def check_method(base: baseConfig, training: trainingConfig) -> None:
                         "one process with python; it spreads a large model over all GPUs")
     if base.lota_qaf and base.method not in (None, "lota"):
         raise UserError(f"--lota_qaf True contradicts --method {base.method}")
-    if training.recipe != "published" and not base.lota_qaf and base.method != "lota":
-        raise UserError(f"--recipe {training.recipe} is for ternary adapters: give --method lota too")
+    method = base.method or ("lota" if base.lota_qaf else "lora")
+    recipe = training.recipe or default_recipe(method)
+    if method in IN_GRID and recipe not in recipes_of(method):
+        raise UserError(f"--recipe {recipe} is none of --method {method}'s: {', '.join(recipes_of(method))}")
+    if method not in IN_GRID and recipe != default_recipe(method):
+        raise UserError(f"--recipe {recipe} is for steps on the grid: give --method lota or lrqat too")
 
 
 def complete_base(base: baseConfig, folder: "GPTQFolder") -> baseConfig:
@@ -375,6 +409,7 @@ def complete_training(base: baseConfig, training: trainingConfig,
     layout = base.prompt_layout or config_of_checkpoint(training.adapter_ckpt).prompt_layout
     base = replace(base, method=method, lota_qaf=method == "lota", lora_target_modules=targets, lora_r=rank,
                    lora_alpha=alpha, prompt_layout=layout)
+    training = replace(training, recipe=training.recipe or default_recipe(method))
     if method == "lota":
         omega_share, sigma = omega_and_sigma(training.recipe, folder.bits)
         training = replace(
@@ -424,29 +459,46 @@ def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFold
         raise UserError("--optimizer_type paged_adamw_32bit needs bitsandbytes: pip install bitsandbytes")
     if base.method == "qalora" and folder.group_size < 1:
         raise UserError(f"--method qalora needs a GPTQ model with groups, and {folder.path} has none")
+    if base.method in IN_GRID:
+        _check_steps(base, folder)
+    elif base.learned_scales:
+        raise UserError("--learned_scales trains beside steps on the grid: give --method lota or lrqat")
     if base.method == "lota":
         _check_lota(base, training, folder)
-    elif base.learned_scales:
-        raise UserError("--learned_scales trains beside ternary adapters: give --method lota")
     elif training.optimizer_type == "int_sign_sgd":
         raise UserError("--optimizer_type int_sign_sgd trains ternary adapters only: give --lota_qaf True")
+    if base.method == "lrqat":
+        _check_lrqat(base, folder)
+
+
+def _check_steps(base: baseConfig, folder: "GPTQFolder") -> None:
+    if base.lora_dropout:
+        raise UserError(f"--lora_dropout must be 0 with {METHODS[base.method]}: what is dropped could not be merged")
+    scales = folder.tensor(f"{folder.modules[0]}.scales")
+    if base.learned_scales and str(scales.dtype) != "torch.float16":
+        raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are {scales.dtype}")
+
+
+def _check_lrqat(base: baseConfig, folder: "GPTQFolder") -> None:
+    from LoTA.steps import Rounding
+    if base.residual and base.offset_scale != "learned":
+        raise UserError("--method lrqat has no mu that follows from A and B: give --residual False, or --recipe full, "
+                        "which trains mu")
+    if base.dither == "fraction" and base.pretrained is None:
+        raise UserError("--dither fraction is what GPTQ rounded away: name the 16-bit model with --pretrained")
+    Rounding(base.lora_alpha / base.lora_r).check(base.lora_r, max(1, folder.group_size))
 
 
 def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:
-    from LoTA.ternary import check_settings
-    if base.lora_dropout:
-        raise UserError("--lora_dropout must be 0 with LoTA: what is dropped could not be merged")
+    from LoTA.steps import Threshold
     for flag in ("filter_ratio", "min_grad", "filter_upper"):
         if not 0 < getattr(training, flag) < 1:
             raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")
     if not 0 <= training.momentum < 1:
         raise UserError(f"--momentum must lie in [0, 1), not {training.momentum}")
-    scales = folder.tensor(f"{folder.modules[0]}.scales")
-    if base.learned_scales and str(scales.dtype) != "torch.float16":
-        raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are {scales.dtype}")
     if base.offset_scale == "learned" and not base.residual:
         raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
-    check_settings(base.lora_r, training.interval_point, max(1, folder.group_size))
+    Threshold(training.interval_point, None).check(base.lora_r, max(1, folder.group_size))
 
 
 # --- mode 2 -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The method of LoTA-QAF as functions of tensors: ternary adapters on a GPTQ layer. Needs torch only.
+"""The method as functions of tensors: adapters whose product is a step on a GPTQ layer's grid. Needs torch only.
 
 Chen et al., "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-Tuning", https://arxiv.org/abs/2505.18724
 
@@ -6,13 +6,16 @@ Chen et al., "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-
     s, z    scales, zeros [groups, out] per group of input rows
     A, B    lora_A [in, r], lora_B [r, out]  entries -1, 0, 1
     dW      delta_w     [in, out]      A @ B, integers in -r ... r
-    W^      ternary     [in, out]      -1, 0, 1: the step each weight takes on its grid      (Eq. 3)
+    W^      step        [in, out]      -1, 0, 1: the step each weight takes on its grid      (Eq. 3)
     mu      offset      [groups, out]  what the steps left over, moved into the zero factor  (Eq. 4)
     omega   the threshold of Eq. 3, in (0, r)
     kappa   the divisor of Eq. 4's group mean: omega in the published scripts, 1 in the paper
 
     W       weight      [in, out]      s * (W_int - z + W^)
     y       x @ W + (group sums of x) @ (s * mu), which is x @ (s * (W_int - z + W^ + mu))
+
+That is LoTA-QAF. How A and B become W^ is a rule, and LoTA.steps has another one too, that of --method lrqat. Its A, B
+and dW are real numbers, its W^ are integers of any size, and its mu is a parameter or left out. The rest is the same.
 
 Scales may be learned: s = s_base * (1 + scale_change), where s_base is the checkpoint's.
 
@@ -21,51 +24,24 @@ usual mu is smaller. A merged model computes y so too, because its integers have
 merged models do the same operations in the same order, and their outputs are equal bit for bit in every dtype.
 
 Three facts make the computation exact and cheap.
-1. All sums over A and B are sums of integers. They are exact in float32 in any order, so every device and every
-   blocking gives the same integers and the same mu.
+1. All sums over A and B are sums of integers, times a power of two with --method lrqat. They are exact in float32 in
+   any order, so every device and every blocking gives the same integers and the same mu.
 2. The group sums of dW need the group sums of A only: (sum_i A_i) @ B, [groups, r] @ [r, out]. So mu's part in the
    gradients of A and B costs no product of the layer's size.
 3. |dW_ij| is at most the number of non-zero entries in row i of A, and in column j of B. At omega = 0.75 r few weights
    can step. On a CPU only the rows and columns that can are multiplied.
 """
-import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 
-from LoTA import UserError
 from LoTA.packed import Groups, PackedLayer, Rows
 from LoTA.packing import step_at, values_at
+from LoTA.steps import Rule, Threshold
 
-EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 ...
-EXACT_IN_BFLOAT16 = 2**8            # ... and in bfloat16
 SPARSE_SHARE = 1 / 8                # where at most this share of the weights can step, only those are computed
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """How dW becomes a step and an offset.
-
-    omega: the threshold of Eq. 3. kappa: the divisor of Eq. 4's group mean; None leaves Eq. 4's offset out.
-    """
-    omega: float
-    kappa: float | None
-
-
-def check_settings(rank: int, omega: float, largest_group: int) -> None:
-    """Raises UserError where omega or the rank leave the range in which the method is defined and exact.
-
-    largest_group: the rows of the largest group, because sums over a group must be exact too.
-    """
-    if not 0 < omega < rank:
-        raise UserError(f"omega (--interval_point) must lie in (0, r): it is {omega:g}, the rank is {rank}")
-    if rank * largest_group > EXACT_IN_FLOAT32:
-        raise UserError(f"rank {rank} is too large: rank x rows of a group is {rank * largest_group}, and float32 adds "
-                        f"up integers exactly to {EXACT_IN_FLOAT32} only")
 
 
 # --- the equations ------------------------------------------------------------------------------------------------
@@ -75,15 +51,6 @@ def ternarize_(weight: torch.Tensor) -> torch.Tensor:
     """Rounds `weight` in place to -1, 0, 1 with the threshold 0.75 * mean|weight|. Returns it."""
     delta = 0.75 * weight.abs().mean()
     return weight.copy_((weight > delta).to(weight.dtype) - (weight < -delta).to(weight.dtype))
-
-
-def ternary_step(delta_w: torch.Tensor, omega: float) -> torch.Tensor:
-    """Eq. 3 before its boundary check: +1 where dW > omega, -1 where dW < -omega, else 0. Float32, of dW's shape.
-
-    dW holds integers, so "above omega" means "above floor(omega)". The dtype of product_dtype() holds floor(omega)
-    exactly, because floor(omega) < r.
-    """
-    return F.hardshrink(delta_w, math.floor(omega)).float().sign_()
 
 
 def offset_factor(delta_w_sum: torch.Tensor, ternary_sum: torch.Tensor, sizes: torch.Tensor,
@@ -97,7 +64,7 @@ def offset_factor(delta_w_sum: torch.Tensor, ternary_sum: torch.Tensor, sizes: t
 
 
 @torch.no_grad()
-def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer, threshold: Threshold,
+def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer, rule: Rule,
                    dtype: torch.dtype = torch.float32,
                    out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(W [in, out] = s * (W_int - z + W^) in `dtype`, Eq. 4's mu float32 [groups, out] or None).
@@ -106,15 +73,15 @@ def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLay
     the dtype of the scales first. out: [in, out], where W shall be written; it decides the dtype then.
     """
     weight = out if out is not None else torch.empty(packed.shape, dtype=dtype, device=packed.scales.device)
-    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, threshold)
-    steps = _sparse_steps(lora_A, lora_B, threshold.omega)
+    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, rule)
+    steps = _sparse_steps(lora_A, lora_B, rule)
     if steps is not None:
-        merged, offset = _take_sparse_steps(steps, delta_w_sum, packed, threshold)
+        merged, offset = _take_sparse_steps(steps, delta_w_sum, packed, rule)
         for rows, first, last, size in packed.groups.blocks(packed.shape[1]):
             _write_weight(weight, rows, merged.integers(rows).view(last - first, size, -1), packed, first, last)
         return weight, offset
     offset = None if delta_w_sum is None else torch.empty_like(delta_w_sum)
-    for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, threshold):
+    for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, rule):
         _write_weight(weight, rows, stepped, packed, first, last)
         if offset is not None:
             offset[first:last] = mu
@@ -148,15 +115,15 @@ def layer_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 @torch.no_grad()
 def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
-          threshold: Threshold) -> tuple[PackedLayer, torch.Tensor | None]:
+          rule: Rule) -> tuple[PackedLayer, torch.Tensor | None]:
     """Eq. 5: (the layer whose integers took the adapter's steps, mu float32 [groups, out] or None)."""
-    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, threshold)
-    steps = _sparse_steps(lora_A, lora_B, threshold.omega)
+    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, rule)
+    steps = _sparse_steps(lora_A, lora_B, rule)
     if steps is not None:
-        return _take_sparse_steps(steps, delta_w_sum, packed, threshold)
+        return _take_sparse_steps(steps, delta_w_sum, packed, rule)
     qweight = packed.qweight.clone()
-    offset = torch.empty(packed.scales.shape, device=qweight.device) if threshold.kappa is not None else None
-    for rows, first, last, _, taken, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, threshold):
+    offset = torch.empty(packed.scales.shape, device=qweight.device) if rule.kappa is not None else None
+    for rows, first, last, _, taken, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, rule):
         taken = taken.flatten(0, 1)
         row, cols = taken.nonzero(as_tuple=True)        # row is relative to the block
         in_layer = row + rows.start if isinstance(rows, slice) else rows[row]
@@ -168,21 +135,21 @@ def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
 
 @torch.no_grad()
 def count_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
-                threshold: Threshold) -> tuple[torch.Tensor, torch.Tensor | None]:
+                rule: Rule) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(how many integers merge() would move, 0-dim int64 on their device; mu as merge() gives it).
 
     It packs no integer, and the CPU waits for no device.
     """
-    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, threshold)
-    steps = _sparse_steps(lora_A, lora_B, threshold.omega)
+    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, packed, rule)
+    steps = _sparse_steps(lora_A, lora_B, rule)
     if steps is not None:
         rows, cols, step = steps
         old = values_at(packed.qweight, packed.bits, rows, cols)
         taken = (old + step.long()).clamp_(0, packed.maxq) - old
-        return torch.count_nonzero(taken), _offset_of_sparse_steps(rows, cols, taken, delta_w_sum, packed, threshold)
+        return torch.count_nonzero(taken), _offset_of_sparse_steps(rows, cols, taken, delta_w_sum, packed, rule)
     count = torch.zeros((), dtype=torch.int64, device=packed.qweight.device)
     offsets = []
-    for _, _, _, _, taken, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, threshold):
+    for _, _, _, _, taken, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, rule):
         count += torch.count_nonzero(taken)
         offsets.append(mu)
     return count, None if delta_w_sum is None else torch.cat(offsets)
@@ -190,13 +157,13 @@ def count_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
 
 @torch.no_grad()
 def is_merge(lora_A: torch.Tensor, lora_B: torch.Tensor, before: PackedLayer, after: PackedLayer,
-             offset: torch.Tensor | None, threshold: Threshold) -> bool:
+             offset: torch.Tensor | None, rule: Rule) -> bool:
     """Whether the integers of `after`, and `offset`, are what merge() makes of `before`. Looks at every weight."""
-    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, before, threshold)
+    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, before, rule)
     return (offset is None) == (delta_w_sum is None) and all(
         torch.equal(stepped.flatten(0, 1), after.integers(rows))
         and (mu is None or torch.equal(mu, offset[first:last]))
-        for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, before, threshold))
+        for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, before, rule))
 
 
 @torch.no_grad()
@@ -216,20 +183,21 @@ def dequantize(packed: PackedLayer, offset: torch.Tensor | None = None,
 
 @torch.no_grad()
 def step_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
-                   packed: PackedLayer, weight: torch.Tensor | None = None) -> tuple[
+                   scales: torch.Tensor, groups: Groups, weight: torch.Tensor | None = None) -> tuple[
                        torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(H @ B^T, A^T @ H, the sum of G * W over each group or None), all float32.
 
-    G = x^T @ grad_output [in, out] and H = s * G are in the dtype of x. x: [tokens, in]. grad_output: [tokens, out].
-    weight: W [in, out]. Without it there is no third result, [groups, out].
+    G = x^T @ grad_output [in, out] and H = scales * G are in the dtype of x. x: [tokens, in]. grad_output: [tokens,
+    out]. scales: float32 [groups, out]. weight: W [in, out]. Without it there is no third result, [groups, out].
     """
-    gradient = torch.mm(x.t(), grad_output, out=_workspace(packed.shape, x))        # G, made H block by block
-    weight_sum = None if weight is None else torch.empty(packed.scales.shape, device=x.device)
-    for rows, first, last, size in packed.groups.blocks(packed.shape[1]):
+    shape = x.shape[1], grad_output.shape[1]
+    gradient = torch.mm(x.t(), grad_output, out=_workspace(shape, x))               # G, made H block by block
+    weight_sum = None if weight is None else torch.empty(scales.shape, device=x.device)
+    for rows, first, last, size in groups.blocks(shape[1]):
         block = gradient[rows].view(last - first, size, -1).float()
         if weight is not None:
             weight_sum[first:last] = (block * weight[rows].view_as(block)).sum(1)
-        block.mul_(packed.scales[first:last, None].float())
+        block.mul_(scales[first:last, None])
         if not isinstance(rows, slice) or gradient.dtype != torch.float32:          # else `block` is a part of it
             gradient[rows] = block.flatten(0, 1).to(gradient.dtype)
     lora_A, lora_B = lora_A.to(gradient.dtype), lora_B.to(gradient.dtype)
@@ -238,7 +206,7 @@ def step_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Ten
 
 @torch.no_grad()
 def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
-                    packed: PackedLayer, threshold: Threshold, backend: ModuleType, learned_offset: bool = False,
+                    packed: PackedLayer, rule: Rule, backend: ModuleType, learned_offset: bool = False,
                     weight: torch.Tensor | None = None, offset: torch.Tensor | None = None) -> tuple[
                         torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of A [in, r], B [r, out], a learned mu and a learned scale_change [groups, out], in this order.
@@ -249,19 +217,24 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
 
         dL/d(mu) = s * P                                                     None where there is no mu
         dL/d(dW) = H + dL/d(mu) / (kappa * n)                                without the last part where mu is learned
+
+    With Rounding dW is in units of the weights, so that H = G. A and B are the fixed-point ones.
+
         dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)
         dL/d(scale_change) = ((sum of G * W over the group) / s + P * mu) * s_base
 
     The last one needs `weight`, W [in, out], and `offset`, mu where there is one. It is None without `weight`. Rounding
     s to float16 is straight-through too. backend: the module whose step_gradients() computes.
     """
-    grad_A, grad_B, weight_sum = backend.step_gradients(x, grad_output, lora_A, lora_B, packed, weight)
     groups, scales, grad_offset = packed.groups, packed.scales.float(), None
-    if learned_offset or threshold.kappa is not None:
+    lora_A, lora_B = rule.values(lora_A, lora_B)
+    grad_A, grad_B, weight_sum = backend.step_gradients(x, grad_output, lora_A, lora_B, rule.gradient_scales(packed),
+                                                        groups, weight)
+    if learned_offset or rule.kappa is not None:
         group_product = float_product(groups.sum_columns(x).t(), grad_output)
         grad_offset = group_product * scales
-    if threshold.kappa is not None:
-        mean = grad_offset / (threshold.kappa * groups.sizes[:, None])
+    if rule.kappa is not None:
+        mean = grad_offset / (rule.kappa * groups.sizes[:, None])
         grad_A += (mean @ lora_B.float().t())[groups.g_idx]
         grad_B.addmm_(groups.sum(lora_A.float()).t(), mean)
     if weight_sum is not None:
@@ -274,7 +247,7 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
 
 # --- the layer ----------------------------------------------------------------------------------------------------
 
-class TernaryLinear(torch.autograd.Function):
+class GridLinear(torch.autograd.Function):
     """y [..., out] = layer_output() of x [..., in] with W and mu of A and B, and the straight-through gradients.
 
     Only x, A, B and a learned mu are saved for the backward. W is formed again there, because it is as large as the
@@ -288,27 +261,27 @@ class TernaryLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
-                load_packed: Callable[[], PackedLayer], threshold: Threshold,
+                load_packed: Callable[[], PackedLayer], rule: Rule,
                 backend: ModuleType = sys.modules[__name__], learned_offset: torch.Tensor | None = None,
                 scale_change: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
         packed = load_packed()
-        weight, offset = backend.adapted_weight(lora_A, lora_B, packed, threshold, x.dtype, _workspace(packed.shape, x))
+        weight, offset = backend.adapted_weight(lora_A, lora_B, packed, rule, x.dtype, _workspace(packed.shape, x))
         offset = offset if learned_offset is None else learned_offset
         ctx.save_for_backward(x, lora_A, lora_B, learned_offset)
-        ctx.load_packed, ctx.threshold, ctx.backend = load_packed, threshold, backend
+        ctx.load_packed, ctx.rule, ctx.backend = load_packed, rule, backend
         scaled = None if offset is None else scaled_offset(offset, packed.scales, x.dtype)
         return layer_output(x.flatten(0, -2), weight, bias, scaled, packed.groups).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
         x, lora_A, lora_B, learned_offset = ctx.saved_tensors
-        packed, threshold, backend = ctx.load_packed(), ctx.threshold, ctx.backend
+        packed, rule, backend = ctx.load_packed(), ctx.rule, ctx.backend
         shape, x = x.shape, x.flatten(0, -2)
         grad_output = grad_output.to(x.dtype).flatten(0, -2)        # the dtypes differ under autocast
         grad_x = grad_A = grad_B = grad_offset = grad_scale_change = weight = offset = None
         scales_learn = any(ctx.needs_input_grad[7:8])   # a slice, because an argument left out has no entry
         if ctx.needs_input_grad[0] or scales_learn:
-            weight, offset = backend.adapted_weight(lora_A, lora_B, packed, threshold, x.dtype,
+            weight, offset = backend.adapted_weight(lora_A, lora_B, packed, rule, x.dtype,
                                                     None if scales_learn else _workspace(packed.shape, x))
             offset = offset if learned_offset is None else learned_offset
         if ctx.needs_input_grad[0]:
@@ -321,26 +294,13 @@ class TernaryLinear(torch.autograd.Function):
             weight = None       # used up, so that W and x^T @ grad_output never need memory at the same time
         if any(ctx.needs_input_grad[1:8]):
             grad_A, grad_B, grad_offset, grad_scale_change = layer_gradients(
-                x, grad_output, lora_A, lora_B, packed, threshold, backend, learned_offset is not None, weight, offset)
+                x, grad_output, lora_A, lora_B, packed, rule, backend, learned_offset is not None, weight, offset)
             grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
             grad_offset = None if learned_offset is None else grad_offset.to(learned_offset.dtype)
         return grad_x, grad_A, grad_B, None, None, None, grad_offset, grad_scale_change, None
 
 
 # --- how it is computed -------------------------------------------------------------------------------------------
-
-def product_dtype(rank: int, device: torch.device) -> torch.dtype:
-    """The fastest dtype in which A @ B, integers in -r ... r, is exact.
-
-    That is bfloat16 up to r = 256 where the hardware multiplies it, else float32.
-    """
-    if rank > EXACT_IN_BFLOAT16:
-        return torch.float32
-    if device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
-    return torch.bfloat16
-
 
 def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in float32, a and b of one dtype. On a CPU a 16-bit product is rounded to that dtype first.
@@ -351,20 +311,21 @@ def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _group_sums_of_delta_w(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
-                           threshold: Threshold) -> torch.Tensor | None:
+                           rule: Rule) -> torch.Tensor | None:
     """The sum of dW over each group, float32 [groups, out]; None where there is no offset to compute."""
-    return None if threshold.kappa is None else packed.groups.sum(lora_A.float()) @ lora_B.float()
+    return None if rule.kappa is None else packed.groups.sum(lora_A.float()) @ lora_B.float()
 
 
-def _sparse_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, omega: float) -> tuple[
+def _sparse_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, rule: Rule) -> tuple[
         torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """(rows, cols, step), each [n], of the weights whose |dW| passes omega.
 
-    None where more than SPARSE_SHARE of the weights may pass it. None on a GPU too, because there the CPU would have to
-    wait for the selection.
+    None where more than SPARSE_SHARE of the weights may pass it, and for other rules than Threshold. None on a GPU too,
+    because there the CPU would have to wait for the selection.
     """
-    if lora_A.device.type != "cpu":
+    if lora_A.device.type != "cpu" or not isinstance(rule, Threshold):
         return None
+    omega = rule.omega
     rows = (torch.count_nonzero(lora_A, 1) > omega).nonzero().flatten()
     cols = (torch.count_nonzero(lora_B, 0) > omega).nonzero().flatten()
     if len(rows) * len(cols) > SPARSE_SHARE * lora_A.shape[0] * lora_B.shape[1]:
@@ -375,44 +336,43 @@ def _sparse_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, omega: float) -> t
 
 
 def _take_sparse_steps(steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor], delta_w_sum: torch.Tensor | None,
-                       packed: PackedLayer, threshold: Threshold) -> tuple[PackedLayer, torch.Tensor | None]:
+                       packed: PackedLayer, rule: Rule) -> tuple[PackedLayer, torch.Tensor | None]:
     """Eq. 5 for the weights of _sparse_steps(): (the merged layer, mu [groups, out] or None)."""
     rows, cols, step = steps
     qweight = packed.qweight.clone()
     taken = step_at(qweight, packed.bits, rows, cols, step)
-    return packed.with_integers(qweight), _offset_of_sparse_steps(rows, cols, taken, delta_w_sum, packed, threshold)
+    return packed.with_integers(qweight), _offset_of_sparse_steps(rows, cols, taken, delta_w_sum, packed, rule)
 
 
 def _offset_of_sparse_steps(rows: torch.Tensor, cols: torch.Tensor, taken: torch.Tensor,
                             delta_w_sum: torch.Tensor | None, packed: PackedLayer,
-                            threshold: Threshold) -> torch.Tensor | None:
+                            rule: Rule) -> torch.Tensor | None:
     """Eq. 4 where only the weights at (rows, cols) step, by `taken`: mu [groups, out], or None without delta_w_sum."""
     if delta_w_sum is None:
         return None
     ternary_sum = torch.zeros_like(delta_w_sum)
     ternary_sum.index_put_((packed.groups.g_idx[rows], cols), taken.float(), accumulate=True)
-    return offset_factor(delta_w_sum, ternary_sum, packed.groups.sizes, threshold)
+    return offset_factor(delta_w_sum, ternary_sum, packed.groups.sizes, rule)
 
 
 def _adapted_blocks(lora_A: torch.Tensor, lora_B: torch.Tensor, delta_w_sum: torch.Tensor | None, packed: PackedLayer,
-                    threshold: Threshold) -> Iterator[tuple[Rows, int, int, torch.Tensor, torch.Tensor,
+                    rule: Rule) -> Iterator[tuple[Rows, int, int, torch.Tensor, torch.Tensor,
                                                             torch.Tensor | None]]:
     """Eq. 3 and 4 for one block of groups at a time, in float32.
 
     Yields (rows, first, last, W_int + W^, W^, mu). The first three are as Groups.blocks() yields them. The next two are
     [last - first, size, out], and mu is [last - first, out] or None.
     """
-    dtype = product_dtype(lora_B.shape[0], lora_B.device)
-    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    factors = rule.factors(lora_A, lora_B)
     for rows, first, last, size in packed.groups.blocks(lora_B.shape[1]):
         # All in float32, because torch's operators that mix uint8 and float32 are ten times slower on a CPU.
         integers = packed.integers(rows).view(last - first, size, -1)
-        # Clamping the sum is Eq. 3's boundary check: a step off the grid's end is no step.
-        step = ternary_step(lora_A[rows] @ lora_B, threshold.omega)
+        # Clamping the sum is Eq. 3's boundary check: a step ends at the grid's end.
+        step = rule.step(factors, rows, first, last, packed)
         stepped = step.view_as(integers).add_(integers).clamp_(0, packed.maxq)
         taken, offset = torch.sub(stepped, integers, out=integers), None
         if delta_w_sum is not None:
-            offset = offset_factor(delta_w_sum[first:last], taken.sum(1), packed.groups.sizes[first:last], threshold)
+            offset = offset_factor(delta_w_sum[first:last], taken.sum(1), packed.groups.sizes[first:last], rule)
         yield rows, first, last, stepped, taken, offset
 
 

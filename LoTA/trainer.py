@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import xxhash
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -34,8 +34,10 @@ from LoTA.answer_loss import answer_loss, has_plain_loss
 from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
 from LoTA.layer import adapter_state
+from LoTA.lota_merge import print_moved
 from LoTA.monitor import Monitor, console_line
-from LoTA.settings import METHODS, baseConfig, split_names, trainingConfig
+from LoTA.settings import IN_GRID, METHODS, baseConfig, split_names, trainingConfig
+from LoTA.storage import write_json
 
 # Not at run time, because LotaTrainer takes any sequence of rows, and then needs no datasets.
 if TYPE_CHECKING:
@@ -130,7 +132,8 @@ def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder
     return LotaConfig(
         method=METHODS[base.method], omega=training.interval_point if base.lota_qaf else None,
         residual=base.residual or base.method == "qalora",      # QA-LoRA merges as offsets
-        offset_scale=base.offset_scale, learned_scales=base.lota_qaf and base.learned_scales, bits=base.w_bits,
+        offset_scale=base.offset_scale, learned_scales=base.method in IN_GRID and base.learned_scales,
+        dither=base.dither if base.method == "lrqat" else "none", bits=base.w_bits,
         group_size=base.group_size, rank=base.lora_r, pretrained=_absolute(base.pretrained),
         quantized_model_dir=_absolute(folder.path), fingerprint=fingerprint, fingerprint_all=fingerprint_all,
         data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
@@ -153,6 +156,24 @@ def data_fingerprint(data: "Dataset") -> str:
             for numbers in pair:
                 digest.update(np.asarray([len(numbers), *numbers], dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def trained_groups(model: PeftModel, base: baseConfig, training: trainingConfig) -> tuple[list, list[dict]]:
+    """([(name, parameter)] of A and B, an optimizer's groups of mu and of the scales, where these are learned)."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rates = {"lora_offset": training.offset_lr * (2**base.w_bits - 1), "lora_scale": training.scale_lr}
+    real = [{"params": [(name, p) for name, p in trained if part in name], "lr": rate, "weight_decay": 0.0}
+            for part, rate in rates.items()]
+    return ([(name, p) for name, p in trained if "lora_A" in name or "lora_B" in name],
+            [group for group in real if group["params"]])
+
+
+def real_optimizer(model: PeftModel, base: baseConfig, training: trainingConfig,
+                   arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """LR-QAT's: --optimizer_type over A and B, and over mu and the scales at rates of their own."""
+    matrices, real = trained_groups(model, base, training)
+    optimizer, settings_of_it = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return optimizer([{"params": matrices, "weight_decay": training.weight_decay}, *real], **settings_of_it)
 
 
 class RunTrainer(Trainer):
@@ -230,6 +251,28 @@ class RunTrainer(Trainer):
             self._globalstep_last_logged = self.before["last_logged"]
             self._initial_global_step = 0               # Trainer divides the sum by the steps since this one
 
+    def save_finished(self, run: Run) -> Path:
+        """Writes the adapter of a run that has ended into the run's folder, and renames it. Returns the folder."""
+        if not run.writes:
+            return run.folder
+        runtime, peak = self.runtime_and_peak()
+        self.config.save(run.folder, complete=False)    # a run that is killed from here on leaves no half adapter
+        self.model.save_pretrained(str(run.folder), state_dict=adapter_state(self.model, finished=True),
+                                   save_embedding_layers=False)
+        write_json(run.folder / "log_history.json", self.state.log_history)
+        record = replace(self.config, training={
+            **self.config.training, "runtime_s": round(runtime, 1), "peak_mb": round(peak),
+            "steps": self.state.global_step, "loss": self.state.log_history[-1].get("train_loss")})
+        record.save_adapter(run.folder)
+        record = self.report(run.folder, record)        # the adapter is on disk already, whatever becomes of its report
+        final = run.finish(runtime, peak)
+        write_adapter_card(final, record)
+        return final
+
+    def report(self, folder: Path, record: LotaConfig) -> LotaConfig:
+        """Writes what the run did into its folder. Returns the record with what the report adds to it."""
+        return record
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:           # before any other file; Checkpoints says after the last that all are there
             self.config.save(output_dir or self.args.output_dir, complete=False)
@@ -282,38 +325,55 @@ class EpochSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class LotaTrainer(RunTrainer):
-    """RunTrainer that tells a tSignSGD the actual number of steps, and monitors the ternary layers.
+class GridTrainer(RunTrainer):
+    """RunTrainer that monitors the layers whose adapters are steps on the grid.
 
-    optimizer: the tSignSGD. omega: the threshold that the Monitor measures |dW| by. The rest is RunTrainer's.
+    optimizer: a torch optimizer over their parameters. The rest is RunTrainer's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, omega: float, **kwargs):
+    def __init__(self, optimizer: torch.optim.Optimizer, **kwargs):
         super().__init__(optimizers=(optimizer, None), **kwargs)
-        self.ternary_optimizer, self.omega = optimizer, omega       # kept here, because accelerate wraps self.optimizer
+        self.own_optimizer = optimizer          # kept here, because accelerate wraps self.optimizer
         self.add_callback(LogLastStep)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ConsoleLines)
-
-    def train(self, *args, **kwargs):
-        result = super().train(*args, **kwargs)
-        self.ternary_optimizer.raise_unless_finite()                # on a GPU the last step is judged only now
-        return result
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, adapter_state(self.model) if state_dict is None else state_dict)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        self.lr_scheduler = self.ternary_optimizer.create_scheduler(num_training_steps)
-        self.monitor = Monitor(self.model, self.ternary_optimizer, self.omega, num_training_steps,
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self.monitor = Monitor(self.model, self.own_optimizer, self.config.omega, num_training_steps,
                                self.state.log_history)
-        return self.lr_scheduler
+        return scheduler
+
+    def report(self, folder: Path, record: LotaConfig) -> LotaConfig:
+        moved = self.monitor.moved.shares()
+        print_moved(moved)
+        record = replace(record, training={**record.training, "moved": moved})
+        record.save_adapter(folder)
+        self.monitor.write(folder, self.state.log_history)
+        return record
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "learning_rate" in logs:
-            logs.pop("learning_rate")                               # t-SignSGD has none
             logs |= self.monitor.metrics(self.state.global_step)
+            if "sigma" in logs:
+                logs.pop("learning_rate")       # t-SignSGD has none
         super().log(logs, *args, **kwargs)
+
+
+class LotaTrainer(GridTrainer):
+    """GridTrainer that tells a tSignSGD, its optimizer, the actual number of steps."""
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.own_optimizer.raise_unless_finite()                    # on a GPU the last step is judged only now
+        return result
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        self.lr_scheduler = self.own_optimizer.create_scheduler(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)      # it makes none where one is there
 
 
 class LossGuard(TrainerCallback):
@@ -339,8 +399,10 @@ class LossGuard(TrainerCallback):
 
 def remedy_for(config: LotaConfig) -> str:
     """What to do where a run of these settings diverged."""
-    if config.method != "LoTA":
+    if not config.in_grid:
         return "lower --learning_rate"
+    if config.method == "LR-QAT":
+        return "lower --learning_rate" + (", --offset_lr and --scale_lr" if config.learned_scales else "")
     if config.learned_offset or config.learned_scales:
         return "lower --offset_lr and --scale_lr, or take --recipe published"
     return "raise --sigma_start or --interval_point"
@@ -355,10 +417,10 @@ class LogLastStep(TrainerCallback):
 
 
 class ConsoleLines(ProgressCallback):
-    """Trainer's progress bar, with one readable line for each log of a LoTA run."""
+    """Trainer's progress bar, with one readable line for each log of a run on the grid."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and "sigma" in logs:
+        if state.is_world_process_zero and "train_runtime" not in logs:
             self.training_bar.write(console_line(logs, f"{state.global_step}/{state.max_steps}"))
         else:
             super().on_log(args, state, control, logs=logs, **kwargs)

@@ -25,7 +25,8 @@ from common import ROOT, print_table, save
 
 from LoTA import kernels
 from LoTA.packed import PackedLayer
-from LoTA.ternary import TernaryLinear, Threshold
+from LoTA.steps import Threshold
+from LoTA.ternary import GridLinear
 from t_signSGD import tSignSGD
 
 sys.path.append(str(ROOT / "tests"))
@@ -62,7 +63,7 @@ def check_indices_beyond_int32():
     assert torch.equal(weight[-64:], want) and torch.equal(mu[-1:], want_mu)
     del weight, want
     x, grad = (torch.randn(4, n, device="cuda").bfloat16() for n in (rows, cols))
-    got, want = (kernels.step_gradients(x_, grad, a, B, layer)[0]
+    got, want = (kernels.step_gradients(x_, grad, a, B, layer.scales.float(), layer.groups)[0]
                  for x_, a, layer in ((x, A, whole), (x[:, -64:].contiguous(), A[-64:], last)))
     assert (got[-64:] - want).abs().max() <= 2e-2 * want.abs().max()
 
@@ -76,7 +77,7 @@ def check_that_nothing_waits():
     x, grad = (torch.randn(6, n, device="cuda", dtype=torch.bfloat16) for n in case.packed.shape)
 
     def step():
-        y = TernaryLinear.apply(x, A.t(), B.t(), lambda: case.packed, Threshold(2.0, 2.0), kernels)
+        y = GridLinear.apply(x, A.t(), B.t(), lambda: case.packed, Threshold(2.0, 2.0), kernels)
         y.backward(grad)
         optimizer.step()
         optimizer.zero_grad()

@@ -18,7 +18,8 @@ from common import peak_extra_memory, print_table, save, time_interleaved
 from LoTA import ternary
 from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import pack_rows
-from LoTA.ternary import TernaryLinear, Threshold, ternarize_
+from LoTA.steps import Threshold
+from LoTA.ternary import GridLinear, ternarize_
 
 GROUP, RANK = 64, 64
 BACKEND = import_module("LoTA.kernels" if torch.cuda.is_available() else "LoTA.ternary")
@@ -45,7 +46,7 @@ class Layer:
 
     def lota(self, x: torch.Tensor, backend=BACKEND) -> torch.Tensor:
         """LoTA as training computes it."""
-        return TernaryLinear.apply(x, self.lora_A, self.lora_B, self.packed, Threshold(self.omega, self.omega), backend)
+        return GridLinear.apply(x, self.lora_A, self.lora_B, self.packed, Threshold(self.omega, self.omega), backend)
 
     def kept(self, x: torch.Tensor) -> torch.Tensor:
         """LoTA that keeps W from the forward to the backward instead of forming it again."""
@@ -65,14 +66,14 @@ class Layer:
 
 
 class Keeping:
-    """A backend for TernaryLinear that forms W and mu in the forward and hands them out again in the backward."""
+    """A backend for GridLinear that forms W and mu in the forward and hands them out again in the backward."""
 
     made = None
     step_gradients = staticmethod(BACKEND.step_gradients)
 
-    def adapted_weight(self, lora_A, lora_B, packed, threshold, dtype, out):
+    def adapted_weight(self, lora_A, lora_B, packed, rule, dtype, out):
         if self.made is None:
-            self.made = BACKEND.adapted_weight(lora_A, lora_B, packed, threshold, dtype)
+            self.made = BACKEND.adapted_weight(lora_A, lora_B, packed, rule, dtype)
         return self.made
 
 

@@ -25,7 +25,8 @@ from LoTA import ternary
 from LoTA.layer import CustomLoraLinear
 from LoTA.monitor import SAMPLE_ROWS, Monitor, to_host
 from LoTA.packing import count_different, pack_rows
-from LoTA.ternary import Threshold, ternarize_
+from LoTA.steps import Threshold
+from LoTA.ternary import ternarize_
 from t_signSGD import tSignSGD
 
 GROUP, RANK = 64, 64
@@ -50,7 +51,7 @@ def ternary_model(shape: Shape, blocks: int, bits: int, omega: float, device: st
     layers = list(shape.quantized().items())[:len(shape.quantized()) // shape.layers]
     bases = {name.split("layers.0.")[1].replace(".", "_"): random_linear(*size, bits, device) for name, size in layers}
     model.layers = torch.nn.ModuleList(torch.nn.ModuleDict(
-        {name: CustomLoraLinear(base, "default", LoraConfig(r=RANK), RANK, threshold=threshold)
+        {name: CustomLoraLinear(base, "default", LoraConfig(r=RANK), RANK, rule=threshold)
          for name, base in bases.items()}) for _ in range(blocks))
     for name, p in model.named_parameters():
         if "lora_B" in name:                # a fresh B is zero, and nothing would move
@@ -66,7 +67,7 @@ def old_look(monitor: Monitor) -> None:
     old_quantiles(monitor)
     for layer in monitor.layers.values():
         packed = layer.packed()
-        after, mu = ternary.merge(*layer.adapter_pair(), packed, layer.threshold)
+        after, mu = ternary.merge(*layer.adapter_pair(), packed, layer.rule)
         count_different(packed.qweight, after.qweight, packed.bits)
         float(mu.abs().sum())
 

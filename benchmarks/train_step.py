@@ -32,7 +32,8 @@ from LoTA.adapter import load_gptq
 from LoTA.answer_loss import answer_loss
 from LoTA.layer import register
 from LoTA.settings import TARGET_MODULES
-from LoTA.ternary import Threshold, ternarize_
+from LoTA.steps import Threshold
+from LoTA.ternary import ternarize_
 from t_signSGD import tSignSGD
 
 RANK, GROUP, OMEGA = 64, 64, 48.0

@@ -6,7 +6,7 @@ WORK is the folder that runs/experiment.sh fills. For 8 bits it also needs a gpt
 recipe `full` is trained in the task-specific setting with at most one step and with at most two, each at two values of
 omega, and scored on the rows for choosing.
 
-The script replaces LoTA.ternary.ternary_step by a sum of two thresholds. Training, merge and verification all call that
+The script replaces LoTA.steps.ternary_step by a sum of two thresholds. Training, merge and verification all call that
 function, so all three take second steps and no other code changes.
 """
 import argparse
@@ -17,7 +17,7 @@ import torch
 from plan import RANK, changed_centre
 from run import add_line, commit, missing
 
-from LoTA import UserError, run_script, ternary
+from LoTA import UserError, run_script, steps, ternary
 
 OMEGAS = 0.1, 0.15          # as shares of the rank
 
@@ -32,10 +32,10 @@ def main() -> None:
     if torch.cuda.is_available():
         raise UserError("on a GPU the kernels step, not LoTA.ternary; hide the GPU: CUDA_VISIBLE_DEVICES=")
     (work / "logs").mkdir(parents=True, exist_ok=True)
-    one_step = ternary.ternary_step
+    one_step = steps.ternary_step
     ternary._sparse_steps = lambda *_: None         # it knows one step only; without it every block is computed
     for bits, share, most in itertools.product(args.bits, OMEGAS, (1, 2)):
-        ternary.ternary_step = one_step if most == 1 else (
+        steps.ternary_step = one_step if most == 1 else (
             lambda delta_w, omega: one_step(delta_w, omega) + one_step(delta_w, 2 * omega))
         run = changed_centre("full, 4 bits, task", work, f", at {bits} bits, omega / r {share}, at most {most} steps",
                              {"interval_point": share * RANK}, bits)

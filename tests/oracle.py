@@ -4,6 +4,9 @@ It loops over values, groups and entries wherever that is plainest, because spee
 A [in, r] and B [r, out] hold -1, 0, 1. weight_int [in, out], scales and zeros [groups, out], g_idx [in], as in
 LoTA.ternary.
 """
+from fractions import Fraction
+
+import numpy as np
 import torch
 
 # --- the packed integers ------------------------------------------------------------------------------------------
@@ -103,6 +106,74 @@ def forward_and_gradients(x, grad_output, A, B, weight_int, scales, zeros, g_idx
     mu = offset(dw, step, g_idx, scales.shape[0], omega, kappa)    # the step is a constant here
     y = x @ weight(weight_int, straight_through, mu, scales, zeros, g_idx)
     return y.detach(), *torch.autograd.grad(y, (x, A, B), grad_output.double())
+
+
+# --- LR-QAT: a rounded product ------------------------------------------------------------------------------------
+
+def fixed_point(matrix):
+    """(integers [rows, cols], e): each entry of a float32 matrix in units of 2**e, the nearest, to even at a tie.
+
+    e is the smallest at which no integer is beyond 127.
+    """
+    values = [[Fraction(v) for v in row] for row in matrix.tolist()]
+    largest, e = max(abs(v) for row in values for v in row), -60
+    while largest > 127 * Fraction(2)**e:
+        e += 1
+    return [[round(v / Fraction(2)**e) for v in row] for row in values], e
+
+
+def noise(seed, row, col, width):
+    """The dither of one weight: a hash of 32 bits, of which the upper 8 are the number, in -128 ... 127."""
+    x = (row * width + col ^ seed) & 0xFFFFFFFF
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return (x >> 24) - 256 * (x >= 2**31)
+
+
+def rounded_step(A, B, scaling, scales, g_idx, dither):
+    """The step of each weight, int64 [in, out], before the clamp: round(dW / s + u), in float32 as IEEE rounds it.
+
+    dither: [[int]] in steps of 1/256, or None.
+    """
+    (a, of_a), (b, of_b) = fixed_point(A), fixed_point(B)
+    unit, steps = np.float32(2.0**of_a) * np.float32(2.0**of_b) * np.float32(scaling), []
+    for i, row in enumerate(a):
+        steps.append([])
+        for j in range(len(b[0])):
+            product = sum(x * b[k][j] for k, x in enumerate(row))
+            value = np.float32(product) * unit / np.float32(scales[g_idx[i], j].item())
+            if dither is not None:
+                value += np.float32((dither[i][j] + 0.5) / 256)
+            steps[-1].append(round(float(value)))
+    return torch.tensor(steps)
+
+
+def rounded_merge(A, B, scaling, weight_int, scales, g_idx, bits, dither):
+    """W_int + W^, on the grid: int64 [in, out]."""
+    return (weight_int.long() + rounded_step(A, B, scaling, scales, g_idx, dither)).clamp(0, 2**bits - 1)
+
+
+def rounded_forward_and_gradients(x, grad_output, A, B, change, mu, scaling, weight_int, scales, zeros, g_idx, bits,
+                                  dither):
+    """y and the gradients of x, A, B, change and mu, by autograd: straight through every rounding and the clamp.
+
+    change, mu: [groups, out]. The learned scales are scales * (1 + change), here without rounding to float16.
+    """
+    leaves = x, A, B, change, mu = tuple(t.detach().double().requires_grad_() for t in (x, A, B, change, mu))
+    fixed = []
+    for matrix in (A, B):
+        integers, e = fixed_point(matrix.detach())
+        fixed.append(matrix + (torch.tensor(integers).double() * 2.0**e - matrix).detach())
+    rows = g_idx.long()
+    steps = scaling * fixed[0] @ fixed[1] / scales.double()[rows]
+    taken = rounded_merge(A.detach().float(), B.detach().float(), scaling, weight_int, scales, g_idx, bits,
+                          dither) - weight_int.long()
+    steps = steps + (taken - steps).detach()
+    weight = (scales.double() * (1 + change))[rows] * (weight_int.double() - zeros.double()[rows] + steps + mu[rows])
+    y = x @ weight
+    return y.detach(), *torch.autograd.grad(y, leaves, grad_output.double())
 
 
 # --- initialisation and training ----------------------------------------------------------------------------------

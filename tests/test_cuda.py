@@ -5,7 +5,8 @@ import torch
 from LoTA import SUPPORTED_BITS
 from LoTA.packed import PackedLayer
 from LoTA.packing import pack_rows
-from LoTA.ternary import TernaryLinear, Threshold, adapted_weight, dequantize, merge
+from LoTA.steps import Threshold
+from LoTA.ternary import GridLinear, adapted_weight, dequantize, merge
 from t_signSGD import tSignSGD
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -56,7 +57,7 @@ def test_forward_and_gradients_are_the_cpus(dtype, tolerance):
         x = torch.randn(70, len(A)).to(device, kind).requires_grad_()
         a, b = A.to(device).requires_grad_(), B.to(device).requires_grad_()
         layer = packed(device)
-        y = TernaryLinear.apply(x, a, b, lambda layer=layer: layer, Threshold(4.0, 4.0))
+        y = GridLinear.apply(x, a, b, lambda layer=layer: layer, Threshold(4.0, 4.0))
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(device, kind))
         results.append([t.detach().float().cpu() for t in (y, x.grad, a.grad, b.grad)])
     for want, got in zip(*results, strict=True):

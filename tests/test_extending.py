@@ -24,7 +24,8 @@ from LoTA.export.run import export
 from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.packing import pack_rows, unpack_rows, unpack_zeros
 from LoTA.settings import OMEGA_AND_SIGMA, omega_and_sigma
-from LoTA.ternary import Threshold, adapted_weight
+from LoTA.steps import Threshold
+from LoTA.ternary import adapted_weight
 
 
 def help_of(show, capsys):

@@ -19,7 +19,8 @@ from LoTA import kernels, ternary
 from LoTA.adapter import LTA
 from LoTA.layer import register
 from LoTA.packed import PackedLayer
-from LoTA.ternary import TernaryLinear, Threshold
+from LoTA.steps import Threshold
+from LoTA.ternary import GridLinear
 from t_signSGD import tSignSGD
 
 ROWS, COLS, RANK, BITS = 96, 40, 8, 4
@@ -104,10 +105,10 @@ def test_forward_and_backward_of_a_layer(fake, launches, monkeypatch, layout, dt
             x = torch.empty(2, 5, ROWS, device=device, dtype=dtype)
             A, B = torch.empty(ROWS, RANK, device=device), torch.empty(RANK, COLS, device=device)
             mu, change = (torch.empty(packed.scales.shape, device=device) if learned else None for _ in range(2))
-            y = TernaryLinear.forward(context, x, A, B, lambda: packed, Threshold(3.0, None if learned else 3.0),
+            y = GridLinear.forward(context, x, A, B, lambda: packed, Threshold(3.0, None if learned else 3.0),
                                       backend, mu, change, torch.empty(COLS, device=device, dtype=dtype))
             assert (y.dtype, y.shape, y.device) == (dtype, (2, 5, COLS), torch.device(device))
-            gradients = TernaryLinear.backward(context, y)
+            gradients = GridLinear.backward(context, y)
             for leaf, grad in zip((x, A, B, mu, change), (*gradients[:3], *gradients[6:8]), strict=True):
                 assert (leaf is None) == (grad is None)
                 assert leaf is None or (grad.shape, grad.dtype, grad.device) == (leaf.shape, leaf.dtype, leaf.device)

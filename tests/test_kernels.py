@@ -12,7 +12,8 @@ from pairs import pairwise
 
 from LoTA import SUPPORTED_BITS, kernels, ternary
 from LoTA.packed import PackedLayer
-from LoTA.ternary import TernaryLinear, Threshold, layer_gradients
+from LoTA.steps import Threshold
+from LoTA.ternary import GridLinear, layer_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {                     # (rows of each group, whether their order is shuffled, as desc_act leaves it)
@@ -152,7 +153,7 @@ def test_forward_and_gradients_are_the_oracles(bits, layout, form, kappa, dtype)
     grad_output = torch.randn(2, 5, cols, generator=generator).to(dtype)
     on_device = x.to(DEVICE).requires_grad_()
     A, B = (m.detach().requires_grad_() for m in case.adapter())
-    y = TernaryLinear.apply(on_device, A, B, lambda: case.packed, Threshold(OMEGA, kappa), kernels)
+    y = GridLinear.apply(on_device, A, B, lambda: case.packed, Threshold(OMEGA, kappa), kernels)
     y.backward(grad_output.to(DEVICE))
     want_y, want_x, want_A, want_B = oracle.forward_and_gradients(
         x.flatten(0, 1), grad_output.flatten(0, 1), case.A, case.B, *case.layer(kappa))
@@ -171,7 +172,7 @@ def test_a_learned_offset_and_learned_scales(layout):
     weights = [m.adapted_weight(*case.adapter(), layer, threshold)[0] for m in (kernels, ternary)]
     assert torch.equal(*weights)
     x, grad = (torch.randn(6, n, generator=generator).to(DEVICE) for n in case.packed.shape)
-    assert kernels.step_gradients(x, grad, *case.adapter(), layer)[2] is None
+    assert kernels.step_gradients(x, grad, *case.adapter(), layer.scales.float(), layer.groups)[2] is None
     for got, want in zip(*(layer_gradients(x, grad, *case.adapter(), layer, threshold, m, True, weights[0], mu)
                            for m in (kernels, ternary)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
@@ -185,6 +186,6 @@ def test_the_kernels_compile_for_gpus():
         **environment, "PYTHONPATH": str(script.parent.parent)})
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout)
-    assert len(rows) == 54 and all(row["shared_bytes"] <= 48 * 1024 for row in rows)
+    assert len(rows) == 86 and all(row["shared_bytes"] <= 48 * 1024 for row in rows)
     assert [row for row in rows if row["spills"] or row["registers"] > 128] == []
     assert all(row["tensor_cores"] == (row["kernel"] == "_step_kernel") for row in rows)

@@ -17,7 +17,7 @@ from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import CustomLoraLinear, adapter_state, register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
-from LoTA.ternary import Threshold
+from LoTA.steps import Threshold
 
 RANK, OMEGA = 8, 2.0
 MODELS = [(2,), (3, "--desc_act"), (4, "--sym"), (8,)]
@@ -310,7 +310,7 @@ def test_one_group_for_all_rows(quantize, train, tmp_path):
     adapter = AdapterFolder(train(tmp_path / "adapters", "--quantized_model_dir", gptq.path))
     merge_folders(adapter, gptq, tmp_path / "merged")
     module, merged = gptq.modules[0], MergedFolder(tmp_path / "merged")
-    delta_w = torch.matmul(*(matrix.double() for matrix in adapter.ternary_pair(module)))
+    delta_w = torch.matmul(*(matrix.double() for matrix in adapter.pair(module)))
     ternary = torch.where(delta_w.abs() > adapter.config.omega, delta_w.sign(), 0)
     mean = (delta_w - adapter.config.omega * ternary).mean(0, keepdim=True) / adapter.config.omega       # kappa = omega
     assert (merged.offset(module) - mean).abs().max() < 1e-6 and mean.abs().max() > 0

@@ -253,7 +253,7 @@ def test_adapters_of_the_published_scripts(trained, evaluate, gptq_2bit, tmp_pat
         got = evaluate(tmp_path, "--load_adapter", folder, "--quantized_model_dir", gptq_2bit, *flags)
         assert predictions(got) == want and got["adapter"]["omega"] == 4.0
     assert AdapterFolder(renamed).config.omega == 6.0 and AdapterFolder(named).config.omega == 4.0
-    assert AdapterFolder(renamed, omega=5.0, residual=False).config.threshold.kappa is None
+    assert AdapterFolder(renamed, omega=5.0, residual=False).config.rule.kappa is None
 
 
 def test_residual_reaches_an_adapter_without_record(trained, evaluate, gptq_2bit, tmp_path):

@@ -44,7 +44,7 @@ def test_a_look_has_the_numbers_that_plain_torch_has(watched):
     assert monitor.histogram == torch.bincount(magnitudes.long(), minlength=benchmark.RANK + 1).tolist()
     moved, total, mus = Counter(), Counter(), []
     for name, layer in monitor.layers.items():
-        after, mu = merge(*layer.adapter_pair(), layer.packed(), layer.threshold)
+        after, mu = merge(*layer.adapter_pair(), layer.packed(), layer.rule)
         different = int((after.weight_int != layer.packed().weight_int).sum())
         assert monitor.moved.in_layer[name] == different / after.weight_int.numel()
         moved[name.rsplit(".", 1)[-1]] += different

@@ -11,11 +11,10 @@ from LoTA import SUPPORTED_BITS, packed, ternary
 from LoTA.adapter import LTA
 from LoTA.packed import Groups, PackedLayer
 from LoTA.packing import pack_rows
+from LoTA.steps import Threshold, product_dtype, ternary_step
 from LoTA.ternary import (
-    TernaryLinear,
-    Threshold,
+    GridLinear,
     adapted_weight,
-    check_settings,
     count_steps,
     dequantize,
     is_merge,
@@ -23,7 +22,6 @@ from LoTA.ternary import (
     merge,
     offset_factor,
     ternarize_,
-    ternary_step,
 )
 
 RANK, COLS = 8, 12
@@ -197,15 +195,15 @@ def test_ternarize_is_strict():
     assert ternarize_(torch.tensor([1.5, -1.5, 2.0, -3.0])).tolist() == [0, 0, 1, -1]
 
 
-def test_check_settings():
+def test_the_range_of_the_threshold():
     """omega lies in the open interval (0, r). Rank times rows of a group goes up to 2**24. The error says which."""
     for rank, omega, largest in ((8, 0.01, 16), (8, 7.99, 16), (64, 48.0, 2**18)):
-        check_settings(rank, omega, largest)
+        Threshold(omega, None).check(rank, largest)
     for omega in (0, -1.0, 8, 9.5, float("nan")):
         with pytest.raises(ValueError, match="interval_point"):
-            check_settings(8, omega, 16)
+            Threshold(omega, None).check(8, 16)
     with pytest.raises(ValueError, match="rank 64"):
-        check_settings(64, 48.0, 2**18 + 1)
+        Threshold(48.0, None).check(64, 2**18 + 1)
 
 
 @pytest.mark.parametrize("layout, block_entries", pairwise(layout=LAYOUTS, block_entries=(1, 2 * 16 * COLS, 1 << 18)))
@@ -353,7 +351,7 @@ def test_merging_is_lossless(bits, layout, kappa, dtype, road):
             adapter.apply(x=x, out=out)
         return out
 
-    live = TernaryLinear.apply(x, case.A, case.B, case.packed, case.threshold(), ternary, None, None, bias)
+    live = GridLinear.apply(x, case.A, case.B, case.packed, case.threshold(), ternary, None, None, bias)
     assert torch.equal(live, as_merged(after)) and not torch.equal(live, as_merged(case.packed()))
 
 
@@ -395,7 +393,7 @@ def test_no_adapter_is_the_quantized_layer(bits, layout, kappa, dtype, road):
     assert torch.equal(adapted_weight(case.A, B, case.packed(), case.threshold(), dtype)[0], quantized)
     assert torch.equal(dequantize(case.packed(), None, dtype), exact.to(dtype))
     x = torch.randn(3, len(rows), generator=torch.Generator().manual_seed(3)).to(dtype)
-    assert torch.equal(TernaryLinear.apply(x, case.A, B, case.packed, case.threshold()), x @ quantized)
+    assert torch.equal(GridLinear.apply(x, case.A, B, case.packed, case.threshold()), x @ quantized)
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
@@ -473,7 +471,7 @@ def test_forward_and_gradients(bits, layout, kappa, dtype, leading, road, monkey
     x = torch.randn(*leading, len(case.g_idx), generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(*leading, COLS, generator=generator).to(dtype)
     A, B = case.A.clone().requires_grad_(), case.B.clone().requires_grad_()
-    y = TernaryLinear.apply(x, A, B, case.packed, case.threshold())
+    y = GridLinear.apply(x, A, B, case.packed, case.threshold())
     y.backward(grad)
 
     flat_x, flat_grad = x.detach().flatten(0, -2), grad.flatten(0, -2)
@@ -518,7 +516,7 @@ def test_adapters_in_bfloat16(dtype):
     results = []
     for adapter_dtype in (torch.float32, torch.bfloat16):
         A, B = (t.detach().to(adapter_dtype, copy=True).requires_grad_() for t in (case.A, case.B))
-        y = TernaryLinear.apply(x, A, B, case.packed, case.threshold())
+        y = GridLinear.apply(x, A, B, case.packed, case.threshold())
         y.float().square().sum().backward()
         assert A.grad.dtype == B.grad.dtype == adapter_dtype
         results.append((y, A.grad.bfloat16(), B.grad.bfloat16()))
@@ -544,7 +542,7 @@ def test_only_the_gradients_asked_for(needed):
         leaves = {"x": x.clone(), "A": case.A.clone(), "B": case.B.clone()}
         for name in names:
             leaves[name].requires_grad_()
-        TernaryLinear.apply(*leaves.values(), case.packed, case.threshold()).square().sum().backward()
+        GridLinear.apply(*leaves.values(), case.packed, case.threshold()).square().sum().backward()
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     alone, together = gradients([needed]), gradients(["x", "A", "B"])
@@ -564,7 +562,7 @@ def test_nothing_of_the_weights_size_is_kept():
     x, A, B = (t.clone().requires_grad_() for t in (torch.randn(2, len(case.g_idx)), case.A, case.B))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = TernaryLinear.apply(x, A, B, load_packed, case.threshold())
+        y = GridLinear.apply(x, A, B, load_packed, case.threshold())
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, A, B)} and len(saved) == 3
     assert max(t.numel() for t in saved) < len(case.g_idx) * COLS
     kept = vars(y.grad_fn).values()
@@ -580,7 +578,7 @@ def test_sums_of_a_large_group_are_exact(road):
     The sum of W_int passes 2**24, where float32 stops counting by one.
     """
     rows = 70_000
-    check_settings(3, 1.0, rows)
+    Threshold(1.0, None).check(3, rows)
     generator = torch.Generator().manual_seed(9)
     A = torch.randint(-1, 2, (rows, 3), generator=generator).float()
     weight_int = torch.randint(250, 256, (rows, 2), generator=generator).to(torch.uint8)
@@ -600,7 +598,7 @@ def test_product_dtype(monkeypatch):
                                        ("cpu", {"amx_bf16": True}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
         for rank, want in ((256, torch.bfloat16 if fast else torch.float32), (257, torch.float32)):
-            assert ternary.product_dtype(rank, torch.device(device)) == want
+            assert product_dtype(rank, torch.device(device)) == want
 
 
 @pytest.mark.parametrize("rank", [256, 257, 600])
@@ -631,7 +629,7 @@ def test_a_learned_offset_and_learned_scales(bits, layout, road):
     change[0, 0] = -1                           # a scale of 0 becomes float16's smallest number
     x, grad = (torch.randn(5, n, generator=generator) for n in (len(case.g_idx), COLS))
     leaves = [t.clone().requires_grad_() for t in (x, case.A, case.B, mu, change)]
-    y = TernaryLinear.apply(*leaves[:3], lambda: case.packed().rescaled(change), case.threshold(), ternary, *leaves[3:])
+    y = GridLinear.apply(*leaves[:3], lambda: case.packed().rescaled(change), case.threshold(), ternary, *leaves[3:])
     y.backward(grad)
 
     wide = [t.double().requires_grad_() for t in (x, case.A, case.B, mu, change)]

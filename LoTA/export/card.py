@@ -59,8 +59,8 @@ def _write(folder: Path, name: str, config: LotaConfig, bits: int, group_size: i
     base = config.pretrained or config.quantized_model_dir or "unknown"
     base_name = Path(base).name
     public_base = base_name if Path(base).is_absolute() else base       # a path of this machine helps nobody else
-    rows = [("Method", f"{config.method} (https://arxiv.org/abs/2505.18724)" if config.method == "LoTA"
-             else config.method),
+    paper = {"LoTA": " (https://arxiv.org/abs/2505.18724)", "LR-QAT": " (after https://arxiv.org/abs/2406.06385)"}
+    rows = [("Method", config.method + paper.get(config.method, "")),
             ("Base model", public_base),
             ("Quantization", f"GPTQ, {bits} bits, group size {group_size}"),
             ("Rank", config.rank), ("Omega", config.omega),
