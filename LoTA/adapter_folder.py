@@ -359,6 +359,7 @@ class AdapterFolder:
         self.file = self.path / "adapter_model.safetensors"
         kinds = self._read_names()
         self._layer_in_file = {layer.removeprefix(PREFIX): layer for layer in kinds}
+        self._fixed_point = recorded is not None and recorded.method == "LR-QAT"
         if recorded:
             self.config, origin = self._checked(recorded), f"from {LOTA_CONFIG}"
         else:
@@ -386,12 +387,8 @@ class AdapterFolder:
                 kinds[known["layer"]].add(known["kind"])
                 if known["kind"].endswith("weight") and len(tensors.get_slice(name).get_shape()) != 2:
                     raise UserError(f"{self.file}: {name} is no matrix")
-        self._has_exponents = any("lora_A.exponent" in found for found in kinds.values())
         for layer, found in kinds.items():
-            wanted = {"lora_A.weight", "lora_B.weight"}
-            if self._has_exponents:
-                wanted |= {"lora_A.exponent", "lora_B.exponent"}
-            for kind in sorted(wanted - found):
+            for kind in sorted({"lora_A.weight", "lora_B.weight"} - found):
                 raise UserError(f"{self.file} is not whole: {layer}.{kind} is missing")
             if layer.startswith(PREFIX) and layer.removeprefix(PREFIX) in kinds:
                 raise UserError(f"{self.file}: {layer} is there twice, with and without {PREFIX}")
@@ -400,7 +397,8 @@ class AdapterFolder:
     def _check_learned(self, kinds: dict[str, set[str]]) -> None:
         """Raises UserError unless exactly what the LotaConfig calls learned is there, for every layer."""
         learned = {"lora_offset": self.config.learned_offset, "lora_scale": self.config.learned_scales,
-                   "lora_dither": self.config.dither == "fraction"}
+                   "lora_dither": self.config.dither == "fraction",
+                   **{f"lora_{matrix}.exponent": self.config.method == "LR-QAT" for matrix in "AB"}}
         for layer, found in kinds.items():
             for kind, wanted in learned.items():
                 # The published scripts learn neither, so what has them without a record is half of a folder of ours.
@@ -455,9 +453,10 @@ class AdapterFolder:
         For LoTA the file has int8, or floats where an older version or the published scripts wrote it. For LR-QAT it
         has int8 and an exponent, or floats in a checkpoint.
         """
-        pair = tuple(matrix.float() for matrix in self.matrices(module))
-        if self.config.method == "LR-QAT":
-            if not self._has_exponents:
+        stored = self.matrices(module)
+        pair = tuple(matrix.float() for matrix in stored)
+        if self._fixed_point:
+            if stored[0].dtype != torch.int8:
                 return pair
             exponents = (self._tensor(module, f"{matrix}.exponent") for matrix in ("lora_A", "lora_B"))
             return tuple(matrix * power_of_two(e) for matrix, e in zip(pair, exponents, strict=True))

@@ -31,20 +31,21 @@ class IntLinear(nn.Linear):
 class FixedPointLinear(nn.Linear):
     """An adapter matrix of Rounding: a linear map without bias whose float32 weight is used as integers * 2**exponent.
 
-    A checkpoint has the float32 weight, from which training goes on. A finished adapter has the integers as int8, and
-    the exponent as int32 [1, 1]. Both load.
+    A checkpoint has the float32 weight, from which training goes on. A finished adapter has the integers as int8. Both
+    have the exponent, int32 [1, 1], and both load. Here the exponent is a name only, because PEFT loads what has one.
     """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
+        self.register_buffer("exponent", torch.zeros(1, 1, dtype=torch.int32))
         self.register_load_state_dict_pre_hook(_float_weight)
 
 
 def _float_weight(module: nn.Module, state: dict, prefix: str, *args) -> None:
-    """Puts the float32 weight in the place of int8 integers and their exponent, in a state dict that is loaded."""
-    exponent = state.pop(f"{prefix}exponent", None)
-    if exponent is not None:
-        state[f"{prefix}weight"] = state[f"{prefix}weight"].float() * power_of_two(exponent)
+    """Puts the float32 weight in the place of int8 integers, in a state dict that is loaded."""
+    weight = state.get(f"{prefix}weight")
+    if weight is not None and weight.dtype == torch.int8:
+        state[f"{prefix}weight"] = weight.float() * power_of_two(state[f"{prefix}exponent"])
 
 
 def backend_for(device: torch.device) -> ModuleType:
@@ -239,10 +240,11 @@ def adapter_state(model: nn.Module, finished: bool = False) -> dict[str, torch.T
                     tensor = f"{name}.{key}.{adapter}"
                     if isinstance(matrix, IntLinear):
                         state[f"{tensor}.weight"] = matrix.weight.detach().to(torch.int8)
-                    elif finished:
+                    else:
                         integers, exponent = fixed_point(matrix.weight)
-                        state[f"{tensor}.weight"] = integers.to(torch.int8)
                         state[f"{tensor}.exponent"] = exponent.view(1, 1)
+                        if finished:
+                            state[f"{tensor}.weight"] = integers.to(torch.int8)
     return state
 
 

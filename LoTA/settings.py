@@ -184,14 +184,14 @@ class trainingConfig:
     optimizer_type: str = setting(
         "baseline", "adamw_torch", "the optimizer; LoTA always takes int_sign_sgd, which is t-SignSGD",
         choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
-    learning_rate: float = setting("baseline", 1e-5, "learning rate", shown="1e-05; with --method lrqat 0.001")
-    lr_scheduler_type: str = setting("baseline", "constant", "learning rate schedule",
-                                     shown="constant; with --method lrqat linear, towards 0")
+    learning_rate: float = setting("baseline", 1e-5, "learning rate; 0.001 where --method is lrqat")
+    lr_scheduler_type: str = setting(
+        "baseline", "constant", "learning rate schedule; linear, towards 0, where --method is lrqat")
     warmup_ratio: float = setting(
         "baseline", 0.03, "share of the steps in which the learning rate rises; the constant schedule has none")
     weight_decay: float = setting("baseline", 0.0, "weight decay")
-    max_grad_norm: float = setting("baseline", 0.3, "gradients are clipped to this norm; LoTA never clips",
-                                   shown="0.3; with --method lrqat 0, which clips nothing")
+    max_grad_norm: float = setting(
+        "baseline", 0.3, "gradients are clipped to this norm; LoTA never clips, and LR-QAT only where it is given")
     gradient_checkpointing: bool = setting(
         "run", True, "recompute activations in the backward pass: less memory, more time",
         off="keep all activations for the backward pass: more memory, less time")

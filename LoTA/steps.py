@@ -128,7 +128,7 @@ class Rounding:
 
     def divisors(self, packed: PackedLayer) -> torch.Tensor:
         """The scales that dW is divided by, float32 [groups, out]. A group whose weights are all 0 may have scale 0."""
-        return packed.base_scales.float().clamp_(min=SMALLEST_SCALE)
+        return packed.base_scales.float().clamp(min=SMALLEST_SCALE)
 
     def dither_of(self, rows: Rows, packed: PackedLayer) -> torch.Tensor | None:
         """The dither of some rows, int8 [rows, out], or None."""
@@ -154,7 +154,7 @@ class Rounding:
 
         W = s' * (W_int - z + dW / s), straight through the rounding and the clamp. s' are the learned scales.
         """
-        return packed.scales.float().div_(self.divisors(packed)).mul_(self.scaling)
+        return (packed.scales.float() / self.divisors(packed)).mul_(self.scaling)
 
 
 Rule = Threshold | Rounding

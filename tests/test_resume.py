@@ -38,6 +38,8 @@ METHODS = {
     "published": ("--method", "lota", "--interval_point", 2),
     "ternary": ("--method", "lota", "--recipe", "ternary", "--interval_point", 1),
     "full": FULL,
+    "lrqat": ("--method", "lrqat", "--learning_rate", 1e-2),
+    "lrqat full": ("--method", "lrqat", "--recipe", "full", "--learning_rate", 1e-2, "--lr_scheduler_type", "cosine"),
     "lora": ("--method", "lora", "--learning_rate", 1e-2, "--lora_dropout", 0.1, "--lr_scheduler_type", "cosine"),
     "qalora": ("--method", "qalora", "--learning_rate", 1e-2)}
 
@@ -74,7 +76,8 @@ def logged(folder):
 
 
 @pytest.mark.parametrize("method, step", [*((method, 5) for method in METHODS), ("published", 8), ("full", 2),
-                                          ("full", 3), ("lora", 2), ("lora", 3), ("lora", 8)])
+                                          ("full", 3), ("lrqat full", 2),
+                                          ("lora", 2), ("lora", 3), ("lora", 8)])
 def test_a_resumed_run_ends_as_the_run_that_was_not_interrupted(whole, tmp_path, monkeypatch, method, step):
     """Inside the first epoch (2), between two (3), inside the second (5) and the third (8). No checkpoint but 3 is at
     a logging step, so the loss of the next logged step has parts from before."""

@@ -272,7 +272,7 @@ def test_complete_training_leaves_nothing_open(flags, parameters, want):
         assert (complete.optimizer_type, complete.max_grad_norm) == ("int_sign_sgd", 0.0)
         assert (complete.interval_point, complete.filter_ratio) == (0.75 * done.lora_r, 0.95)
     else:
-        assert complete == training
+        assert complete == replace(training, recipe="published")
 
 
 def test_flags_that_are_given_stay():
@@ -453,12 +453,12 @@ REFUSED = [
     (("--quantized_model_dir", "{gptq}", "--adapter_ckpt", "nowhere"), "nowhere is not a folder"),
     (("--quantized_model_dir", "{gptq}", "--offset_scale", "learned", "--residual", False), "leaves out"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--optimizer_type", "int_sign_sgd"), "ternary adapters"),
-    (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--learned_scales", True), "beside ternary adapters"),
+    (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--learned_scales", True), "beside steps on the grid"),
     (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"),
      "needs a GPTQ model with groups"),
     (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
-    (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--recipe", "full"), "--recipe full is for ternary"),
-    (("--lota_qaf", False, "--method", "qalora", "--recipe", "learned"), "--recipe full is for ternary"),
+    (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--recipe", "full"), "--recipe full is for steps"),
+    (("--lota_qaf", False, "--method", "qalora", "--recipe", "learned"), "--recipe full is for steps"),
     (("--mode", 2), "nothing to evaluate"),
     (("--mode", 2, "--export", "gguf"), "go together"),
     (("--mode", 2, "--export", "gguf", "--export_path", "out"), "--load_adapter"),
@@ -520,7 +520,7 @@ def test_paged_adamw_needs_bitsandbytes(gptq, monkeypatch):
 ROOMS = {
     "names and mistakes": ["LoTA", "LoTA.export"],                  # LoTA.export itself is only the list of formats
     "files": ["LoTA.storage", "LoTA.row_files"],
-    "the method": ["LoTA.packing", "LoTA.packed", "LoTA.ternary", "LoTA.kernels"],
+    "the method": ["LoTA.packing", "LoTA.packed", "LoTA.steps", "LoTA.ternary", "LoTA.kernels"],
     "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.export.card", "LoTA.lota_merge"],
     "models in memory": ["LoTA.layer", "LoTA.adapter", "LoTA.answer_loss", "LoTA.monitor", "LoTA.trainer"],
     "other engines": ["LoTA.export.shared", "LoTA.export.gptq", "LoTA.export.peft_adapter", "LoTA.export.dense",
@@ -561,7 +561,7 @@ def test_imports_run_down_only():
     # The rule finds what it looks for.
     assert imported_by(files["LoTA_QAF_main"], files) >= {"LoTA.folders", "LoTA.trainer", "t_signSGD", "LoTA.settings"}
     assert imported_by(files["LoTA.settings"], files) == {"LoTA", "LoTA.adapter_folder", "LoTA.export", "LoTA.folders",
-                                                          "LoTA.ternary"}
+                                                          "LoTA.steps"}
 
 
 def test_the_main_script_is_short():
