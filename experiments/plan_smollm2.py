@@ -13,11 +13,11 @@ WORK is the folder that runs/smollm2.sh fills: SmolLM2-135M/, stages/gptq/SET/ a
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from statistics import mean
 
-import run
 from plan import LORA, QALORA, flags, named
 from smollm2 import OTHER, TEXT_TASK
 
@@ -73,7 +73,7 @@ TUNED_16_TRIED = METHODS_TRIED["LoRA"]
 READY: dict[str, Callable[[], bool]] = {
     **{method: lambda own=own: own["method"] in METHODS and own.get("recipe", "published") in RECIPES
        for method, (own, _) in METHODS_TRIED.items()},
-    REQUANTIZED: lambda: hasattr(run, "requantize")}
+    REQUANTIZED: lambda: find_spec("requantize") is not None}          # experiments/requantize.py
 
 
 def tries_of(method: str) -> dict[str, dict]:
@@ -145,7 +145,8 @@ def test(args: argparse.Namespace, place: Path) -> Iterator[dict]:
                         settings = tries_of(TUNED_16 if bits == 16 else name.partition(", ")[0] if
                                             method == REQUANTIZED else method)[name]
                         tuned = trained(args, place, data_set, bits, method, name, settings, seed, scored)
-                        yield tuned | ({"requantize": True} if method == REQUANTIZED else {})
+                        yield tuned | ({"requantize": True, "adapter_of": f"{data_set}, {bits} bits, {name}"}
+                                       if method == REQUANTIZED else {})
 
 
 def untrained(args: argparse.Namespace, place: Path, data_set: str, scored: dict) -> Iterator[dict]:

@@ -9,6 +9,8 @@ RUNS.json comes from experiments/plan.py. It is a list of runs:
     base         in its place the 16-bit model that LoRA is trained on, and merged into
     train        flags of mode 1; absent where nothing is trained
     evaluate     flags of mode 2
+    requantize   true: LoRA's adapter is merged into 16-bit weights, and these are quantized anew and scored
+    adapter_of   the name of another run with the same training, whose adapter is taken
     live_rows    how many rows a merging method answers live too; absent: all, 0: none
     also         {name: flags of mode 2} that measure the same model on something else; see "other" in the line
     ...          whatever else the line of results shall say
@@ -58,7 +60,7 @@ def file_name(run: dict) -> str:
 
 def train(run: dict, work: Path) -> Path:
     """Runs mode 1. Returns the adapter's folder, which is left as it is where an earlier start finished it."""
-    output = work / "adapters" / file_name(run)
+    output = work / "adapters" / file_name({**run, "name": run.get("adapter_of", run["name"])})
     for folder in output.glob("*MB_*"):         # only a finished adapter has its peak memory in its name
         return folder
     base, training, _ = parse(1, ["--quantized_model_dir", run["gptq"], "--seed", run["seed"], "--adapter_path", output,
@@ -93,7 +95,7 @@ def perform(run: dict, work: Path) -> dict:
     """Trains and scores one run. Returns its figures."""
     import torch
 
-    from LoTA.adapter_folder import LotaConfig
+    from LoTA.adapter_folder import AdapterFolder, LotaConfig
     from LoTA.folders import MergedFolder
     output = work / "predictions"
     if "base" in run:
@@ -110,6 +112,11 @@ def perform(run: dict, work: Path) -> dict:
     if torch.cuda.is_available():       # on a CPU the peak is the process's, so it counts the runs before this one too
         figures["train_mb"] = config.training["peak_mb"]
     flags = ["--load_adapter", adapter, "--quantized_model_dir", run["gptq"], *run["evaluate"]]
+    if run.get("requantize"):
+        from requantize import requantize
+        folder = requantize(AdapterFolder(adapter), Path(run["gptq"]), work / "requantized" / file_name(run), [])
+        flags = [*run["evaluate"], "--quantized_model_dir", folder]
+        figures |= {"merged_mb": megabytes(folder), "offsets": False}
     if config.method == "LoRA":
         return {**figures, **score(flags, output)[0], **score_also(run, flags, output)}
     with tempfile.TemporaryDirectory(dir=work) as temporary:

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import compare
 import data
@@ -609,6 +610,22 @@ def test_runs_that_measure_the_loss_alone_and_other_things_too(quantize, demo_da
     assert "accuracy" not in live["other"]["few"] and live["also"] == also
     assert tuned["loss"] < untuned["loss"] and tuned["other"]["few"]["loss"] > 0 and tuned["train_s"] > 0
     assert str(tmp_path) not in (tmp_path / "results.jsonl").read_text()
+
+
+def test_a_requantized_run_takes_the_adapter_of_lora(quantize, demo_data, tmp_path, monkeypatch):
+    """It trains nothing where the run of LoRA has its adapter already, and scores the folder of requantize()."""
+    gptq, asked = str(quantize(2)), []
+    monkeypatch.setitem(sys.modules, "requantize", SimpleNamespace(
+        requantize=lambda adapter, folder, output, flags: asked.append((adapter.config.method, output)) or folder))
+    data_dir = ["--data_dir", str(demo_data)]
+    evaluate = ["--ft_dataset_name", "viggo", "--answer_loss", True, "--no_generate", "--dtype", "float32", *data_dir]
+    lora = {"name": "LoRA", "seed": 1, "gptq": gptq, "train": [*TRAIN, *data_dir, "--method", "lora"],
+            "evaluate": evaluate}
+    other = {**lora, "name": "LoRA, requantized", "requantize": True, "adapter_of": "LoRA"}
+    first, second = run.perform(lora, tmp_path), run.perform(other, tmp_path)
+    assert len(list((tmp_path / "adapters").iterdir())) == 1 and first["train_s"] == second["train_s"]
+    assert asked == [("LoRA", tmp_path / "requantized" / run.file_name(other))] and second["offsets"] is False
+    assert second["loss"] == run.perform({"evaluate": [*evaluate, "--quantized_model_dir", gptq]}, tmp_path)["loss"]
 
 
 def test_runs_holds_shell_scripts_that_name_what_exists():
