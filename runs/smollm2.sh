@@ -68,14 +68,14 @@ PYTHON
     exit
 fi
 
-task=viggo
-if [ -d "$in/data/sql" ]; then task=sql; fi
+task=viggo batch=8                      # a row of viggo has twice as many tokens as one of sql
+if [ -d "$in/data/sql" ]; then task=sql batch=16; fi
 rows=$in/data/$task/tune
 main() { python LoTA_QAF_main.py --pretrained "$base" --data_dir "$rows" "$@"; }
 # evaluate KIND FLAGS: mode 2, unless its results are there. KIND is the part of their name that says which model it is.
 evaluate() {
     compgen -G "$results/*_$1_*.json" > /dev/null || main --mode 2 --ft_dataset_name "$task" --answer_loss \
-        --max_new_tokens 96 --eval_batch_size 40 "${limit[@]}" --output_path "$results" "${@:2}"
+        --max_new_tokens 80 --eval_batch_size 40 ${limit[@]+"${limit[@]}"} --output_path "$results" "${@:2}"
 }
 # llama.cpp with its Python binding, in the release that was tested. It is built once, which takes about 10 minutes.
 python -c 'import llama_cpp' 2> /dev/null || CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) pip install --quiet \
@@ -87,10 +87,10 @@ for b in $bits; do
     step "3. GPTQ to $b bits, with groups of 64"
     quantize "$task" "$b"
 
-    step "4. mode 1: $method tunes it, $steps steps of 16 rows"
+    step "4. mode 1: $method tunes it, $steps steps of $batch rows"
     compgen -G "$out/adapter/*MB_*" > /dev/null || main --mode 1 --method "$method" --recipe "$recipe" \
         --quantized_model_dir "$gptq" --training_data_name "$task" --lora_r 32 --max_steps "$steps" \
-        --train_batch_size 16 --gradient_checkpointing False --logging_steps 5 --save_strategy no \
+        --train_batch_size "$batch" --gradient_checkpointing False --logging_steps 5 --save_strategy no \
         --adapter_path "$out/adapter"
     adapter=$(echo "$out"/adapter/*MB_*)
 
