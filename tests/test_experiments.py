@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,11 +26,15 @@ import scoring
 import smollm2
 import tables
 import tiny_base
+import torch
 import two_steps
-from conftest import ROOT, run_main
+from conftest import ROOT, merge, run_main
+from transformers import AutoModelForCausalLM
 
 from LoTA import UserError
 from LoTA.adapter_folder import LotaConfig
+from LoTA.export.gguf import GGUF_FILE
+from LoTA.export.run import export
 from LoTA.folders import GPTQFolder
 
 TRAIN = ["--training_data_name", "viggo", "--lora_r", 8, "--max_steps", 3, "--train_batch_size", 8, "--dtype",
@@ -519,6 +524,42 @@ def test_the_rows_of_smollm2_are_kept_apart(demo_data, tmp_path):
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=str(tmp_path / "a/tasks"))
     assert smollm2.TEXT_TASK in manager.all_tasks
+
+
+def test_a_model_comes_out_of_a_package(trained, gptq_2bit, evaluate, tmp_path, monkeypatch):
+    """The GGUF file in a wheel becomes a 16-bit folder that computes what the file does, if it answers sensibly.
+
+    llama.cpp's answers from the same file are compared with those of mode 2.
+    """
+    merge(trained, gptq_2bit, tmp_path / "merged")
+    export(tmp_path / "merged", "gguf", tmp_path / "gguf")
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.write(tmp_path / "gguf" / GGUF_FILE, "package/model.gguf")
+    arguments = ("model", "--package", wheel, "--output", tmp_path / "base")
+    with pytest.raises(UserError, match="was read wrongly: it does not say Paris"):
+        run_main(smollm2, *arguments)
+    assert not (tmp_path / "base").exists()
+    monkeypatch.setattr(smollm2, "ANSWER", "")
+    run_main(smollm2, *arguments)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file=GGUF_FILE, dtype=torch.bfloat16)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    assert not hasattr(ours.config, "quantization_config")
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    with zipfile.ZipFile(wheel, "a") as file:
+        file.writestr("package/other.gguf", "")
+    with pytest.raises(UserError, match="has 2 GGUF files, and one is wanted"):
+        run_main(smollm2, *arguments)
+
+    pytest.importorskip("llama_cpp")
+    results = evaluate(tmp_path / "results", "--load_adapter", tmp_path / "merged", "--limit", 4)
+    file, = (tmp_path / "results").glob("*.json")
+    run_main(smollm2, "ask", "--gguf", tmp_path / "gguf" / GGUF_FILE, "--tokenizer", tmp_path / "merged",
+             "--results", file)
+    for item in results["predictions"]:
+        item["prediction"] = "something else"
+    with pytest.raises(UserError, match="answers otherwise in llama.cpp"):
+        smollm2.ask(tmp_path / "gguf" / GGUF_FILE, str(tmp_path / "merged"), results, 4)
 
 
 @pytest.fixture
