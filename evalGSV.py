@@ -161,6 +161,7 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
     then.
     The results are the accuracy with its 95 % interval, every prediction with its prompt and label, the layout of the
     prompts, their date where the chat template writes one, and with eval_args.answer_loss the loss of the labels.
+    Without eval_args.generate they have neither accuracy nor predictions.
     """
     data_name = eval_args.ft_dataset_name
     prepare_tokenizer(tokenizer)
@@ -168,23 +169,25 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
         rows = load_rows(data_name, "test", base_args.data_dir) if rows is None else rows
         questions = ask(tokenizer, data_name, rows.select(range(min(subsample or len(rows), len(rows)))))
     prompts, labels = questions.prompts, questions.labels
-    if eval_args.max_new_tokens is None:
-        eval_args = replace(eval_args, max_new_tokens=min(MAX_NEW_TOKENS, questions.room or MAX_NEW_TOKENS))
-        if eval_args.max_new_tokens < MAX_NEW_TOKENS:
-            print(f"{data_name}: answers have at most {questions.room} tokens: the longest prompt leaves no more")
     model.eval()
-    predictions = generate(model, tokenizer, prompts, eval_args.eval_batch_size, eval_args.max_new_tokens)
-    items = [{"prompt": prompt, "label": label, "prediction": prediction,
-              "correct": is_correct(prediction, label, data_name)}
-             for prompt, label, prediction in zip(prompts, labels, predictions, strict=True)]
-    correct = sum(item["correct"] for item in items)
-    results = {"data_set": data_name, "rows": len(items), "correct": correct, "accuracy": correct / len(items),
-               "interval_95": confidence_interval(correct, len(items)), **(extra or {}),
-               "prompt_layout": questions.style.layout,
-               **({"template_date": questions.style.date} if questions.style.date else {}), "predictions": items}
-    low, high = results["interval_95"]
-    print(f"{data_name}: {correct} of {len(items)} correct, accuracy {correct / len(items):.2%} "
-          f"(95 % interval {low:.2%} to {high:.2%})")
+    results = {"data_set": data_name, "rows": len(prompts)}
+    if eval_args.generate:
+        if eval_args.max_new_tokens is None:
+            eval_args = replace(eval_args, max_new_tokens=min(MAX_NEW_TOKENS, questions.room or MAX_NEW_TOKENS))
+            if eval_args.max_new_tokens < MAX_NEW_TOKENS:
+                print(f"{data_name}: answers have at most {questions.room} tokens: the longest prompt leaves no more")
+        predictions = generate(model, tokenizer, prompts, eval_args.eval_batch_size, eval_args.max_new_tokens)
+        items = [{"prompt": prompt, "label": label, "prediction": prediction,
+                  "correct": is_correct(prediction, label, data_name)}
+                 for prompt, label, prediction in zip(prompts, labels, predictions, strict=True)]
+        correct = sum(item["correct"] for item in items)
+        low, high = confidence_interval(correct, len(items))
+        results |= {"correct": correct, "accuracy": correct / len(items), "interval_95": (low, high)}
+        print(f"{data_name}: {correct} of {len(items)} correct, accuracy {correct / len(items):.2%} "
+              f"(95 % interval {low:.2%} to {high:.2%})")
+    results |= {**(extra or {}), "prompt_layout": questions.style.layout,
+                **({"template_date": questions.style.date} if questions.style.date else {}),
+                **({"predictions": items} if eval_args.generate else {})}
     if eval_args.answer_loss:
         results["loss"] = answer_loss(model, tokenizer, prompts, labels, eval_args.eval_batch_size)
         print(f"{data_name}: mean loss of the answers' tokens {results['loss']:.4f}")
@@ -200,7 +203,8 @@ def prepare_evalgsv(eval_args: evalConfig, rows, tokenizer: PreTrainedTokenizerB
     """
     questions = ask(tokenizer, eval_args.ft_dataset_name, rows, style)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in questions.prompts]
-    room = check_fit(place, tokenizer, prompts, eval_args.max_new_tokens or 1, trust_remote_code)
+    new_tokens = (eval_args.max_new_tokens or 1) if eval_args.generate else 0
+    room = check_fit(place, tokenizer, prompts, new_tokens, trust_remote_code)
     if eval_args.answer_loss:
         answered = [ids + encode_answer(tokenizer, label) for ids, label in zip(prompts, questions.labels, strict=True)]
         check_fit(place, tokenizer, answered, trust_remote_code=trust_remote_code)

@@ -231,6 +231,9 @@ class evalConfig:
         "LoTA and LR-QAT always take gptq_torch")
     device: str | None = setting("model", None, "device of the evaluation", shown="--device_map's")
     ft_dataset_name: str = setting("measure", "none", "generate and score on this data set")
+    generate: bool = setting(
+        "measure", True, "with --ft_dataset_name: generate answers and score them",
+        off="measure --answer_loss alone, because generating takes most of the time")
     max_new_tokens: int | None = setting(
         "measure", None, "tokens of a generated answer at most; refused where the longest prompt leaves less room",
         shown=f"{MAX_NEW_TOKENS}, or the room that the longest prompt leaves")
@@ -511,6 +514,8 @@ def check_evaluation(evaluation: evalConfig) -> None:
         raise UserError("--export FORMAT and --export_path FOLDER go together")
     if evaluation.export and evaluation.load_adapter == "none":
         raise UserError("--export writes a merged model: name it, or its adapter, with --load_adapter")
+    if not evaluation.generate and not evaluation.answer_loss:
+        raise UserError("--no_generate leaves the loss alone to measure: give --answer_loss too")
     if evaluation.include_path and not Path(evaluation.include_path).is_dir():
         raise UserError(f"--include_path {evaluation.include_path} is not a folder")
     new_tokens, limit = evaluation.max_new_tokens, evaluation.limit

@@ -67,7 +67,8 @@ def comparison(results: dict[str, dict], config: LotaConfig, difference: float, 
     return {
         "bits": config.bits, "rank": config.rank, "omega": config.omega,
         "rows": [{"name": names[kind], **{key: results[kind][key] for key in
-                                          ("accuracy", "interval_95", "correct", "rows")}} for kind in KINDS],
+                                          ("accuracy", "interval_95", "correct", "rows", "loss")
+                                          if key in results[kind]}} for kind in KINDS],
         "moved": results["merged"]["moved"]["all"],
         "largest_logit_difference": difference, "largest_logit": largest, "logit_rows": logit_rows,
         "answers_that_differ": sum(live != merged for live, merged in zip(*answers, strict=True)),
@@ -77,12 +78,14 @@ def comparison(results: dict[str, dict], config: LotaConfig, difference: float, 
 def print_comparison(figures: dict) -> None:
     """Prints the table and what is said beneath it."""
     width = max(len(row["name"]) for row in figures["rows"])
-    print(f"\n| {'model':<{width}} | accuracy | 95 % interval     | correct     |")
-    print(f"|{'-' * (width + 2)}|{'-' * 10}|{'-' * 19}|{'-' * 13}|")
+    loss = "loss" in figures["rows"][0]         # where mode 2 was asked for it
+    print(f"\n| {'model':<{width}} | accuracy | 95 % interval     | correct     |" + (" loss   |" if loss else ""))
+    print(f"|{'-' * (width + 2)}|{'-' * 10}|{'-' * 19}|{'-' * 13}|" + ("-" * 8 + "|" if loss else ""))
     for row in figures["rows"]:
         low, high = row["interval_95"]
         share, count = f"{row['accuracy']:8.1%}", f"{row['correct']:4} of {row['rows']:4}"
-        print(f"| {row['name']:<{width}} | {share} | {low:6.1%} to {high:6.1%}  | {count}|")
+        print(f"| {row['name']:<{width}} | {share} | {low:6.1%} to {high:6.1%}  | {count}|"
+              + (f" {row['loss']:6.3f} |" if loss else ""))
     print(f"\nshare of integer weights moved by the merge: {figures['moved']:.4%}")
     print(f"largest difference between live and merged logits: {figures['largest_logit_difference']:.2e} "
           f"(largest logit: {figures['largest_logit']:.1f})")

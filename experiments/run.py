@@ -6,8 +6,13 @@ RUNS.json comes from experiments/plan.py. It is a list of runs:
 
     name, seed   which run it is
     gptq         the GPTQ folder that is trained on
+    base         in its place the 16-bit model that LoRA is trained on, and merged into
     train        flags of mode 1; absent where nothing is trained
     evaluate     flags of mode 2
+    requantize   true: LoRA's adapter is merged into 16-bit weights, and these are quantized anew and scored
+    adapter_of   the name of another run with the same training, whose adapter is taken
+    live_rows    how many rows a merging method answers live too; absent: all, 0: none
+    also         {name: flags of mode 2} that measure the same model on something else; see "other" in the line
     ...          whatever else the line of results shall say
 
 A LoRA adapter is scored live. LoTA and QA-LoRA adapters are scored merged and live, and the answers that differ are
@@ -31,6 +36,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import tune_16bit
+
 import LoTA_QAF_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,13 +54,13 @@ def file_name(run: dict) -> str:
     It has a hash of the training flags, so that a run with changed flags does not take the adapter of the run before.
     """
     name = f"{run['name']}_seed{run['seed']}".replace(" ", "_").replace(",", "").replace("/", "")
-    flags = json.dumps([run.get("gptq"), run.get("train")])
+    flags = json.dumps([run.get("gptq") or run.get("base"), run.get("train")])
     return f"{name}_{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def train(run: dict, work: Path) -> Path:
     """Runs mode 1. Returns the adapter's folder, which is left as it is where an earlier start finished it."""
-    output = work / "adapters" / file_name(run)
+    output = work / "adapters" / file_name({**run, "name": run.get("adapter_of", run["name"])})
     for folder in output.glob("*MB_*"):         # only a finished adapter has its peak memory in its name
         return folder
     base, training, _ = parse(1, ["--quantized_model_dir", run["gptq"], "--seed", run["seed"], "--adapter_path", output,
@@ -64,7 +71,8 @@ def train(run: dict, work: Path) -> Path:
 def score(flags: list, output: Path) -> tuple[dict, list[str]]:
     """Runs mode 2. Returns (the figures, the generated answers).
 
-    The figures have an "accuracy". Of lm-eval's tasks it is the mean of their accuracies, and there are no answers.
+    The figures have an "accuracy" where answers were generated. Of lm-eval's tasks it is the mean of their accuracies,
+    and there are no answers.
     """
     base, _, evaluation = parse(2, [*flags, "--output_path", output])
     results = LoTA_QAF_main.evaluate(base, evaluation)
@@ -72,10 +80,10 @@ def score(flags: list, output: Path) -> tuple[dict, list[str]]:
     if evaluation.ft_dataset_name != "none":
         found = results[evaluation.ft_dataset_name]
         return ({key: found[key] for key in ("accuracy", "correct", "rows", "loss") if key in found},
-                [item["prediction"] for item in found["predictions"]])
+                [item["prediction"] for item in found.get("predictions", [])])
     found = results["lm_eval"]["results"]
-    accuracies = [found[task]["acc,none"] for task in evaluation.tasks.split(",")]
-    return {"accuracy": sum(accuracies) / len(accuracies), "lm_eval": found}, []
+    accuracies = [found[task]["acc,none"] for task in evaluation.tasks.split(",") if "acc,none" in found[task]]
+    return {**({"accuracy": sum(accuracies) / len(accuracies)} if accuracies else {}), "lm_eval": found}, []
 
 
 def megabytes(folder: str | Path) -> float:
@@ -87,10 +95,13 @@ def perform(run: dict, work: Path) -> dict:
     """Trains and scores one run. Returns its figures."""
     import torch
 
-    from LoTA.adapter_folder import LotaConfig
+    from LoTA.adapter_folder import AdapterFolder, LotaConfig
+    from LoTA.folders import MergedFolder
     output = work / "predictions"
+    if "base" in run:
+        return tuned_16bit(run, work, output)
     if "train" not in run:
-        return score(run["evaluate"], output)[0]
+        return {**score(run["evaluate"], output)[0], **score_also(run, run["evaluate"], output)}
     adapter = train(run, work)
     gc.collect()
     config = LotaConfig.load(adapter)
@@ -101,22 +112,52 @@ def perform(run: dict, work: Path) -> dict:
     if torch.cuda.is_available():       # on a CPU the peak is the process's, so it counts the runs before this one too
         figures["train_mb"] = config.training["peak_mb"]
     flags = ["--load_adapter", adapter, "--quantized_model_dir", run["gptq"], *run["evaluate"]]
+    if run.get("requantize"):
+        from requantize import requantize
+        folder = requantize(AdapterFolder(adapter), Path(run["gptq"]), work / "requantized" / file_name(run), [])
+        flags = [*run["evaluate"], "--quantized_model_dir", folder]
+        figures |= {"merged_mb": megabytes(folder), "offsets": False}
     if config.method == "LoRA":
-        return {**figures, **score(flags, output)[0]}
+        return {**figures, **score(flags, output)[0], **score_also(run, flags, output)}
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         merged, answers = score([*flags, "--merged_path", f"{temporary}/merged"], output)
         figures["merged_mb"] = megabytes(f"{temporary}/merged")
-    live, live_answers = score([*flags, "--merge", False], output)
-    if answers:                         # lm-eval returns none
-        figures["differ_from_live"] = sum(a != b for a, b in zip(answers, live_answers, strict=True))
-    return {**figures, **merged, "live_accuracy": live["accuracy"]}
+        figures["offsets"] = bool(MergedFolder(f"{temporary}/merged").offset_modules())
+        figures |= score_also(run, [*run["evaluate"], "--load_adapter", f"{temporary}/merged"], output)
+    if run.get("live_rows") != 0:
+        some = ["--limit", run["live_rows"]] if "live_rows" in run else []
+        live, live_answers = score([*flags, *some, "--merge", False], output)
+        if answers:                     # lm-eval returns none
+            pairs = zip(answers[:len(live_answers)] if some else answers, live_answers, strict=True)
+            figures["differ_from_live"] = sum(a != b for a, b in pairs)
+        if "accuracy" in live:
+            figures["live_accuracy"] = live["accuracy"]
+    return {**figures, **merged}
+
+
+def tuned_16bit(run: dict, work: Path, output: Path) -> dict:
+    """The figures of a run that tunes a 16-bit model."""
+    base, training, _ = parse(1, [*run["train"], "--seed", run["seed"], "--pretrained", run["base"]])
+    folder = tune_16bit.tune(base, training, work / "adapters" / file_name(run))
+    gc.collect()
+    flags = [*run["evaluate"], "--auto_gptq", "none", "--pretrained", folder]
+    return {**json.loads((folder / tune_16bit.PROVENANCE).read_text()), **score(flags, output)[0],
+            **score_also(run, flags, output)}
+
+
+def score_also(run: dict, flags: list, output: Path) -> dict:
+    """{"other": {name: figures}} of what "also" measures of the model that `flags` name; {} where a run has none."""
+    found = {name: score([*flags, *its_flags], output)[0] for name, its_flags in run.get("also", {}).items()}
+    return {"other": found} if found else {}
 
 
 def name_only(value):
     """The last part of an absolute path, because the rest belongs to one machine; other values as they are.
 
-    Of a list it is the list of its values' names.
+    Of a list it is the list of its values' names, and of a dictionary the same.
     """
+    if isinstance(value, dict):
+        return {key: name_only(one) for key, one in value.items()}
     if isinstance(value, list):
         return [name_only(one) for one in value]
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
@@ -149,7 +190,8 @@ def add_line(run: dict, work: Path, results: Path, commit: str) -> bool:
     line = {**without_paths(run), "commit": commit, **figures}
     with open(results, "a") as f:
         f.write(json.dumps(line) + "\n")
-    print(f"{name}: {figures['accuracy']:.1%}", flush=True)
+    score_of = f"{figures['accuracy']:.1%}" if "accuracy" in figures else f"loss {figures['loss']:.4f}"
+    print(f"{name}: {score_of}", flush=True)
     return True
 
 

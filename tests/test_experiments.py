@@ -9,24 +9,32 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import compare
 import data
 import deploy
 import plan
+import plan_smollm2
 import pytest
 import run
 import scoring
+import smollm2
 import tables
 import tiny_base
+import torch
 import two_steps
-from conftest import ROOT, run_main
+from conftest import ROOT, merge, run_main
+from transformers import AutoModelForCausalLM
 
 from LoTA import UserError
 from LoTA.adapter_folder import LotaConfig
+from LoTA.export.gguf import GGUF_FILE
+from LoTA.export.run import export
 from LoTA.folders import GPTQFolder
 
 TRAIN = ["--training_data_name", "viggo", "--lora_r", 8, "--max_steps", 3, "--train_batch_size", 8, "--dtype",
@@ -233,6 +241,12 @@ def line(method, bits, seed, accuracy, loss, setting="recovery", **more):
             "rows": 100, **more}
 
 
+def smol(data_set, method, bits, seed, accuracy=None, loss=None, **more):
+    """A line of stage test on SmolLM2."""
+    figures = {key: value for key, value in (("accuracy", accuracy), ("loss", loss)) if value is not None}
+    return {"setting": data_set, "method": method, "bits": bits, "seed": seed, "rows": 160, **figures, **more}
+
+
 def cells_of(text):
     """The rows of a Markdown table, as lists of cells."""
     rows = [row for row in text.splitlines() if row.startswith("|")]
@@ -423,6 +437,14 @@ def test_a_comparison_reads_the_newest_results_of_its_adapter(tmp_path):
                                                                             "merged": 3}
 
 
+def test_a_comparison_shows_the_loss_where_it_was_measured(capsys):
+    for more, shown in (({}, []), ({"loss": 0.1234}, ["loss", "0.123", "0.123", "0.123", "0.123"])):
+        results = {kind: mode_2(3, "abcx", moved={"all": 0.5}, **more) for kind in compare.KINDS}
+        compare.print_comparison(compare.comparison(results, LotaConfig(omega=4.0, rank=8, bits=2), 0.0, 1.0, 3, "abc"))
+        rows = cells_of(capsys.readouterr().out)
+        assert [row[4] for row in rows if len(row) > 4 and "-" not in row[4]] == shown
+
+
 def test_two_comparisons_make_one_table():
     """The 16-bit and the GPTQ model, which both have, are one row each."""
     results = {"16bit": mode_2(4, "abcd"), "gptq": mode_2(1, "xxxx"), "live": mode_2(3, "abcx"),
@@ -438,6 +460,213 @@ def test_two_comparisons_make_one_table():
     assert "2 of 8 answers differ. On the first 3 rows their logits differ by at most 2.0e-05" in text
     assert "commit abc." in text
     assert compare.names_of(LotaConfig(method="QA-LoRA", rank=8, bits=4))["live"] == "QA-LoRA, live"
+
+
+SMOLLM2_LINES = [
+    smol("sql", "16-bit base", 16, 0, 0.1, 1.2, other={"gsm8k": {"loss": 1.5}}),
+    smol("sql", "16-bit, tuned", 16, 1, 0.75, 0.1, train=["--max_steps", 40]),
+    smol("sql", "GPTQ", 4, 0, 0.05, 1.1), smol("viggo", "GPTQ", 4, 0, 0.0, 0.5),
+    *(smol("sql", "LoRA", 4, seed, 0.7, loss, train=["--max_steps", 40]) for seed, loss in ((1, 0.2), (2, 0.4))),
+    smol("viggo", "LoRA", 4, 1, 0.5, 0.495, train=["--max_steps", 40]),
+    *(smol("sql", "LoTA, full", 4, seed, 0.6, 0.5, train=["--max_steps", 40], moved=0.001, merged_mb=90.0, offsets=True,
+           differ_from_live=1, live_rows=40) for seed in (1, 2)),
+    smol("viggo", "LoTA, scales", 2, 1, 0.4, train=["--max_steps", 40, "--recipe", "scales"], merged_mb=80.0,
+         moved=0.02, other={"python_docs": {"lm_eval": {"python_docs": {"word_perplexity,none": 21.25}}},
+                            "gsm8k": {"loss": 1.75}})]
+
+
+def test_the_table_of_smollm2_is_of_its_lines():
+    """Exact match, loss, both gaps, and a dash wherever something was not run, or where a gap is too small."""
+    text = tables.smollm2_table(SMOLLM2_LINES)
+    rows = {tuple(row[:2]): row[2:] for row in cells_of(text)[2:]}
+    assert list(rows) == [("16", "the model"), ("16", "the model, tuned by LoRA"), ("4", "GPTQ"),
+                          ("4", "LoRA, its adapter kept"), ("4", "LoTA, full"), ("2", "LoTA, scales")]
+    assert rows["16", "the model"] == ["10.0", "1.200", "–", "–", "", "", "", ""]
+    assert rows["4", "LoRA, its adapter kept"][:2] == ["70.0 ± 0.0 (2)", "0.300 ± 0.141 (2)"]
+    # SQL: (1.1 - 0.5) / (1.1 - 0.3) and / (1.1 - 0.1). On ViGGO LoRA's own gain is below the least one.
+    assert rows["4", "LoTA, full"][2:] == ["–", "–", "75 / –", "60 / –", "0.100 / –", "GPTQ and offsets"]
+    assert rows["4", "LoRA, its adapter kept"][4:] == ["100 / –", "80 / –", "", "cannot merge"]
+    assert rows["2", "LoTA, scales"] == ["–", "–", "40.0", "–", "– / –", "– / –", "– / 2.000", "plain GPTQ"]
+    assert "SQL on 160, ViGGO on 160 test rows" in text and "1 or 2 runs a cell, seeds 1, 2, 40 steps" in text
+    assert "Of 80 answers that were given merged and live 2 differ." in text
+    other = {tuple(row[:2]): row[2:] for row in cells_of(tables.smollm2_other_table(SMOLLM2_LINES))[2:]}
+    assert other == {("16", "the model"): ["–", "1.500", "–", "–"], ("2", "LoTA, scales"): ["–", "–", "21.2", "1.750"]}
+    for empty in ([], SMOLLM2_LINES[:1]):
+        assert "Mean" in tables.smollm2_table(empty) and tables.smollm2_other_table(empty)
+
+
+def test_the_tables_of_smollm2_are_printed_from_any_file(tmp_path, capsys):
+    (tmp_path / "lines.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in SMOLLM2_LINES))
+    run_main(tables, "--smollm2", tmp_path / "lines.jsonl")
+    assert capsys.readouterr().out == (f"{tables.smollm2_table(SMOLLM2_LINES)}\n"
+                                       f"{tables.smollm2_other_table(SMOLLM2_LINES)}\n")
+    assert set(tables.SMOLLM2_METHODS) == {tables.BASE, "GPTQ", plan_smollm2.TUNED_16, plan_smollm2.REQUANTIZED,
+                                           *plan_smollm2.METHODS_TRIED}
+
+
+def test_the_rows_of_smollm2_are_kept_apart(demo_data, tmp_path):
+    """Rows for tuning, choosing and testing share nothing, are drawn alike each time, and the text is a task."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/viggo").symlink_to(demo_data)
+    with pytest.raises(UserError, match="has no folder sql or viggo"):
+        run_main(smollm2, "rows", "--data_dir", demo_data, "--output", tmp_path / "none")
+    for output in ("a", "b"):
+        run_main(smollm2, "rows", "--data_dir", tmp_path / "data", "--output", tmp_path / output)
+    files = sorted(file.relative_to(tmp_path / "a") for file in (tmp_path / "a").rglob("*.jsonl"))
+    assert all((tmp_path / "a" / file).read_text() == (tmp_path / "b" / file).read_text() for file in files)
+    parts = {name: (tmp_path / "a/viggo" / name).read_text().splitlines()
+             for name in ("tune/train.jsonl", "tune/test.jsonl", "choose/train.jsonl", "choose/test.jsonl")}
+    assert parts["tune/train.jsonl"] == parts["choose/train.jsonl"]
+    apart = [parts[name] for name in ("tune/train.jsonl", "tune/test.jsonl", "choose/test.jsonl")]
+    assert all(apart) and len(set().union(*apart)) == sum(map(len, apart))
+    assert sorted(apart[0] + apart[2]) == sorted(
+        json.dumps(dict(zip(("mr", "ref"), row, strict=True))) for row in rows_of(demo_data / "train.csv"))
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=str(tmp_path / "a/tasks"))
+    assert smollm2.TEXT_TASK in manager.all_tasks
+
+
+def test_a_model_comes_out_of_a_package(trained, gptq_2bit, evaluate, tmp_path, monkeypatch):
+    """The GGUF file in a wheel becomes a 16-bit folder that computes what the file does, if it answers sensibly.
+
+    llama.cpp's answers from the same file are compared with those of mode 2.
+    """
+    merge(trained, gptq_2bit, tmp_path / "merged")
+    export(tmp_path / "merged", "gguf", tmp_path / "gguf")
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.write(tmp_path / "gguf" / GGUF_FILE, "package/model.gguf")
+    arguments = ("model", "--package", wheel, "--output", tmp_path / "base")
+    with pytest.raises(UserError, match="was read wrongly: it does not say Paris"):
+        run_main(smollm2, *arguments)
+    assert not (tmp_path / "base").exists()
+    monkeypatch.setattr(smollm2, "ANSWER", "")
+    run_main(smollm2, *arguments)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file=GGUF_FILE, dtype=torch.bfloat16)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    assert not hasattr(ours.config, "quantization_config")
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    with zipfile.ZipFile(wheel, "a") as file:
+        file.writestr("package/other.gguf", "")
+    with pytest.raises(UserError, match="has 2 GGUF files, and one is wanted"):
+        run_main(smollm2, *arguments)
+
+    pytest.importorskip("llama_cpp")
+    results = evaluate(tmp_path / "results", "--load_adapter", tmp_path / "merged", "--limit", 4)
+    file, = (tmp_path / "results").glob("*.json")
+    run_main(smollm2, "ask", "--gguf", tmp_path / "gguf" / GGUF_FILE, "--tokenizer", tmp_path / "merged",
+             "--results", file)
+    for item in results["predictions"]:
+        item["prediction"] = "something else"
+    with pytest.raises(UserError, match="answers otherwise in llama.cpp"):
+        smollm2.ask(tmp_path / "gguf" / GGUF_FILE, str(tmp_path / "merged"), results, 4)
+
+
+@pytest.fixture
+def plan_of(tmp_path, capsys):
+    """(arguments) -> the runs of a stage on SmolLM2, and what was printed."""
+    def listed(*arguments):
+        run_main(plan_smollm2, "--work", tmp_path, "--output", tmp_path / "runs.json", *arguments)
+        return json.loads((tmp_path / "runs.json").read_text()), capsys.readouterr().out
+    return listed
+
+
+def test_every_method_has_as_many_tries_on_smollm2(plan_of, tmp_path):
+    """They are scored on rows of the train split, and every flag is one of mode 1 or 2."""
+    runs, said = plan_of("--stage", "choose")
+    ready = {method for method, ready in plan_smollm2.READY.items() if ready()} - {plan_smollm2.REQUANTIZED}
+    assert {"LoRA", "QA-LoRA", "LoTA, published", "LoTA, scales", "LoTA, full"} <= ready
+    for method in ready:
+        for data_set in plan_smollm2.SETS:
+            for bits in plan_smollm2.BITS:
+                tried = [one for one in runs
+                         if (one["setting"], one["bits"], one["method"]) == (data_set, bits, method)]
+                assert len({one["name"] for one in tried}) == len(tried) == plan_smollm2.TRIES
+    assert f"{len(runs)} runs" in said and "hours" in said
+    assert all(tables.flag_of(one["evaluate"], "--data_dir").endswith("/choose") for one in runs)
+    for one in runs[::7]:
+        assert run.parse(1, one["train"])[1].max_steps == plan_smollm2.TRAIN["max_steps"]
+        assert not run.parse(2, one["evaluate"])[2].generate
+
+
+def test_the_lowest_loss_is_what_is_tested_on_smollm2(plan_of, tmp_path):
+    """A try counts where it ran on every set. A number of bits without tries takes the choice at more bits."""
+    chosen, said = plan_of("--stage", "test")
+    assert {one["method"] for one in chosen} == {"16-bit base", "GPTQ"} and "has no loss of them" in said
+    tries, _ = plan_of("--stage", "choose", "--bits", 4, "--only", "LoRA", "16-bit", "full")
+    losses = {one["try"]: i for i, one in enumerate(tries)}         # LoRA's and full's first tries are the best ...
+    lines = [{**run.without_paths(one), "loss": losses[one["try"]] + (one["setting"] == "viggo")} for one in tries]
+    lines = [line for line in lines if line["name"] != "viggo, 4 bits, LoRA, learning_rate 0.0003"]     # ... but one
+    (tmp_path / "choose.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    chosen, said = plan_of("--stage", "test", "--bits", 4, 2)
+    assert "QA-LoRA at 4 bits" in said and "LoRA at 2 bits" not in said.replace("QA-LoRA", "")
+    tuned = [one for one in chosen if "train" in one]
+    assert {(one["bits"], one["try"]) for one in tuned if one["method"] == "LoRA"} == {
+        (4, "LoRA, learning_rate 0.001"), (2, "LoRA, learning_rate 0.001")}
+    full = next(one for one in tuned if one["method"] == "LoTA, full")
+    assert full["try"] == "LoTA, full, offset_lr 0.0007, scale_lr 0.0028" and full["live_rows"] == 40
+    assert run.parse(1, full["train"])[1].offset_lr == 0.0007
+    # 2 sets: the base and GPTQ at 2 numbers of bits once; LoRA and full at both, and the tuned base, with 3 seeds.
+    assert len(chosen) == 2 * (1 + 2) + 2 * 3 * (2 * 2 + 1)
+    assert len({(one["name"], one["seed"]) for one in chosen}) == len(chosen)
+    assert [one["seed"] for one in chosen] == sorted(one["seed"] for one in chosen)
+    assert all(("also" in one) == (one["seed"] < 2) for one in chosen)
+    assert all(tables.flag_of(one["evaluate"], "--data_dir").endswith("/tune") for one in chosen)
+    with pytest.raises(UserError, match="no run is left"):
+        plan_of("--stage", "choose", "--only", "nothing")
+
+
+def test_a_dry_run_only_counts(tmp_path, capsys):
+    run_main(plan_smollm2, "--work", tmp_path, "--output", tmp_path / "runs.json", "--stage", "choose", "--dry_run",
+             "--step_s", 3600, "--steps", 2, "--sets", "sql", "--bits", 4, "--only", "QA-LoRA")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == plan_smollm2.TRIES + 1 and said[0].endswith("sql, 4 bits, QA-LoRA, learning_rate 0.001, seed 1")
+    assert "4 runs, about 8." in said[-1] and not (tmp_path / "runs.json").exists()
+
+
+def test_runs_that_measure_the_loss_alone_and_other_things_too(quantize, demo_data, base_model, tmp_path):
+    """A run without answers, one that scores a second data set too, and a tuned 16-bit model."""
+    gptq, data_dir = str(quantize(2)), ["--data_dir", str(demo_data)]
+    loss = ["--ft_dataset_name", "viggo", "--answer_loss", True, "--no_generate", "--dtype", "float32", *data_dir]
+    answers = [*loss, "--generate", True, "--max_new_tokens", 8, "--limit", 6]
+    train = [*TRAIN, *data_dir, "--learning_rate", 1e-3]
+    also = {"few": ["--limit", 3, "--no_generate"]}
+    runs = [{"name": "loss", "seed": 1, "gptq": gptq, "train": [*train, "--method", "lota"], "evaluate": loss,
+             "live_rows": 0},
+            {"name": "some live", "seed": 1, "gptq": gptq, "train": [*train, "--method", "lota"], "evaluate": answers,
+             "live_rows": 2, "also": also},
+            {"name": "16 bits", "seed": 1, "base": str(base_model), "train": train, "evaluate": loss, "also": also},
+            {"name": "untuned", "seed": 0, "evaluate": [*loss, "--auto_gptq", "none", "--pretrained", str(base_model)]}]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    arguments = ("--runs", tmp_path / "runs.json", "--work", tmp_path / "work", "--results", tmp_path / "results.jsonl")
+    for _ in range(2):          # the second start finds nothing missing
+        with pytest.raises(SystemExit) as end:
+            run_main(run, *arguments)
+        assert end.value.code == 0
+        lines = {line["name"]: line for line in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+        assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    alone, live, tuned, untuned = (lines[one["name"]] for one in runs)
+    assert alone["loss"] > 0 and alone["offsets"] is True and not {"accuracy", "live_accuracy", "other"} & alone.keys()
+    assert live["differ_from_live"] == 0 and live["rows"] == 6 and live["other"]["few"]["rows"] == 3
+    assert "accuracy" not in live["other"]["few"] and live["also"] == also
+    assert tuned["loss"] < untuned["loss"] and tuned["other"]["few"]["loss"] > 0 and tuned["train_s"] > 0
+    assert str(tmp_path) not in (tmp_path / "results.jsonl").read_text()
+
+
+def test_a_requantized_run_takes_the_adapter_of_lora(quantize, demo_data, tmp_path, monkeypatch):
+    """It trains nothing where the run of LoRA has its adapter already, and scores the folder of requantize()."""
+    gptq, asked = str(quantize(2)), []
+    monkeypatch.setitem(sys.modules, "requantize", SimpleNamespace(
+        requantize=lambda adapter, folder, output, flags: asked.append((adapter.config.method, output)) or folder))
+    data_dir = ["--data_dir", str(demo_data)]
+    evaluate = ["--ft_dataset_name", "viggo", "--answer_loss", True, "--no_generate", "--dtype", "float32", *data_dir]
+    lora = {"name": "LoRA", "seed": 1, "gptq": gptq, "train": [*TRAIN, *data_dir, "--method", "lora"],
+            "evaluate": evaluate}
+    other = {**lora, "name": "LoRA, requantized", "requantize": True, "adapter_of": "LoRA"}
+    first, second = run.perform(lora, tmp_path), run.perform(other, tmp_path)
+    assert len(list((tmp_path / "adapters").iterdir())) == 1 and first["train_s"] == second["train_s"]
+    assert asked == [("LoRA", tmp_path / "requantized" / run.file_name(other))] and second["offsets"] is False
+    assert second["loss"] == run.perform({"evaluate": [*evaluate, "--quantized_model_dir", gptq]}, tmp_path)["loss"]
 
 
 def test_runs_holds_shell_scripts_that_name_what_exists():

@@ -312,6 +312,14 @@ def test_checks_change_nothing(gptq, flags):
     assert complete_training(*done, folder) == done         # nothing is left open
 
 
+def test_nothing_to_measure_without_answers_and_loss():
+    """--no_generate leaves the loss alone, so it wants --answer_loss."""
+    flags = ("--mode", 2, "--ft_dataset_name", "viggo", "--no_generate")
+    with pytest.raises(UserError, match="--no_generate leaves the loss alone to measure: give --answer_loss too"):
+        check_evaluation(parse(*flags)[2])
+    check_evaluation(parse(*flags, "--answer_loss")[2])
+
+
 @pytest.mark.parametrize("method", ["lota", "lora"])
 def test_several_processes_are_refused_before_a_folder_is_made(monkeypatch, tmp_path, gptq, method):
     monkeypatch.chdir(tmp_path)
