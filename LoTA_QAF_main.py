@@ -41,25 +41,24 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     if training.max_steps > 0 and training.num_train_epochs > 0:
         print(f"--max_steps {training.max_steps} decides; --num_train_epochs {training.num_train_epochs} has no effect")
 
-    import torch
     from transformers import DataCollatorForSeq2Seq
 
     from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
     from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable, config_of_checkpoint
+    from LoTA.distill import load_distillation
     from LoTA.export.card import write_adapter_card
     from LoTA.layer import adapter_state
     from LoTA.lota_merge import print_moved
     from LoTA.storage import write_json
-    from LoTA.trainer import LotaTrainer, Run, RunTrainer, config_of_run, training_arguments
+    from LoTA.trainer import LotaTrainer, Run, RunTrainer, config_of_run, forget_peak_memory, training_arguments
     numbers = ((training.interval_point, training.filter_ratio, training.min_grad) if base.lota_qaf
                else (training.learning_rate, base.lora_r, base.lora_alpha))
     size, _ = folder.model_size(base.pretrained)
     name_of_run = partial(get_Ada_path, size, base.w_bits, METHODS[base.method], *numbers, training.training_data_name)
     with Run(training.adapter_path, name_of_run) as run:
         arguments = training_arguments(base, training, run.folder)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory()
         check_cuda()
         set_seed(base.seed)
         tokenizer = load_tokenizer([base.quantized_model_dir, base.pretrained], base.trust_remote_code)
@@ -74,9 +73,11 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         if training.adapter_ckpt:
             check_resumable(training.adapter_ckpt, config)
 
+        distillation = load_distillation(base, training, tokenizer)         # first, because it may refuse the teacher
         model = load_for_training(base, config, folder)
         model.print_trainable_parameters()
         common = {"model": model, "train_dataset": data, "args": arguments, "config": config,
+                  "distillation": distillation,
                   "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)}
         if base.lota_qaf:
             trainer = LotaTrainer(ternary_optimizer(model, base, training), training.interval_point, **common)
@@ -92,7 +93,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         runtime, peak = trainer.runtime_and_peak()
         if not run.writes:
             return run.folder
-        outcome = {**config.training, "runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": steps,
+        outcome = {**trainer.config.training, "runtime_s": round(runtime, 1), "peak_mb": round(peak), "steps": steps,
                    "loss": trainer.state.log_history[-1].get("train_loss")}
         config.save(run.folder, complete=False)         # a run that is killed from here on leaves no half adapter
         model.save_pretrained(str(run.folder), state_dict=adapter_state(model), save_embedding_layers=False)
