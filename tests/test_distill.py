@@ -208,7 +208,8 @@ def test_the_loss_of_16_bit_logits_is_float32(dtype, pieces):
 @pytest.mark.parametrize("which", ["student", "teacher", "both"])
 def test_a_head_that_is_not_found(which, pieces):
     """Its logits are formed as ever, and the tokens are taken from them. The other model still has chunks."""
-    model, teacher = make("llama"), make_teacher()
+    model, teacher, seen = make("llama"), make_teacher(), []
+    teacher.lm_head.register_forward_hook(lambda head, args, out: seen.append(out.shape[:-1].numel()))
     hidden = {"student": [model], "teacher": [teacher], "both": [model, teacher]}[which]
     own = type(model).get_output_embeddings
 
@@ -219,7 +220,10 @@ def test_a_head_that_is_not_found(which, pieces):
             for weight in (WEIGHT, 1.0):
                 wanted = oracle(copy.deepcopy(model).double(), copy.deepcopy(teacher).double(), padded(), tokens,
                                 weight)
+                seen.clear()            # the oracle's copy has the hook too
                 loss = distil(model, teacher, padded(), tokens, weight)
+                if which == "student":
+                    assert max(seen) == (5 if pieces == "chunks" else {"answers": 12, "all": 26}[tokens])
                 assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
                 assert gradients(model, loss)["lm_head.weight"].abs().max() > 0
 
