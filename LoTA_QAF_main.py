@@ -41,18 +41,19 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     if training.max_steps > 0 and training.num_train_epochs > 0:
         print(f"--max_steps {training.max_steps} decides; --num_train_epochs {training.num_train_epochs} has no effect")
 
-    import torch
     from transformers import DataCollatorForSeq2Seq
 
     from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
     from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable, config_of_checkpoint
+    from LoTA.distill import load_distillation
     from LoTA.trainer import (
         GridTrainer,
         LotaTrainer,
         Run,
         RunTrainer,
         config_of_run,
+        forget_peak_memory,
         real_optimizer,
         training_arguments,
     )
@@ -62,8 +63,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     name_of_run = partial(get_Ada_path, size, base.w_bits, METHODS[base.method], *numbers, training.training_data_name)
     with Run(training.adapter_path, name_of_run) as run:
         arguments = training_arguments(base, training, run.folder)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory()
         check_cuda()
         set_seed(base.seed)
         tokenizer = load_tokenizer([base.quantized_model_dir, base.pretrained], base.trust_remote_code)
@@ -78,9 +78,11 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         if training.adapter_ckpt:
             check_resumable(training.adapter_ckpt, config)
 
+        distillation = load_distillation(base, training, tokenizer)         # first, because it may refuse the teacher
         model = load_for_training(base, config, folder)
         model.print_trainable_parameters()
         common = {"model": model, "train_dataset": data, "args": arguments, "config": config,
+                  "distillation": distillation,
                   "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)}
         if base.method == "lota":
             trainer = LotaTrainer(ternary_optimizer(model, base, training), **common)

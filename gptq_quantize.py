@@ -9,6 +9,7 @@ The folder's name says the bits and the group size: OUTPUT_DIR/int4_64_Llama-3.1
 import argparse
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_print_save import (
@@ -32,7 +33,8 @@ FEWEST_SAMPLES = 8      # a rule of thumb; where --samples asks for fewer, all t
 SMALL_MODEL = 400e6     # bytes; a smaller model stays in memory, and is packed without compiling a packer first
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings that the arguments `argv` ask for. Where it is None, sys.argv is read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", "--pretrained", required=True, help="the 16-bit model: a folder or a hub name")
     parser.add_argument("--output_dir", "--quantized_model_save", required=True,
@@ -54,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="calibration samples in one forward pass [1]")
     parser.add_argument("--seed", type=int, default=42, help="random seed [42]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model [no]")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def calibration_texts(args: argparse.Namespace, tokenizer) -> list[str]:
@@ -106,8 +108,9 @@ def calibration_samples(args: argparse.Namespace, tokenizer) -> tuple[list[dict]
     return samples, short
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Quantizes as the arguments `argv` ask for; None: sys.argv. Returns the folder that it wrote."""
+    args = parse_args(argv)
     # Torch and GPTQModel are imported late, so that --help and mistakes answer at once.
     from LoTA.folders import check_model_name, reading
     from LoTA.storage import check_output_folder, whole_folder, write_json
@@ -148,6 +151,7 @@ def main() -> None:
                                          "short_samples_left_out": short,
                                          "seconds": round(time.time() - start, 1)})
     print(f"saved to {output}")
+    return output
 
 
 def cli() -> None:

@@ -70,8 +70,9 @@ class LotaConfig:
     seed: int | None = None
     settings: dict = field(default_factory=dict)        # all flags, and template_date
     versions: dict = field(default_factory=dict)        # {package: version}
-    # processes, data (the fingerprint of the tokenized rows), runtime_s, peak_mb, steps, loss, moved. A checkpoint has
-    # what a resumed run needs to go on counting: loss_sum, loss_unlogged, last_logged.
+    # processes, data (the fingerprint of the tokenized rows), teacher (that of the 16-bit model, with --distill),
+    # runtime_s, peak_mb, steps, loss, moved. A checkpoint has what a resumed run needs to go on counting: loss_sum,
+    # loss_unlogged, last_logged.
     training: dict = field(default_factory=dict)
     fingerprint_all: str | None = None          # "all:...": of every tensor, so of embeddings and norms too
     sha256: dict = field(default_factory=dict)          # {file: SHA-256}; empty: made before they were recorded
@@ -262,7 +263,7 @@ MAY_DIFFER = {
     "max_steps", "num_train_epochs",                                                                # how long it is
     "device_map", "flash_attn", "gradient_checkpointing", "trust_remote_code",                      # the device
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
-    "quantized_model_dir", "pretrained", "data_dir", "sym",
+    "quantized_model_dir", "pretrained", "distill_model", "data_dir", "sym",
     "template_date"}                        # a resumed run takes the checkpoint's
 
 
@@ -284,7 +285,7 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
     if saved.fingerprint_all not in (None, config.fingerprint_all):
         raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed on this GPTQ model: its embeddings, norms or "
                         "biases are others (fingerprints differ)")
-    before = dict(saved.settings)
+    before = {"distill": "none", **saved.settings}      # older versions had no teacher
     if "recipe" in before:
         before["recipe"] = OLD_RECIPE_NAMES.get(before["recipe"], before["recipe"])
     different = [f"its --{name} is {before[name]}, not {value}" for name, value in config.settings.items()

@@ -10,9 +10,11 @@ their head.
 Where even the answers' logits are many, they are formed in chunks. Each chunk goes through the model's own forward once
 more, with the body's output put in place of the body, so that the body runs once.
 
-Symbols: n, the answer tokens of a batch; S, its width.
+sum_over_tokens() takes any loss of single tokens, also one of the logits of several models (LoTA/distill.py).
+
+Symbols: n, the answer tokens of a batch, or the other tokens that a loss is about; S, the batch's width.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -50,38 +52,57 @@ def answer_loss(model: torch.nn.Module, labels: torch.Tensor, num_items_in_batch
     divided by, as transformers does it; None: their number in this batch.
     The loss is a float32 scalar, equal to the model's own to rounding. Without an answer token it is 0, with a graph.
     """
-    total, count = sum_answer_losses(model, labels, **inputs)
-    if torch.is_tensor(num_items_in_batch):
-        return {"loss": total / num_items_in_batch.to(total.device).clamp(min=1)}
-    return {"loss": total / max(1, count if num_items_in_batch is None else num_items_in_batch)}
+    answers = next_tokens(labels) != IGNORE_INDEX
+    return {"loss": mean_loss(sum_answer_losses(model, labels, **inputs)[0], answers, num_items_in_batch)}
+
+
+def mean_loss(total: torch.Tensor, tokens: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """A sum over tokens, divided by num_items. Where that is None, by the number of the bool `tokens` that are True."""
+    if num_items is None:
+        num_items = tokens.sum()
+    return total / (num_items.to(total.device).clamp(min=1) if torch.is_tensor(num_items) else max(1, num_items))
 
 
 def sum_answer_losses(model: torch.nn.Module, labels: torch.Tensor, **inputs) -> tuple[torch.Tensor, int]:
     """(the sum of the answer tokens' cross entropies, a float32 scalar; n). The arguments are as in answer_loss()."""
-    inner = causal_lm(model)
-    following = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()     # the token that each hidden state predicts
-    places = (following != IGNORE_INDEX).nonzero().squeeze(1)
-    count = len(places)
-    if count == 0:                      # one ignored token, so that the loss has a graph and its gradients are 0
+    targets = next_tokens(labels)
+    answers = targets != IGNORE_INDEX
+    return sum_over_tokens(_sum_of_losses, [model], answers, [targets], inputs), int(answers.sum())
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """The label that each hidden state predicts, [batch, S]: labels [batch, S] moved by one, with IGNORE_INDEX last."""
+    return pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+
+
+def sum_over_tokens(loss: Callable[..., torch.Tensor], models: Sequence[torch.nn.Module], selected: torch.Tensor,
+                    columns: Sequence[torch.Tensor], inputs: dict) -> torch.Tensor:
+    """The sum of `loss` over the selected tokens, whose logits alone are formed.
+
+    loss: a function (the entries [m] of each of `columns`, the float32 logits [m, vocabulary] of each model) -> the sum
+    over m tokens, of any shape. It is called for all n tokens at once, or for chunks of them.
+    selected: [batch, S], which hidden states the heads take. Where none is selected, it is the first one, so that the
+    sum has a graph; the loss must leave it out by what the columns say of it.
+    columns: tensors [batch, S]. inputs: what each model's forward gets; no labels are among them.
+    """
+    places = selected.flatten().nonzero().squeeze(1)
+    if len(places) == 0:
         places = places.new_zeros(1)
-    targets = following[places]
-    chunk = max(1, CHUNK_BYTES // (4 * inner.config.get_text_config().vocab_size))
+    vocabulary = causal_lm(models[0]).config.get_text_config().vocab_size
+    chunk = max(1, CHUNK_BYTES // (4 * vocabulary * len(models)))
+    tokens = [_Tokens(model, selected.shape, places, chunk, inputs) for model in models]
+    parts = [column.flatten()[places] for column in columns] + [one.rows for one in tokens]
 
-    with _Selection(inner, labels.shape, places, chunk) as selection:
-        logits = model(**inputs).logits
-    if selection.rows is None:          # this model does not call its head with all hidden states
-        logits = logits.flatten(0, 1).index_select(0, places.to(logits.device))
-    if not selection.chunked:
-        return _sum_of_losses(logits, targets), count
+    def sum_of_chunk(*parts: torch.Tensor) -> torch.Tensor:
+        own, rows = parts[:len(columns)], parts[len(columns):]
+        return loss(*own, *(one.logits(piece) for one, piece in zip(tokens, rows, strict=True)))
 
-    def sum_of_chunk(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with _returning(selection.body, selection.body_output), _taking(selection.head, rows[None]):
-            return _sum_of_losses(inner(**inputs).logits, targets)
-
-    pieces = zip(selection.rows.split(chunk), targets.split(chunk), strict=True)
+    if not any(one.chunked for one in tokens):
+        return sum_of_chunk(*parts)
+    pieces = zip(*(part.split(chunk) for part in parts), strict=True)
     if torch.is_grad_enabled():         # the backward forms a chunk's logits again, so that those of one are alive
-        return sum(checkpoint(sum_of_chunk, *piece, use_reentrant=False) for piece in pieces), count
-    return sum(sum_of_chunk(*piece) for piece in pieces), count
+        return sum(checkpoint(sum_of_chunk, *piece, use_reentrant=False) for piece in pieces)
+    return sum(sum_of_chunk(*piece) for piece in pieces)
 
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
@@ -90,10 +111,34 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of cross entropies in float32. logits: [..., vocabulary], one row for each of targets [n]."""
-    logits = logits.reshape(len(targets), -1).float()
+def _sum_of_losses(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The sum of cross entropies. targets: [m]. logits: float32 [m, vocabulary]."""
     return cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class _Tokens:
+    """A model that has run up to its head, and forms the logits of some tokens, all at once or in chunks.
+
+    shape, places, chunk: as in _Selection. inputs: what the model's forward gets.
+    rows: [n, hidden] where `chunked`, else the logits themselves, [n, vocabulary]. Their chunks go to logits().
+    """
+
+    def __init__(self, model: torch.nn.Module, shape: torch.Size, places: torch.Tensor, chunk: int, inputs: dict):
+        self.inner, self.inputs = causal_lm(model), inputs
+        with _Selection(self.inner, shape, places, chunk) as selection:
+            logits = model(**inputs).logits
+        if selection.rows is None:      # this model does not call its head with all hidden states
+            logits = logits.flatten(0, 1).index_select(0, places.to(logits.device))
+        self.selection, self.chunked = selection, selection.chunked
+        self.rows = selection.rows if self.chunked else logits.reshape(len(places), -1)
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """The float32 logits [m, vocabulary] of m of the rows."""
+        if self.chunked:
+            body, output = self.selection.body, self.selection.body_output
+            with _returning(body, output), _taking(self.selection.head, rows[None]):
+                rows = self.inner(**self.inputs).logits.reshape(len(rows), -1)
+        return rows.float()
 
 
 class _Selection:

@@ -57,6 +57,7 @@ GROUPS = {
     "lota": ("mode 1: LoTA's optimizer", "omega is the threshold on |dW| in Eq. 3. sigma is the quantile of |gradient| "
                                          "above which an entry of A or B flips (Eq. 6)."),
     "baseline": ("mode 1: the optimizer of LR-QAT, LoRA and QA-LoRA", None),
+    "distill": ("mode 1: a teacher, for every method", None),
     "run": ("mode 1: the run itself", None),
     "model": ("mode 2: which model", None),
     "measure": ("mode 2: what is measured", None),
@@ -192,6 +193,15 @@ class trainingConfig:
     weight_decay: float = setting("baseline", 0.0, "weight decay")
     max_grad_norm: float = setting(
         "baseline", 0.3, "gradients are clipped to this norm; LoTA never clips, and LR-QAT only where it is given")
+    distill: str = setting(
+        "distill", "none", "learn from the distributions of the 16-bit model too. answers: at the tokens of the "
+        "answers. all: at those of the prompts as well", choices=["none", "answers", "all"])
+    distill_weight: float = setting(
+        "distill", 0.5, "share of the Kullback-Leibler divergence from the teacher in the loss, in [0, 1]; the cross "
+        "entropy of the answers has the rest. Up to 0.5 a reference token outweighs any other choice of the teacher")
+    distill_model: str | None = setting(
+        "distill", None, "the teacher, a 16-bit model with the vocabulary of the GPTQ model: a folder or a hub name. "
+        "It stays in memory beside the model that is trained", shown="--pretrained")
     gradient_checkpointing: bool = setting(
         "run", True, "recompute activations in the backward pass: less memory, more time",
         off="keep all activations for the backward pass: more memory, less time")
@@ -395,8 +405,8 @@ def complete_base(base: baseConfig, folder: "GPTQFolder") -> baseConfig:
 
 def complete_training(base: baseConfig, training: trainingConfig,
                       folder: "GPTQFolder") -> tuple[baseConfig, trainingConfig]:
-    """The settings of a training run with method, targets, rank, alpha and the layout of prompts, and for LoTA omega
-    and sigma, filled in.
+    """The settings of a training run with method, targets, rank, alpha, the layout of prompts and the teacher, and for
+    LoTA omega and sigma, filled in.
 
     Raises UserError where a flag contradicts the folder.
     """
@@ -413,6 +423,8 @@ def complete_training(base: baseConfig, training: trainingConfig,
     base = replace(base, method=method, lota_qaf=method == "lota", lora_target_modules=targets, lora_r=rank,
                    lora_alpha=alpha, prompt_layout=layout)
     training = replace(training, recipe=training.recipe or default_recipe(method))
+    if training.distill != "none":
+        training = replace(training, distill_model=training.distill_model or base.pretrained)
     if method == "lota":
         omega_share, sigma = omega_and_sigma(training.recipe, folder.bits)
         training = replace(
@@ -460,6 +472,7 @@ def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFold
         raise UserError("training in float16 is not supported, its gradients overflow: use bfloat16 or float32")
     if training.optimizer_type == "paged_adamw_32bit" and not find_spec("bitsandbytes"):
         raise UserError("--optimizer_type paged_adamw_32bit needs bitsandbytes: pip install bitsandbytes")
+    _check_distillation(training)
     if base.method == "qalora" and folder.group_size < 1:
         raise UserError(f"--method qalora needs a GPTQ model with groups, and {folder.path} has none")
     if base.method in IN_GRID:
@@ -490,6 +503,20 @@ def _check_lrqat(base: baseConfig, folder: "GPTQFolder") -> None:
     if base.dither == "fraction" and base.pretrained is None:
         raise UserError("--dither fraction is what GPTQ rounded away: name the 16-bit model with --pretrained")
     Rounding(base.lora_alpha / base.lora_r).check(base.lora_r, max(1, folder.group_size))
+
+
+def _check_distillation(training: trainingConfig) -> None:
+    from LoTA.folders import check_model_name
+    if not 0 <= training.distill_weight <= 1:
+        raise UserError(f"--distill_weight must lie in [0, 1], not {training.distill_weight}")
+    if training.distill == "none":
+        if training.distill_model is not None:
+            raise UserError(f"--distill_model {training.distill_model} teaches nothing: give --distill answers or all")
+    elif training.distill_model is None:
+        raise UserError(f"--distill {training.distill} needs the 16-bit model: name it with --pretrained or "
+                        "--distill_model")
+    else:
+        check_model_name("--distill_model", training.distill_model)
 
 
 def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:

@@ -31,6 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from LoTA import UserError, explain
 from LoTA.adapter_folder import ADAPTER_FILES, AdapterFolder, LotaConfig
 from LoTA.answer_loss import answer_loss, has_plain_loss
+from LoTA.distill import Distillation
 from LoTA.export.card import write_adapter_card
 from LoTA.folders import GPTQFolder
 from LoTA.layer import adapter_state
@@ -179,14 +180,21 @@ def real_optimizer(model: PeftModel, base: baseConfig, training: trainingConfig,
 class RunTrainer(Trainer):
     """Trainer for a run that can be interrupted at any moment and resumed exactly. All methods train with it.
 
-    config: the LotaConfig that goes into every checkpoint. The rest is Trainer's.
+    config: the LotaConfig that goes into every checkpoint. distillation: the teacher and its share of the loss; None:
+    no teacher. The rest is Trainer's.
     interrupted: whether Ctrl-C has ended train().
+    Raises UserError for a teacher where the loss of the model has more terms than the cross entropy of the answers.
     """
 
-    def __init__(self, config: LotaConfig, **kwargs):
+    def __init__(self, config: LotaConfig, distillation: Distillation | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.config = config
+        self.config, self.distillation, self.num_distilled = config, distillation, None
         self.only_answers = has_plain_loss(self.model) and self.label_smoother is None
+        if distillation:
+            if not self.only_answers:
+                raise UserError("--distill needs a model whose loss is the cross entropy alone, and this one's has "
+                                "more terms: look at output_router_logits in its config.json")
+            self.config = replace(config, training={**config.training, "teacher": distillation.fingerprint()})
         self.before: dict = {}              # LotaConfig.training of the checkpoint that is resumed
         self.checkpoints = Checkpoints(self)
         self.add_callback(self.checkpoints)
@@ -202,6 +210,7 @@ class RunTrainer(Trainer):
         self.started = time.time()
         if resume_from_checkpoint:
             self.before = LotaConfig.load(resume_from_checkpoint).training
+            self._check_teacher(resume_from_checkpoint)
             self._check_tensors(AdapterFolder(resume_from_checkpoint))
         with self.checkpoints:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -215,10 +224,33 @@ class RunTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """Trainer's. It calls answer_loss() for the model, because the prompts' logits are most of the memory."""
+        """Trainer's. It calls answer_loss() for the model, because the prompts' logits are most of the memory.
+
+        With a teacher it calls the loss of the Distillation.
+        """
         if self.only_answers and not return_outputs:
-            model = partial(answer_loss, model)
+            model = (partial(self.distillation.loss, model, num_distilled=self.num_distilled) if self.distillation
+                     else partial(answer_loss, model))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
+        """Trainer's: the batches of an optimizer step, and how many answer tokens they have.
+
+        It also counts the tokens that are compared with the teacher, because both means are over the whole step. None:
+        the model takes no number of tokens, so that each batch has its own means.
+        """
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self.distillation and num_items_in_batch is not None:
+            self.num_distilled = self.distillation.count(batches)
+        return batches, num_items_in_batch
+
+    def _check_teacher(self, checkpoint: str) -> None:
+        """Another teacher would train something else."""
+        before, now = self.before.get("teacher"), self.config.training.get("teacher")
+        if before is not None and now != before:
+            raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed with this teacher: its weights are others "
+                            f"than those that taught it (fingerprint {before}, not {now}); give the same "
+                            "--distill_model")
 
     def _check_tensors(self, adapter: AdapterFolder) -> None:
         """PEFT only warns about a missing tensor. The layer would silently start anew."""
@@ -478,6 +510,12 @@ def remove_checkpoints(folder: Path, keep: int | None) -> None:
     for old in checkpoints[:-keep] if keep else []:
         (old / ADAPTER_FILES[1]).unlink(missing_ok=True)
         shutil.rmtree(old)
+
+
+def forget_peak_memory() -> None:
+    """What the GPUs took until now no longer counts for peak_memory_mb()."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_mb() -> float:

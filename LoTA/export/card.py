@@ -66,8 +66,8 @@ def _write(folder: Path, name: str, config: LotaConfig, bits: int, group_size: i
             ("Rank", config.rank), ("Omega", config.omega),
             ("Offset", "yes" if config.residual and config.method != "LoRA" else "no"),
             ("Learned scales", "yes" if config.learned_scales else None), ("Sigma", _sigma(config)),
-            ("Training data", config.data_set), ("Optimizer steps", config.training.get("steps")),
-            ("Seed", config.seed)]
+            ("Training data", config.data_set), ("Teacher", _teacher(config)),
+            ("Optimizer steps", config.training.get("steps")), ("Seed", config.seed)]
     moved = (config.training.get("moved") or {}).get("all")
     if moved is not None:
         rows.append(("Integer weights moved by the merge", f"{moved:.4%}"))
@@ -83,6 +83,15 @@ def _write(folder: Path, name: str, config: LotaConfig, bits: int, group_size: i
              loading.format(name=name).rstrip(), "```", "",
              checksums, ""]
     (folder / CARD).write_text("\n".join(lines))
+
+
+def _teacher(config: LotaConfig) -> str | None:
+    """The model that was distilled, its tokens and its share of the loss. None where there was none."""
+    if config.settings.get("distill", "none") == "none":
+        return None
+    name = config.settings["distill_model"]
+    name = Path(name).name if Path(name).is_absolute() else name
+    return f"{name}, {config.settings['distill']}, weight {config.settings['distill_weight']}"
 
 
 def _sigma(config: LotaConfig) -> str | None:
