@@ -6,9 +6,15 @@ Each step moves the few entries with the largest gradients by one against their 
 
 The quantile is taken over each tensor by itself. There is no learning rate, no weight decay and no gradient clipping,
 because every move has the size 1 and sigma_t bounds how many entries move. As in the published scripts, entries with
-outstanding gradients do not move in the last phase while the gradients' norm is large (SPIKE_NORM). Two things are
+outstanding gradients do not move in the last phase while the gradients' norm is large (SPIKE_NORM). Three things are
 this project's own. With `momentum`, g is an average of the gradients since the entry last moved. A
-`real_optimizer` steps along for parameters that are real numbers.
+`real_optimizer` steps along for parameters that are real numbers. A `flip_limit` bounds what the flips of one step may
+promise.
+
+Flips promise the sum of |gradient| / omega over their entries: by so much the loss would change, if it were linear. A
+small promise is kept. Where it is many times the loss, the step leaves the region where gradients say anything. The sum
+over all layers grows with the model, so a sigma that suits a small model breaks a large one. A promise means the same
+in every model.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -21,6 +27,7 @@ TAU = 1e-9                  # gradients up to here never move an entry
 FIRST_PHASE = 0.8           # the share of the steps in which sigma goes from threshold_ratio to min_grad
 SPIKE_NORM = 10.0           # in the last phase, while the global norm of the ternary gradients exceeds this ...
 SPIKE_QUANTILE = 0.99995    # ... entries whose |g| is at or above this quantile of their tensor are not moved
+HALVINGS = 16               # so often at most are the flips of a step halved, to keep to flip_limit
 SAMPLE = 8192               # entries of the sample with which largest() finds where to look
 BATCH_ENTRIES = 1 << 25     # entries that a GPU steps together
 
@@ -33,6 +40,15 @@ def sigma(t: int, num_steps: int, threshold_ratio: float, min_grad: float, filte
     if t <= first_phase:
         return threshold_ratio + t / first_phase * (min_grad - threshold_ratio)
     return min_grad + (t - first_phase) / (num_steps - first_phase) * (filter_upper - min_grad)
+
+
+def share_of_rate(t: int, num_steps: int, warm_up: float) -> float:
+    """What a learning rate is multiplied with at step t = 1 ... num_steps: a line from 1 to 0, and before it a rise.
+
+    warm_up: the share of the steps in which it rises.
+    """
+    falling = max(0.0, 1 - (t - 1) / num_steps)
+    return falling * min(1.0, t / (warm_up * num_steps)) if warm_up else falling
 
 
 class tSignSGD(Optimizer):
@@ -49,19 +65,31 @@ class tSignSGD(Optimizer):
         it twice.
     real_optimizer: another torch optimizer, over parameters that are not ternary. It steps with this one. After
         create_scheduler() its learning rates fall linearly towards 0.
+    warm_up: the share of the steps in which the real optimizer's rates rise, see share_of_rate(). Raises ValueError
+        outside [0, 1).
+    flip_limit: how much, in units of the loss, the flips of one step may promise. The share that flips is halved until
+        they keep to it, or one entry of each tensor is left. The schedule of sigma goes on. None, as published, sets no
+        limit. On a GPU a limit makes the CPU wait for the gradients. Raises ValueError unless it is positive.
+    omega: so many flips of one sign make a step of an integer, so one flip promises |gradient| / omega. It serves
+        flip_limit only.
 
     create_scheduler() sets the number of steps. Until it is called, sigma stays at threshold_ratio.
     The step count and the schedule are part of state_dict(), so a resumed run goes on where it was.
     """
 
     def __init__(self, params, *, threshold_ratio: float = 0.95, min_grad: float = 0.999, filter_upper: float = 0.9999,
-                 int_params=None, momentum: float = 0.0, real_optimizer: Optimizer | None = None):
+                 int_params=None, momentum: float = 0.0, real_optimizer: Optimizer | None = None,
+                 warm_up: float = 0.0, flip_limit: float | None = None, omega: float = 1.0):
         for name, value in (("threshold_ratio", threshold_ratio), ("min_grad", min_grad),
                             ("filter_upper", filter_upper)):
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie in (0, 1), not {value}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
+        if not 0 <= warm_up < 1:
+            raise ValueError(f"warm_up must lie in [0, 1), not {warm_up}")
+        if flip_limit is not None and not flip_limit > 0:
+            raise ValueError(f"flip_limit must be positive, not {flip_limit}")
         # torch's schedulers and Trainer want an "lr". This method has none; 1 is the size of its steps.
         super().__init__(params, {"lr": 1.0, "threshold_ratio": threshold_ratio, "min_grad": min_grad,
                                   "filter_upper": filter_upper, "num_training_steps": None, "step": 0})
@@ -69,6 +97,8 @@ class tSignSGD(Optimizer):
             self._keep_only({id(p) for p in int_params})
         self.momentum, self.real_optimizer = momentum, real_optimizer
         self.real_rates = [group["lr"] for group in self.real_groups()]
+        self.warm_up, self.flip_limit, self.omega = warm_up, flip_limit, omega
+        self.halvings = 0       # how often the last step halved the share that flips
         self.flipped = {}       # {parameter: how many entries the last step changed, a 0-dim tensor on its device}
         self._pending = None    # (names, step, (the norms of their gradients, the event after which the CPU has them))
 
@@ -111,8 +141,8 @@ class tSignSGD(Optimizer):
             group["num_training_steps"] = num_training_steps or group["num_training_steps"]
 
     def current_sigma(self) -> float:
-        """sigma_t of the last step."""
-        return self._sigma(self.param_groups[0])
+        """The sigma that the last step flipped with: sigma_t, or more where flip_limit halved the flips."""
+        return halved(self._sigma(self.param_groups[0]), self.halvings)
 
     @staticmethod
     def _sigma(group: dict) -> float:
@@ -145,30 +175,46 @@ class tSignSGD(Optimizer):
                 loss = closure()
         self.raise_unless_finite()
         finite, spike = self._judge_gradients()
+        directions = {p: self._direction(p) for group in self.param_groups for p in group["params"]
+                      if p.grad is not None}
         for group in self.param_groups:
             group["step"] += 1
-            sigma_t = self._sigma(group)
+        if self.flip_limit is not None:
+            self._keep_to_limit(directions)
+        for group in self.param_groups:
+            sigma_t = halved(self._sigma(group), self.halvings)
             last_phase = (group["num_training_steps"] is not None
                           and group["step"] > FIRST_PHASE * group["num_training_steps"])
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
                 if p.device.type == "cpu":
-                    self.flipped[p] = move_one(p, self._direction(p), sigma_t, last_phase and bool(spike),
+                    self.flipped[p] = move_one(p, directions[p], sigma_t, last_phase and bool(spike),
                                                forget=self.momentum > 0)
             for batch in batches([p for p in parameters if p.device.type != "cpu"]):
-                flipped = move_together(batch, [self._direction(p) for p in batch], sigma_t,
+                flipped = move_together(batch, [directions[p] for p in batch], sigma_t,
                                         spike if last_phase else None, finite, forget=self.momentum > 0)
                 self.flipped.update(zip(batch, flipped, strict=True))
         if self.real_optimizer:
             group = self.param_groups[0]
             for own, rate in zip(self.real_groups(), self.real_rates, strict=True):
                 if group["num_training_steps"] is not None:
-                    own["lr"] = rate * max(0.0, 1 - (group["step"] - 1) / group["num_training_steps"])
+                    own["lr"] = rate * share_of_rate(group["step"], group["num_training_steps"], self.warm_up)
                 for p in own["params"]:
                     if p.grad is not None and p.device.type != "cpu":
                         p.grad.masked_fill_(~finite.to(p.device), 0.0)
             self.real_optimizer.step()
         return loss
+
+    def _keep_to_limit(self, directions: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Sets self.halvings so that the flips promise no more than flip_limit.
+
+        directions: {ternary parameter: what moves its entries}.
+        """
+        promises = [promised_by_flips(p, directions[p], self._sigma(group)) for group in self.param_groups
+                    for p in group["params"] if p in directions]
+        total = sum(promise.to(promises[0].device) for promise in promises)
+        within = [promise / self.omega <= self.flip_limit for promise in total.tolist()] if promises else [True]
+        self.halvings = within.index(True) if any(within) else HALVINGS
 
     def _direction(self, p: torch.Tensor) -> torch.Tensor:
         """What moves the entries of p: its gradient, or with momentum the average of its gradients."""
@@ -210,6 +256,26 @@ class tSignSGD(Optimizer):
         if wrong:       # Trainer's clipping spreads one NaN to all gradients; no single name is right then
             which = "no gradient is" if len(wrong) == len(names) > 1 else f"the gradient of {wrong[0]} is not"
             raise FloatingPointError(f"{which} finite at step {step}")
+
+
+def halved(sigma_t: float, times: int) -> float:
+    """sigma where the share 1 - sigma_t is halved so many times; sigma_t itself for none."""
+    return 1 - (1 - sigma_t) / 2**times if times else sigma_t
+
+
+@torch.no_grad()
+def promised_by_flips(p: torch.Tensor, direction: torch.Tensor, sigma_t: float) -> torch.Tensor:
+    """Float32 [HALVINGS + 1]: the sum of p's |gradient| over the entries that would flip, after 0, 1, ... halvings.
+
+    direction: what moves the entries of p, of its shape. An entry that is at its end already does not count.
+    """
+    last = p.numel() - 1
+    counts = [last - math.floor(halved(sigma_t, times) * last) for times in range(HALVINGS + 1)]
+    direction = direction.flatten()
+    top = direction.abs().topk(counts[0]).indices
+    can_move = p.flatten()[top] * direction[top].sign() > -1
+    promises = (p.grad.flatten()[top].abs() * can_move).float()
+    return torch.cat([promises.new_zeros(1), promises.cumsum(0)])[counts]
 
 
 def with_gradients(group: dict) -> list[tuple[str, torch.Tensor]]:

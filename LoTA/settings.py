@@ -32,9 +32,9 @@ LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 # --recipe: settings that go together, for the flags that are not given.
 RECIPES = {
     "published": {},
-    "ternary": {"momentum": 0.9, "residual": False},
-    "scales": {"momentum": 0.9, "residual": False, "learned_scales": True},
-    "full": {"momentum": 0.9, "offset_scale": "learned", "learned_scales": True}}
+    "ternary": {"momentum": 0.9, "flip_limit": 1.0, "residual": False},
+    "scales": {"momentum": 0.9, "flip_limit": 1.0, "warm_up": 0.1, "residual": False, "learned_scales": True},
+    "full": {"momentum": 0.9, "flip_limit": 1.0, "warm_up": 0.1, "offset_scale": "learned", "learned_scales": True}}
 # The same for --method lrqat.
 LRQAT_RECIPES = {
     "integers": {"residual": False},
@@ -48,6 +48,10 @@ OMEGA_AND_SIGMA = {
     2: {"published": (0.75, 0.95), "ternary": (0.3, 0.99), "scales": (0.3, 0.995), "full": (0.3, 0.995)},
     3: {"published": (0.75, 0.95), "ternary": (0.15, 0.98), "scales": (0.2, 0.98), "full": (0.2, 0.98)},
     4: {"published": (0.75, 0.95), "ternary": (0.1, 0.98), "scales": (0.15, 0.98), "full": (0.15, 0.98)}}
+
+# Learning rates of a learned mu and of learned scales, and the parameters of the largest model they were chosen on. A
+# larger one has more entries that step together, and gets lower rates: see rate_by_size().
+OFFSET_LR, SCALE_LR, TRIED_PARAMETERS = 0.007, 0.03, 2.1e6
 
 # --help shows the flags in these groups, in this order.
 GROUPS = {
@@ -176,12 +180,21 @@ class trainingConfig:
     momentum: float = setting(
         "lota", 0.0, "the weight of the past in the running mean of gradients that selects the flips; 0, as published, "
         "takes the gradient of the step alone")
-    offset_lr: float = setting(
-        "lota", 0.007, "AdamW's first learning rate for a learned mu, as a share of the grid's range 2**bits - 1; it "
-        "falls linearly towards 0")
-    scale_lr: float = setting(
-        "lota", 0.03, "AdamW's first learning rate for the relative change of learned scales; it falls linearly "
-        "towards 0")
+    flip_limit: float | None = setting(
+        "lota", None, "how far the flips of one step may lower the loss, in nats a token, by what their gradients "
+        "promise; beyond it the share that flips is halved until they keep to it, and sigma is so much higher",
+        shown="no limit; other recipes 1")
+    offset_lr: float | None = setting(
+        "lota", None, "AdamW's largest learning rate for a learned mu, as a share of the grid's range 2**bits - 1",
+        shown=f"{OFFSET_LR} up to {TRIED_PARAMETERS / 1e6:g}M parameters, and beyond it by the inverse root of the "
+        "model's size")
+    scale_lr: float | None = setting(
+        "lota", None, "AdamW's largest learning rate for the relative change of learned scales",
+        shown=f"{SCALE_LR} up to {TRIED_PARAMETERS / 1e6:g}M parameters, and beyond it by the inverse root of the "
+        "model's size")
+    warm_up: float = setting(
+        "lota", 0.0, "the share of the steps in which the rates of mu and of the scales rise; then they fall linearly "
+        "towards 0; the recipes scales and full have 0.1")
     optimizer_type: str = setting(
         "baseline", "adamw_torch", "the optimizer; LoTA always takes int_sign_sgd, which is t-SignSGD",
         choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
@@ -406,7 +419,7 @@ def complete_base(base: baseConfig, folder: "GPTQFolder") -> baseConfig:
 def complete_training(base: baseConfig, training: trainingConfig,
                       folder: "GPTQFolder") -> tuple[baseConfig, trainingConfig]:
     """The settings of a training run with method, targets, rank, alpha, the layout of prompts and the teacher, and for
-    LoTA omega and sigma, filled in.
+    LoTA omega, sigma and the learning rates, filled in.
 
     Raises UserError where a flag contradicts the folder.
     """
@@ -431,13 +444,27 @@ def complete_training(base: baseConfig, training: trainingConfig,
             training, optimizer_type="int_sign_sgd", max_grad_norm=0.0,
             interval_point=omega_share * rank if training.interval_point is None else training.interval_point,
             filter_ratio=sigma if training.filter_ratio is None else training.filter_ratio)
-    return base, training
+    # A rate that no parameter has stays as older checkpoints record it, so that they can be resumed.
+    rates = {"offset_lr": (OFFSET_LR, base.offset_scale == "learned"), "scale_lr": (SCALE_LR, base.learned_scales)}
+    return base, replace(training, **{
+        name: rate_by_size(rate, parameters) if used else rate for name, (rate, used) in rates.items()
+        if getattr(training, name) is None})
 
 
 def omega_and_sigma(recipe: str, bits: int) -> tuple[float, float]:
     """(omega as a share of the rank, sigma at the first step) of a recipe at so many bits."""
     row = max((tried for tried in OMEGA_AND_SIGMA if tried <= bits), default=min(OMEGA_AND_SIGMA))
     return OMEGA_AND_SIGMA[row][recipe]
+
+
+def rate_by_size(rate: float, parameters: float) -> float:
+    """The learning rate for a model with so many parameters, where `rate` suits TRIED_PARAMETERS.
+
+    AdamW's first steps move every entry by the rate, whatever its gradient. By its gradients such a step changes the
+    loss by the rate times the sum of |gradient|. That sum grows with the root of the number of entries, where the norm
+    of the gradient stays. So the rate falls with the root of it.
+    """
+    return rate * min(1.0, (TRIED_PARAMETERS / parameters) ** 0.5)
 
 
 def layer_names(modules: Sequence[str]) -> list[str]:
@@ -524,6 +551,10 @@ def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder"
     for flag in ("filter_ratio", "min_grad", "filter_upper"):
         if not 0 < getattr(training, flag) < 1:
             raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")
+    if not 0 <= training.warm_up < 1:
+        raise UserError(f"--warm_up must lie in [0, 1), not {training.warm_up}")
+    if training.flip_limit is not None and not training.flip_limit > 0:
+        raise UserError(f"--flip_limit must be positive, not {training.flip_limit}; inf sets no limit")
     if not 0 <= training.momentum < 1:
         raise UserError(f"--momentum must lie in [0, 1), not {training.momentum}")
     if base.offset_scale == "learned" and not base.residual:

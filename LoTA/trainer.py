@@ -436,7 +436,7 @@ def remedy_for(config: LotaConfig) -> str:
     if config.method == "LR-QAT":
         return "lower --learning_rate" + (", --offset_lr and --scale_lr" if config.learned_scales else "")
     if config.learned_offset or config.learned_scales:
-        return "lower --offset_lr and --scale_lr, or take --recipe published"
+        return "lower --offset_lr, --scale_lr and --flip_limit, or take --recipe published"
     return "raise --sigma_start or --interval_point"
 
 

@@ -1,4 +1,5 @@
 """t-SignSGD against the float64 oracle, whose quantile is torch.quantile: every entry is equal after every step."""
+import copy
 import io
 import math
 import warnings
@@ -10,7 +11,17 @@ from pairs import pairwise
 from torch.optim.lr_scheduler import LRScheduler
 
 import t_signSGD
-from t_signSGD import batches, move_one, move_together, order_statistic, sigma, tSignSGD
+from t_signSGD import (
+    HALVINGS,
+    batches,
+    move_one,
+    move_together,
+    order_statistic,
+    promised_by_flips,
+    share_of_rate,
+    sigma,
+    tSignSGD,
+)
 
 SHAPES = ((8, 40), (24, 8), (1, 7), (3, 1001))
 WAYS = ("one by one", "together")
@@ -534,3 +545,104 @@ def test_a_real_gradient_that_is_not_finite_stops_everything():
     parameters[0].grad = torch.full((4, 4), 0.1)
     _, spike = optimizer._judge_gradients()
     assert not spike
+
+
+# --- the limit of a step ------------------------------------------------------------------------------------------
+
+def test_what_flips_promise_by_hand():
+    """sigma 0.5 of 11 entries flips 5, then 3, 2 and at least 1. The gradient counts, where the direction chooses.
+
+    The entry with the second largest direction is at its end, and promises nothing.
+    """
+    p = torch.nn.Parameter(torch.tensor([0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 1.0]))
+    p.grad = torch.tensor([64, 32, 16, 8, -4, 2, 0, 0, 0, 0, 1.0])
+    direction = torch.tensor([7, 6, 10, 8, -9, 1, 0, 0, 0, 0, 11.0])
+    promised = promised_by_flips(p, direction, 0.5)             # by direction: 1, at its end, 4, 8, 64
+    assert promised.tolist() == [77.0, 5.0, 1.0, *[1.0] * (HALVINGS - 2)]
+    assert promised_by_flips(p, direction.view(1, 11).t().flatten(), 0.9).tolist() == [1.0] * (HALVINGS + 1)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("limit, times", [(1e9, 0), (3.0, 1), (2.0, 2), (1.0, 3)])
+def test_a_limit_halves_the_flips_of_all_tensors(way, momentum, limit, times):
+    """The step is that of sigma 1 - 0.2 / 2**times. With it the flips promise no more than the limit, and before more.
+
+    Promises are those of the gradients over omega, also with momentum.
+    """
+    parameters, copies = ternary_parameters(seed=1), ternary_parameters(seed=1)
+    level = 1 - 0.2 / 2**times
+    limited = tSignSGD(parameters, threshold_ratio=0.8, momentum=momentum, flip_limit=limit, omega=2.0)
+    plain = tSignSGD(copies, threshold_ratio=level)
+    set_gradients(parameters, 1)
+    set_gradients(copies, 1)
+    promised = [sum(promised_by_flips(p, p.grad, at)[0].item() for p in parameters) / 2
+                for at in (level, 1 - 0.4 / 2**times)]
+    assert promised[0] <= limit and (times == 0 or promised[1] > limit)
+    limited.step()
+    plain.step()
+    assert limited.current_sigma() == pytest.approx(level, abs=1e-15) and limited.halvings == times
+    assert all(torch.equal(p, q) for p, q in zip(parameters, copies, strict=True))
+
+
+@pytest.mark.parametrize("warm_up, want", [(0.0, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]),
+                                           (0.4, [0.25, 0.45, 0.6, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]),
+                                           (0.1, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]),
+                                           (0.15, [1 / 1.5, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0])])
+def test_learning_rates_rise_and_fall(warm_up, want):
+    """By hand for 10 steps and one beyond: the line from 1 to 0, times t / (warm_up * 10) up to 1."""
+    real = torch.nn.Parameter(torch.zeros(3))
+    optimizer = tSignSGD(ternary_parameters([(4, 4)]), warm_up=warm_up,
+                         real_optimizer=torch.optim.AdamW([real], lr=0.5))
+    optimizer.create_scheduler(10)
+    rates = []
+    for _ in want:
+        real.grad = torch.ones(3)
+        optimizer.step()
+        rates.append(optimizer.real_groups()[0]["lr"])
+    assert rates == pytest.approx([0.5 * share for share in want], abs=1e-15)
+    assert [share_of_rate(t, 10, warm_up) for t in range(1, 12)] == pytest.approx(want, abs=1e-15)
+
+
+@pytest.mark.parametrize("warm_up", [-0.1, 1.0, math.nan])
+def test_warm_ups_that_are_none(warm_up):
+    with pytest.raises(ValueError, match="warm_up must lie in"):
+        tSignSGD(ternary_parameters([(4, 4)]), warm_up=warm_up)
+
+
+def test_a_resumed_run_keeps_to_its_limit():
+    """Ten steps in one go, and five and five: the same entries, real and ternary. The limit acts in some steps only."""
+    def made(parameters, real):
+        optimizer = tSignSGD(parameters, threshold_ratio=0.8, momentum=0.9, flip_limit=1.5, omega=2.0, warm_up=0.7,
+                             real_optimizer=torch.optim.AdamW([real], lr=0.1, weight_decay=0.0))
+        optimizer.create_scheduler(10)
+        return optimizer
+
+    def gradients_of(t, parameters, real):
+        set_gradients(parameters, t)
+        for p in parameters:
+            p.grad *= 3 if t % 3 else 0.1
+        real.grad = torch.randn(real.shape, generator=seeded(t)) * (3 if t % 3 else 0.1)
+
+    whole, real = ternary_parameters(), torch.nn.Parameter(torch.zeros(6, 5))
+    optimizer, seen = made(whole, real), []
+    for t in range(1, 11):
+        if t == 6:
+            state = optimizer.state_dict()
+            parts = [torch.nn.Parameter(p.detach().clone()) for p in whole]
+            again = torch.nn.Parameter(real.detach().clone())
+            resumed = made(parts, again)
+            resumed.load_state_dict(copy.deepcopy(state))
+        gradients_of(t, whole, real)
+        optimizer.step()
+        seen.append(optimizer.halvings)
+        if t > 5:
+            gradients_of(t, parts, again)
+            resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip([*whole, real], [*parts, again], strict=True))
+    assert 0 in seen and max(seen) > 0
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.nan])
+def test_limits_that_are_none(limit):
+    with pytest.raises(ValueError, match="flip_limit must be positive"):
+        tSignSGD(ternary_parameters([(4, 4)]), flip_limit=limit)

@@ -206,7 +206,8 @@ def test_a_checkpoint_without_the_new_records_resumes(whole, tmp_path):
 @pytest.mark.parametrize("flag, given, there", [
     ("train_batch_size", 4, 8), ("gradient_accumulation_steps", 4, 2), ("seed", 7, 42), ("filter_ratio", 0.5, 0.95),
     ("min_grad", 0.99, 0.999), ("filter_upper", 0.9995, 0.9999), ("momentum", 0.9, 0.0), ("offset_lr", 0.1, 0.007),
-    ("scale_lr", 0.1, 0.03), ("train_ratio", 0.5, 1.0), ("debug_number", 24, 40), ("source_max_len", 8, 1024),
+    ("scale_lr", 0.1, 0.03), ("flip_limit", 1.0, None), ("warm_up", 0.5, 0.0),
+    ("train_ratio", 0.5, 1.0), ("debug_number", 24, 40), ("source_max_len", 8, 1024),
     ("target_max_len", 8, 256), ("recipe", "ternary", "published"), ("dtype", "bfloat16", "float32"),
     ("learning_rate", 1e-3, 1e-5), ("lr_scheduler_type", "linear", "constant"), ("lora_alpha", 4, 8),
     ("training_data_name", "sql", "viggo"), ("lora_target_modules", "q_proj", "[...]")])
@@ -512,7 +513,8 @@ GUARDED = (*METHODS["full"], "--logging_steps", 1, "--save_strategy", "no", "--o
 
 def test_a_run_whose_loss_climbs_is_ended(tmp_path, capsys):
     """In one line that says what to lower, and without a folder. A flag lets it go on."""
-    remedy = "lower --offset_lr and --scale_lr, or take --recipe published, or go on with --loss_guard False"
+    remedy = ("lower --offset_lr, --scale_lr and --flip_limit, or take --recipe published, or go on with "
+              "--loss_guard False")
     with pytest.raises(UserError, match=rf"the loss climbed from .* to .* at step \d+: {remedy}"):
         train(tmp_path / "a", *GUARDED)
     assert not (tmp_path / "a").exists()

@@ -1,6 +1,7 @@
 """The command line, recipes, completed settings and refusals; what --help costs; which modules may import which."""
 import ast
 import copy
+import math
 import re
 import subprocess
 import sys
@@ -211,17 +212,23 @@ def test_a_flag_that_does_not_exist_is_named(flag):
 def of_recipe(*flags):
     base, training, _ = parse(*flags)
     return (training.interval_point, training.momentum, training.filter_ratio, base.offset_scale, base.residual,
-            base.learned_scales, training.offset_lr, training.scale_lr)
+            base.learned_scales, training.offset_lr, training.scale_lr, training.flip_limit,
+            training.warm_up)
 
 
 def test_recipes_fill_in_what_is_not_given():
     """A flag that is given counts, also where it says the default."""
-    assert of_recipe("--recipe", "published") == of_recipe() == (None, 0.0, None, "omega", True, False, 0.007, 0.03)
-    assert of_recipe("--recipe", "full") == (None, 0.9, None, "learned", True, True, 0.007, 0.03)
-    assert of_recipe("--recipe", "ternary") == (None, 0.9, None, "omega", False, False, 0.007, 0.03)
-    assert of_recipe("--recipe", "scales") == (None, 0.9, None, "omega", False, True, 0.007, 0.03)
+    assert of_recipe("--recipe", "published") == of_recipe() == (
+        None, 0.0, None, "omega", True, False, None, None, None, 0.0)
+    assert of_recipe("--recipe", "full") == (
+        None, 0.9, None, "learned", True, True, None, None, 1.0, 0.1)
+    assert of_recipe("--recipe", "ternary") == (
+        None, 0.9, None, "omega", False, False, None, None, 1.0, 0.0)
+    assert of_recipe("--recipe", "scales") == (
+        None, 0.9, None, "omega", False, True, None, None, 1.0, 0.1)
     assert of_recipe("--recipe", "full", "--momentum", 0.0, "--filter_ratio", 0.95, "--learned_scales", False,
-                     "--interval_point", 3.0, "--scale_lr", 0.5) == (3.0, 0.0, 0.95, "learned", True, False, 0.007, 0.5)
+                     "--interval_point", 3.0, "--scale_lr", 0.5, "--flip_limit", "inf",
+                     "--warm_up", 0) == (3.0, 0.0, 0.95, "learned", True, False, None, 0.5, math.inf, 0.0)
     assert of_recipe("--residual", True, "--recipe", "ternary")[4] is True
 
 
@@ -249,6 +256,23 @@ def test_omega_and_sigma_go_by_the_bits(recipe, bits, omega, sigma):
     assert base.w_bits == bits
 
 
+@pytest.mark.parametrize("parameters, offset_lr, scale_lr", [
+    (1e6, 0.007, 0.03), (2.1e6, 0.007, 0.03), (8.4e6, 0.0035, 0.015), (134.4e6, 0.000875, 0.00375),
+    (8.4e9, 0.007 / 4000**0.5, 0.03 / 4000**0.5)])
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_learning_rates_fall_with_the_root_of_the_size(recipe, parameters, offset_lr, scale_lr):
+    """Up to the size they were tried at they are as they were. A flag that is given counts at every size.
+
+    A rate that no parameter has stays as it was, too.
+    """
+    base, training, _ = parse("--method", "lota", "--recipe", recipe)
+    offset_lr, scale_lr = offset_lr if recipe == "full" else 0.007, scale_lr if base.learned_scales else 0.03
+    _, completed = complete_training(base, training, model(parameters=parameters))
+    assert (completed.offset_lr, completed.scale_lr) == pytest.approx((offset_lr, scale_lr), rel=1e-12)
+    _, given = complete_training(base, replace(training, offset_lr=0.1, scale_lr=0.2), model(parameters=parameters))
+    assert (given.offset_lr, given.scale_lr) == (0.1, 0.2)
+
+
 def test_every_recipe_has_omega_and_sigma_at_all_bits():
     assert all(set(row) == set(RECIPES) for row in OMEGA_AND_SIGMA.values())
     for recipe in RECIPES:
@@ -272,7 +296,7 @@ def test_complete_training_leaves_nothing_open(flags, parameters, want):
         assert (complete.optimizer_type, complete.max_grad_norm) == ("int_sign_sgd", 0.0)
         assert (complete.interval_point, complete.filter_ratio) == (0.75 * done.lora_r, 0.95)
     else:
-        assert complete == replace(training, recipe="published")
+        assert complete == replace(training, recipe="published", offset_lr=0.007, scale_lr=0.03)
 
 
 def test_flags_that_are_given_stay():
@@ -446,6 +470,8 @@ REFUSED = [
     (("--quantized_model_dir", "{gptq}", "--sigma_turn", 0), "--min_grad must lie in"),
     (("--quantized_model_dir", "{gptq}", "--sigma_end", 1), "--filter_upper must lie in"),
     (("--quantized_model_dir", "{gptq}", "--momentum", 1), "--momentum must lie in"),
+    (("--quantized_model_dir", "{gptq}", "--flip_limit", 0), "--flip_limit must be positive, not 0.0; inf sets no"),
+    (("--quantized_model_dir", "{gptq}", "--warm_up", 1), "--warm_up must lie in"),
     (("--quantized_model_dir", "{gptq}", "--lora_r", 0), "--lora_r must be"),
     (("--quantized_model_dir", "{gptq}", "--lora_r", 2**20), "too large"),
     (("--quantized_model_dir", "{gptq}", "--train_batch_size", 0), "--train_batch_size must be"),
