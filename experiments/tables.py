@@ -235,8 +235,8 @@ SMOLLM2_METHODS = {     # {method: (its label, what the merged model is where no
     BASE: ("the model", ""), TUNED_16: ("the model, tuned by LoRA", "16 bits"), "GPTQ": ("GPTQ", ""),
     KEPT: ("LoRA, its adapter kept", "cannot merge"),
     REQUANTIZED: ("LoRA, merged and quantized anew", "plain GPTQ"),
-    **{name: (name, "") for name in ("QA-LoRA", "LoTA, published", "LoTA, scales", "LoTA, full", "LRQAT, integers",
-                                     "LRQAT, full")}}
+    **{name: (name, "") for name in ("QA-LoRA", "LoTA, published", "LoTA, scales", "LoTA, full", "LR-QAT, integers",
+                                     "LR-QAT, full")}}
 LEAST_LOSS_GAP = 0.01       # nats: a gap in the loss that is smaller has no share reported
 
 
