@@ -35,11 +35,12 @@ SCORE = {"eval_batch_size": 40, "dtype": "bfloat16", "answer_loss": True}
 LOSS_ALONE = {"generate": False}
 ANSWERS = {"max_new_tokens": 80}
 LIVE_ROWS = 40          # of the test rows, so many are answered live too, because live answers take as long as merged
-# Measured on one core of an AMD EPYC with AVX-512 in bfloat16: seconds of a step, and of scoring a model on the rows
-# for choosing, on the test rows, and on what nothing is tuned on.
-SECONDS = {"sql": {"step": 5, "choose": 60, "test": 150, "also": 120},
-           "viggo": {"step": 20, "choose": 90, "test": 300, "also": 120}}
-LOADING = 30            # seconds: a merge, a checksum, a model that is read
+# Seconds on one core of an AMD EPYC with AVX-512, in bfloat16: of a step, and of scoring a model on the rows for
+# choosing, on the test rows, and on what nothing is tuned on. A step of LoTA with 16 rows of sql took 12 s, as
+# processor time while others used the machine: (84 s of 5 steps - 35 s of 1 step) / 4. The rest is scaled by tokens.
+SECONDS = {"sql": {"step": 6, "choose": 25, "test": 270, "also": 130},
+           "viggo": {"step": 12, "choose": 45, "test": 540, "also": 130}}
+LOADING = 35            # seconds: a merge, a checksum, a model that is read
 
 
 # --- methods --------------------------------------------------------------------------------------------------------

@@ -170,6 +170,16 @@ def test_runs_from_end_to_end(quantize, demo_data, tmp_path):
     assert end.value.code == 0 and changed["name"] == "LoRA" and changed["loss"] != lora["loss"]
 
 
+def this_environment(folder):
+    """Variables with which a script of runs/ takes the environment that the tests run in, and installs nothing."""
+    (folder / "env/bin").mkdir(parents=True)
+    (folder / "env/bin/activate").touch()
+    (folder / "env/requirements.installed").write_text(
+        f"{ROOT}\n{(ROOT / 'requirements.txt').read_text()}{(ROOT / 'pyproject.toml').read_text()}")
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "LOTA_ENV": str(folder / "env")}
+
+
 def test_table_1_of_the_paper_at_a_small_size(demo_data, tmp_path):
     """runs/table1_8b.sh from end to end: it quantizes, runs every method, and adds a line for each.
 
@@ -180,15 +190,9 @@ def test_table_1_of_the_paper_at_a_small_size(demo_data, tmp_path):
              64, "--intermediate_size", 128, "--layers", 1, "--heads", 2, "--vocab_size", 400, "--epochs", 1)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/viggo").symlink_to(demo_data)
-    # The script gets an environment that changes nothing, so that it runs in the one that the tests run in.
-    (tmp_path / "env/bin").mkdir(parents=True)
-    (tmp_path / "env/bin/activate").touch()
-    (tmp_path / "env/requirements.installed").write_text(
-        f"{ROOT}\n{(ROOT / 'requirements.txt').read_text()}{(ROOT / 'pyproject.toml').read_text()}")
     subprocess.run(["bash", ROOT / "runs/table1_8b.sh"], check=True, env={
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LOTA_ENV": str(tmp_path / "env"),
-        "MODEL": str(tmp_path / "tiny"), "WORK": str(tmp_path / "work"), "DATA": str(tmp_path / "data"), "BITS": "2",
-        "SETS": "viggo", "TRAIN": "--max_steps 2 --dtype float32",
+        **this_environment(tmp_path), "MODEL": str(tmp_path / "tiny"), "WORK": str(tmp_path / "work"),
+        "DATA": str(tmp_path / "data"), "BITS": "2", "SETS": "viggo", "TRAIN": "--max_steps 2 --dtype float32",
         "QUANTIZE": f"--calibration viggo --data_dir {demo_data} --samples 8",
         "EVALUATE": "--max_new_tokens 24 --dtype float32"})
     lines = [json.loads(line) for line in (tmp_path / "work/results.jsonl").read_text().splitlines()]
@@ -604,8 +608,8 @@ def test_the_lowest_loss_is_what_is_tested_on_smollm2(plan_of, tmp_path):
     assert {(one["bits"], one["try"]) for one in tuned if one["method"] == "LoRA"} == {
         (4, "LoRA, learning_rate 0.001"), (2, "LoRA, learning_rate 0.001")}
     full = next(one for one in tuned if one["method"] == "LoTA, full")
-    assert full["try"] == "LoTA, full, offset_lr 0.0007, scale_lr 0.0028" and full["live_rows"] == 40
-    assert run.parse(1, full["train"])[1].offset_lr == 0.0007
+    assert full["try"] == "LoTA, full, offset_lr 0.0003, scale_lr 0.0012" and full["live_rows"] == 40
+    assert run.parse(1, full["train"])[1].offset_lr == 0.0003
     # 2 sets: the base and GPTQ at 2 numbers of bits once; LoRA and full at both, and the tuned base, with 3 seeds.
     assert len(chosen) == 2 * (1 + 2) + 2 * 3 * (2 * 2 + 1)
     assert len({(one["name"], one["seed"]) for one in chosen}) == len(chosen)
@@ -616,12 +620,32 @@ def test_the_lowest_loss_is_what_is_tested_on_smollm2(plan_of, tmp_path):
         plan_of("--stage", "choose", "--only", "nothing")
 
 
+def test_the_stages_of_smollm2_at_a_small_size(demo_data, tmp_path):
+    """runs/smollm2.sh --stage, from rows to lines, with a tiny model in SmolLM2's place: it chooses and then tests."""
+    run_main(tiny_base, "--data_name", "viggo", "--data_dir", demo_data, "--output", tmp_path / "work/SmolLM2-135M",
+             "--hidden_size", 64, "--intermediate_size", 128, "--layers", 1, "--heads", 2, "--vocab_size", 400,
+             "--epochs", 1)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/viggo").symlink_to(demo_data)
+    environment = {**this_environment(tmp_path), "LOTA_WORK": str(tmp_path / "work")}
+    for stage in ("choose", "test"):
+        subprocess.run(["bash", ROOT / "runs/smollm2.sh", "--stage", stage, tmp_path / "data", "--bits", "2", "--only",
+                        "published", "--steps", "2", "--seeds", "1"], check=True, env=environment)
+    choose, test = ([json.loads(line) for line in (tmp_path / f"work/{stage}.jsonl").read_text().splitlines()]
+                    for stage in ("choose", "test"))
+    assert len({line["try"] for line in choose}) == len(choose) == plan_smollm2.TRIES
+    assert [line["method"] for line in test] == ["16-bit base", "GPTQ", "LoTA, published"]
+    assert test[-1]["try"] == min(choose, key=lambda line: line["loss"])["try"] and test[-1]["differ_from_live"] == 0
+    assert all(line["other"]["python_docs"]["lm_eval"]["python_docs"]["word_perplexity,none"] > 1 for line in test)
+    assert "GPTQ and offsets" in tables.smollm2_table(test) and str(tmp_path) not in json.dumps(choose + test)
+
+
 def test_a_dry_run_only_counts(tmp_path, capsys):
     run_main(plan_smollm2, "--work", tmp_path, "--output", tmp_path / "runs.json", "--stage", "choose", "--dry_run",
              "--step_s", 3600, "--steps", 2, "--sets", "sql", "--bits", 4, "--only", "QA-LoRA")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == plan_smollm2.TRIES + 1 and said[0].endswith("sql, 4 bits, QA-LoRA, learning_rate 0.001, seed 1")
-    assert "4 runs, about 8." in said[-1] and not (tmp_path / "runs.json").exists()
+    assert "3 runs, about 6." in said[-1] and not (tmp_path / "runs.json").exists()
 
 
 def test_runs_that_measure_the_loss_alone_and_other_things_too(quantize, demo_data, base_model, tmp_path):
