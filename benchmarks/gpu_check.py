@@ -1,6 +1,6 @@
 """Runs the tests of the kernels, of the GPU roads and of the optimizer on this machine's GPU, without pytest.
 
-    python benchmarks/gpu_check.py            tests/test_kernels.py, tests/test_cuda.py, and what only a GPU can show
+    python benchmarks/gpu_check.py            test_kernels.py, test_steps.py, test_cuda.py, and what only a GPU shows
     python benchmarks/gpu_check.py --quick    the first case of each test; prints only
 
 With --seconds no case begins after so many seconds, and the results say how many were left out.
@@ -25,7 +25,7 @@ from common import ROOT, print_table, save
 
 from LoTA import kernels
 from LoTA.packed import PackedLayer
-from LoTA.steps import Threshold
+from LoTA.steps import Rounding, Threshold
 from LoTA.ternary import GridLinear
 from t_signSGD import tSignSGD
 
@@ -69,7 +69,7 @@ def check_indices_beyond_int32():
 
 
 def check_that_nothing_waits():
-    """A forward, a backward and steps of the optimizer in every phase: torch sees no place where the CPU waits."""
+    """A forward and a backward by both rules, and steps of the optimizer in every phase: the CPU waits nowhere."""
     case = importlib.import_module("test_kernels").Case(4)
     A, B = (torch.nn.Parameter(m.t().contiguous().cuda()) for m in (case.A, case.B))
     optimizer = tSignSGD([A, B])
@@ -77,8 +77,10 @@ def check_that_nothing_waits():
     x, grad = (torch.randn(6, n, device="cuda", dtype=torch.bfloat16) for n in case.packed.shape)
 
     def step():
-        y = GridLinear.apply(x, A.t(), B.t(), lambda: case.packed, Threshold(2.0, 2.0), kernels)
-        y.backward(grad)
+        for rule in (Rounding(2.0, 7), Threshold(2.0, 2.0)):
+            A.grad = B.grad = None
+            y = GridLinear.apply(x, A.t(), B.t(), lambda: case.packed, rule, kernels)
+            y.backward(grad)
         optimizer.step()
         optimizer.zero_grad()
     step()                                      # compiles, and takes memory
@@ -118,7 +120,7 @@ def main():
     rows, end = [], time.perf_counter() + args.seconds
     if torch.cuda.is_available():               # first, because nothing else can show this
         rows += [run(check.__name__, check) for check in (check_that_nothing_waits, check_indices_beyond_int32)]
-    for module in map(importlib.import_module, ("test_kernels", "test_cuda")):
+    for module in map(importlib.import_module, ("test_kernels", "test_steps", "test_cuda")):
         skip = getattr(module, "pytestmark", None)
         if skip is None or not skip.args[0]:
             rows += [run(name, test, args.quick, end) for name, test in vars(module).items()

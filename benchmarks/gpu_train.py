@@ -1,6 +1,6 @@
 """A real run from nothing: a small Llama learns the demo's data, is quantized, and LoTA trains, merges and is compared.
 
-    python benchmarks/gpu_train.py            a Llama of 30 M weights, 3 bits, 300 steps of two recipes in bfloat16
+    python benchmarks/gpu_train.py            a Llama of 30 M weights, 3 bits, 300 steps of each recipe in bfloat16
     python benchmarks/gpu_train.py --quick    a tiny one, a few steps; prints only
 
 The integers are the nearest ones, with a scale and a zero point for the least and the largest weight of a group,
@@ -32,7 +32,7 @@ from LoTA.lota_merge import merge_folders
 from LoTA.packing import pack_rows
 from LoTA.settings import complete_training
 from LoTA.storage import write_json
-from LoTA.trainer import LotaTrainer, config_of_run, peak_memory_mb
+from LoTA.trainer import GridTrainer, LotaTrainer, config_of_run, peak_memory_mb, real_optimizer
 
 sys.path.append(str(ROOT / "experiments"))
 import demo_data
@@ -59,6 +59,7 @@ class Size:
 
 
 FULL = Size(512, 1408, 8, 8, 1500, 800, 1e-3, 300, 6000, 256, 64)
+RECIPES = "lota:published", "lota:full", "lrqat:full"
 QUICK = Size(64, 160, 2, 2, 400, 60, 8e-3, 6, 400, 32, 8)
 
 
@@ -145,25 +146,28 @@ def loss_of(model, rows: list[dict], collate) -> float:
     return total / count
 
 
-def run(recipe: str, gptq: Path, work: Path, size: Size, data: tuple[list[dict], list[dict]], collate) -> dict:
-    """Trains one recipe on the folder `gptq`, merges it, and compares. Returns the row of results."""
-    folder = GPTQFolder(gptq)
+def run(tried: str, gptq: Path, work: Path, size: Size, data: tuple[list[dict], list[dict]], collate) -> dict:
+    """Trains METHOD:RECIPE, which is `tried`, on the folder `gptq`, merges it, and compares. Returns a row of results.
+    """
+    folder, (method, recipe) = GPTQFolder(gptq), tried.split(":")
     base, training, _ = LoTA_QAF_main.parse_args(list(map(str, [
-        "--mode", 1, "--method", "lota", "--recipe", recipe, "--quantized_model_dir", gptq, "--pretrained", gptq,
+        "--mode", 1, "--method", method, "--recipe", recipe, "--quantized_model_dir", gptq, "--pretrained", gptq,
         "--training_data_name", "viggo", "--lora_r", size.rank, "--max_steps", size.steps, "--dtype", "bfloat16"])))
     base, training = complete_training(base, training, folder)
     config = config_of_run(base, training, folder)
     set_seed(base.seed)
     model = load_for_training(base, config, folder)
     before = loss_of(model.eval(), data[1], collate)
+    falling = {"learning_rate": training.learning_rate, "lr_scheduler_type": "linear"} if method == "lrqat" else {}
     arguments = TrainingArguments(
         output_dir=str(work / "trainer"), max_steps=size.steps, per_device_train_batch_size=BATCH,
         train_sampling_strategy="group_by_length", logging_steps=max(1, size.steps // 10), save_strategy="no",
         report_to="none", use_cpu=DEVICE == "cpu", dataloader_pin_memory=DEVICE == "cuda", max_grad_norm=0.0,
-        seed=base.seed)
+        seed=base.seed, **falling)
     arguments._n_gpu = min(1, arguments.n_gpu)
-    trainer = LotaTrainer(LoTA_QAF_main.ternary_optimizer(model, base, training), training.interval_point, model=model,
-                          train_dataset=data[0], args=arguments, config=config, data_collator=collate)
+    common = {"model": model, "train_dataset": data[0], "args": arguments, "config": config, "data_collator": collate}
+    trainer = (LotaTrainer(LoTA_QAF_main.ternary_optimizer(model, base, training), **common) if method == "lota" else
+               GridTrainer(real_optimizer(model, base, training, arguments), **common))
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     synchronize()
@@ -171,21 +175,22 @@ def run(recipe: str, gptq: Path, work: Path, size: Size, data: tuple[list[dict],
     trainer.train()
     synchronize()
     seconds, peak = time.perf_counter() - start, peak_memory_mb()
-    adapter = work / f"adapter_{recipe}"
+    adapter = work / f"adapter_{method}_{recipe}"
     config.save(adapter, complete=False)
-    model.save_pretrained(str(adapter), state_dict=adapter_state(model), save_embedding_layers=False)
+    model.save_pretrained(str(adapter), state_dict=adapter_state(model, finished=True), save_embedding_layers=False)
     config.save_adapter(adapter)
     moved = trainer.monitor.moved.shares()
     del model, trainer
 
-    merge_folders(AdapterFolder(adapter), folder, work / f"merged_{recipe}")
+    output = work / f"merged_{method}_{recipe}"
+    merge_folders(AdapterFolder(adapter), folder, output)
     live = load_live(AdapterFolder(adapter), gptq, dtype=torch.bfloat16)
-    merged = load_merged(MergedFolder(work / f"merged_{recipe}"), dtype=torch.bfloat16, backend="gptq_torch").model
+    merged = load_merged(MergedFolder(output), dtype=torch.bfloat16, backend="gptq_torch").model
     batch = collate(data[1][:BATCH]).to(DEVICE)
     labels = batch.pop("labels")
     with torch.inference_mode():
         ours, theirs = (m(**batch).logits.float()[labels != IGNORE_INDEX] for m in (live, merged))
-    return {"recipe": recipe, "bits": folder.bits, "weights": sum(math.prod(folder.packed(name).shape)
+    return {"recipe": tried, "bits": folder.bits, "weights": sum(math.prod(folder.packed(name).shape)
                                                                   for name in folder.modules), "steps": size.steps,
             "rows of a step": BATCH, "steps / s": size.steps / seconds, "peak MiB": peak, "loss before": before,
             "loss live": loss_of(live, data[1], collate), "loss merged": loss_of(merged, data[1], collate),
@@ -197,7 +202,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, a few steps; prints only")
     parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--recipes", nargs="+", default=["published", "full"], help="[published full]")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="METHOD:RECIPE", help=f"[{' '.join(RECIPES)}]")
     args = parser.parse_args()
     size = QUICK if args.quick else FULL
     set_seed(0)
@@ -212,8 +217,8 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         quantize(model, tokenizer, Path(work) / "gptq", args.bits)
         del model
-        results = [{"loss 16 bits": loss_16bit, **run(recipe, Path(work) / "gptq", Path(work), size, data, collate)}
-                   for recipe in args.recipes]
+        results = [{"loss 16 bits": loss_16bit, **run(tried, Path(work) / "gptq", Path(work), size, data, collate)}
+                   for tried in args.recipes]
     print_table("training, bfloat16", results)
     save("gpu_train", results, args.quick)
     sys.exit(any(row["|live - merged|"] for row in results))

@@ -610,8 +610,9 @@ def test_the_lowest_loss_is_what_is_tested_on_smollm2(plan_of, tmp_path):
     full = next(one for one in tuned if one["method"] == "LoTA, full")
     assert full["try"] == "LoTA, full, offset_lr 0.0003, scale_lr 0.0012" and full["live_rows"] == 40
     assert run.parse(1, full["train"])[1].offset_lr == 0.0003
-    # 2 sets: the base and GPTQ at 2 numbers of bits once; LoRA and full at both, and the tuned base, with 3 seeds.
-    assert len(chosen) == 2 * (1 + 2) + 2 * 3 * (2 * 2 + 1)
+    # 2 sets: the base and GPTQ at 2 numbers of bits once; LoRA, LoRA requantized and both methods' full at both, and
+    # the tuned base, with 3 seeds.
+    assert len(chosen) == 2 * (1 + 2) + 2 * 3 * (2 * 4 + 1)
     assert len({(one["name"], one["seed"]) for one in chosen}) == len(chosen)
     assert [one["seed"] for one in chosen] == sorted(one["seed"] for one in chosen)
     assert all(("also" in one) == (one["seed"] < 2) for one in chosen)

@@ -19,7 +19,7 @@ from LoTA import kernels, ternary
 from LoTA.adapter import LTA
 from LoTA.layer import register
 from LoTA.packed import PackedLayer
-from LoTA.steps import Threshold
+from LoTA.steps import Rounding, Threshold
 from LoTA.ternary import GridLinear
 from t_signSGD import tSignSGD
 
@@ -93,20 +93,20 @@ def on(layer, mode, device):
 @pytest.mark.parametrize("device", GPUS)
 @pytest.mark.parametrize("backend", [kernels, ternary])
 def test_forward_and_backward_of_a_layer(fake, launches, monkeypatch, layout, dtype, device, backend):
-    """Published and learned: y has x's dtype, all gradients their parameter's; all stay on the layer's GPU."""
+    """Both rules, published and learned: y has x's dtype, all gradients their parameter's, all on the layer's GPU."""
     real = real_layer(layout)
     for module in (ternary, kernels):           # out_dtype has no fake implementation
         monkeypatch.setattr(module, "float_product", lambda a, b: a.float() @ b.float())
     with fake:
         packed = on(real, fake, device)
-        for learned in (False, True):
+        for rule, learned in ((Threshold(3.0, 3.0), False), (Threshold(3.0, None), True), (Rounding(2.0, 7), True)):
             context = Context()
             context.needs_input_grad = [True] * 3 + [False] * 3 + [learned] * 2 + [False]
             x = torch.empty(2, 5, ROWS, device=device, dtype=dtype)
             A, B = torch.empty(ROWS, RANK, device=device), torch.empty(RANK, COLS, device=device)
             mu, change = (torch.empty(packed.scales.shape, device=device) if learned else None for _ in range(2))
-            y = GridLinear.forward(context, x, A, B, lambda: packed, Threshold(3.0, None if learned else 3.0),
-                                      backend, mu, change, torch.empty(COLS, device=device, dtype=dtype))
+            y = GridLinear.forward(context, x, A, B, lambda: packed, rule, backend, mu, change,
+                                   torch.empty(COLS, device=device, dtype=dtype))
             assert (y.dtype, y.shape, y.device) == (dtype, (2, 5, COLS), torch.device(device))
             gradients = GridLinear.backward(context, y)
             for leaf, grad in zip((x, A, B, mu, change), (*gradients[:3], *gradients[6:8]), strict=True):
@@ -114,9 +114,10 @@ def test_forward_and_backward_of_a_layer(fake, launches, monkeypatch, layout, dt
                 assert leaf is None or (grad.shape, grad.dtype, grad.device) == (leaf.shape, leaf.dtype, leaf.device)
     if backend is kernels:
         groups, pieces = packed.groups.count, -(-packed.groups.largest // kernels.MAX_ROWS)
-        assert [launch.grid[0] for launch in (*launches.step, *launches.gradient)] == [groups * pieces] * 6
+        assert [launch.grid[0] for launch in (*launches.step, *launches.gradient)] == [groups * pieces] * 9
         assert {launch.device for launch in (*launches.step, *launches.gradient)} == {torch.device(device)}
-        assert [launch.constants["WEIGHTED"] for launch in launches.gradient] == [False, True]
+        assert [launch.constants["WEIGHTED"] for launch in launches.gradient] == [False, True, True]
+        assert [launch.constants["NOISE"] for launch in launches.step] == [False] * 4 + [True] * 2
     else:
         assert not launches.step and not launches.gradient
 

@@ -1,5 +1,6 @@
 """LoTA.steps' Rounding, the rule of --method lrqat, against the oracle: all integers equal, on every road there is."""
 import math
+from unittest.mock import patch
 
 import oracle
 import pytest
@@ -159,7 +160,7 @@ class Ties(RealCase):
             0, 2**bits - 1)
 
 
-def test_ties_round_to_even_on_every_road(monkeypatch):
+def test_ties_round_to_even_on_every_road():
     """Both backends, one thread and two, blocks of one group and of all, and the ranks in other orders."""
     case = Ties()
     assert ((case.exact % 1) == 0.5).double().mean() > 0.2
@@ -171,12 +172,13 @@ def test_ties_round_to_even_on_every_road(monkeypatch):
         for count in (1, 2):
             torch.set_num_threads(count)
             for entries in (1, 1 << 19):
-                monkeypatch.setitem(packed.BLOCK_ENTRIES, "cpu", entries)
-                for order in (torch.arange(RANK), torch.arange(RANK).flip(0), torch.randperm(RANK)):
-                    for module in BACKENDS.values():
-                        weight, _ = module.adapted_weight(A[:, order], B[order], layer, rule)
-                        assert torch.equal(weight.cpu(), want)
-                    assert torch.equal(merge(A[:, order], B[order], layer, rule)[0].weight_int.cpu().long(), case.want)
+                with patch.dict(packed.BLOCK_ENTRIES, {"cpu": entries, "cuda": entries}):
+                    for order in (torch.arange(RANK), torch.arange(RANK).flip(0), torch.randperm(RANK)):
+                        for module in BACKENDS.values():
+                            weight, _ = module.adapted_weight(A[:, order], B[order], layer, rule)
+                            assert torch.equal(weight.cpu(), want)
+                        merged, _ = merge(A[:, order], B[order], layer, rule)
+                        assert torch.equal(merged.weight_int.cpu().long(), case.want)
     finally:
         torch.set_num_threads(threads)
 

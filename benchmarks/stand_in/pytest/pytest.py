@@ -1,5 +1,8 @@
 """Stands in for pytest where it is not installed. It marks functions as pytest does; benchmarks/gpu_check.py reads it.
 """
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 
@@ -7,8 +10,18 @@ def param(*values, id: str | None = None) -> SimpleNamespace:
     return SimpleNamespace(values=values, id=id)
 
 
+@contextmanager
+def raises(error: type[Exception], match: str) -> Iterator[None]:
+    try:
+        yield
+    except error as raised:
+        assert re.search(match, str(raised)), raised
+    else:
+        raise AssertionError(f"no {error.__name__}")
+
+
 class mark:
-    """The marks that tests/test_kernels.py and tests/test_cuda.py use."""
+    """The marks that the tests use."""
 
     @staticmethod
     def skipif(condition: bool, reason: str) -> SimpleNamespace:
