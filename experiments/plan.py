@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from LoTA.settings import OLD_RECIPE_NAMES, RECIPES, omega_and_sigma
+from LoTA.settings import LRQAT_DEFAULTS, LRQAT_RECIPES, OLD_RECIPE_NAMES, RECIPES, omega_and_sigma
 
 SEEDS = (1, 2, 3)
 RANK = 16
@@ -47,6 +47,9 @@ def candidates(bits: int) -> dict[str, dict]:
            for name, own, rates in (("LoRA", LORA, (5e-4, 1e-3, 3e-3)), ("QA-LoRA", QALORA, (1e-3, 3e-3, 1e-2)))
            for rate in rates},
         "LoTA, published": recipe("published", bits), "LoTA, ternary": recipe("ternary", bits),
+        **{f"LR-QAT, {name}, {rate}": {"method": "lrqat", "recipe": name, **LRQAT_RECIPES[name], **LRQAT_DEFAULTS,
+                                       "learning_rate": rate, "offset_lr": 0.007, "scale_lr": 0.03}
+           for name in ("integers", "full") for rate in (1e-3, 3e-3, 1e-2)},
         **{f"LoTA, scales, {rate}": {**scales, "scale_lr": rate} for rate in (0.015, 0.03, 0.06)},
         **{f"LoTA, full, {rate}": {**full, "offset_lr": rate} for rate in (0.003, 0.007, 0.015)},
         **{f"LoTA, {name}, {omega} r, {sigma}": {**own, "interval_point": omega * RANK, "filter_ratio": sigma}
@@ -57,9 +60,11 @@ def candidates(bits: int) -> dict[str, dict]:
 # The candidates with the lowest losses on the rows for choosing: see experiments/LOG.md. In stage test the baselines
 # have a constant rate, because the paper's have. In stage confirm their rate falls to 0, because that is better and the
 # recipes' rates fall too.
+# LR-QAT's rate is the one of a throwaway script that ran on the rows for choosing.
 CHOSEN_RECIPES = "LoTA, published", "LoTA, ternary", "LoTA, scales, 0.03", "LoTA, full, 0.007"
 CHOSEN = {"test": ("LoRA, 0.001", "QA-LoRA, 0.003", *CHOSEN_RECIPES),
-          "confirm": ("LoRA, 0.003, linear", "QA-LoRA, 0.003, linear", *CHOSEN_RECIPES)}
+          "confirm": ("LoRA, 0.003, linear", "QA-LoRA, 0.003, linear", *CHOSEN_RECIPES, "LR-QAT, integers, 0.003",
+                      "LR-QAT, full, 0.003")}
 
 
 def small(args: argparse.Namespace) -> list[dict]:

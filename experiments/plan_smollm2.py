@@ -12,8 +12,7 @@ WORK is the folder that runs/smollm2.sh fills: SmolLM2-135M/, stages/gptq/SET/ a
 """
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from statistics import mean
@@ -22,7 +21,6 @@ from plan import LORA, QALORA, flags, named
 from smollm2 import OTHER, TEXT_TASK
 
 from LoTA import UserError, run_script
-from LoTA.settings import METHODS
 
 SEEDS, BITS = (1, 2, 3), (4, 3, 2)
 SETS = {"sql": 8, "viggo": 8}       # {data set: rows of a step}
@@ -66,10 +64,6 @@ METHODS_TRIED: dict[str, tuple[dict, list[dict]]] = {
 REQUANTIZED = "LoRA, requantized"       # LoRA's chosen setting; nothing of it is chosen anew
 TUNED_16 = "16-bit, tuned"              # LoRA on the 16-bit model
 TUNED_16_TRIED = METHODS_TRIED["LoRA"]
-# {method: whether this checkout can run it}. A method that waits for its code is left out of the list, and named.
-READY: dict[str, Callable[[], bool]] = {
-    **{method: lambda own=own: own["method"] in METHODS for method, (own, _) in METHODS_TRIED.items()},
-    REQUANTIZED: lambda: find_spec("requantize") is not None}          # experiments/requantize.py
 
 
 def tries_of(method: str) -> dict[str, dict]:
@@ -121,7 +115,7 @@ def test(args: argparse.Namespace, place: Path) -> Iterator[dict]:
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     best = best_tries(lines, args.choose_sets or args.sets)
     untried = [f"{method} at {bits} bits" for bits in args.bits for method in METHODS_TRIED
-               if (bits, method) not in best and READY[method]() and named(method, args.only)]
+               if (bits, method) not in best and named(method, args.only)]
     if untried:
         print(f"left out, because {file} has no loss of them on each of {', '.join(args.choose_sets or args.sets)}: "
               + "; ".join(untried))
@@ -130,7 +124,7 @@ def test(args: argparse.Namespace, place: Path) -> Iterator[dict]:
             evaluate = flags({"ft_dataset_name": data_set, **SCORE, **ANSWERS,
                               "data_dir": str(place / "data" / data_set / "tune")})
             scored = {"evaluate": evaluate, "live_rows": LIVE_ROWS,
-                      **({"also": also(place)} if seed in (0, args.seeds[0]) else {})}
+                      **({"also": also(place)} if seed in (0, args.seeds[0]) and not args.no_other else {})}
             if seed == 0:
                 yield from untrained(args, place, data_set, scored)
                 continue
@@ -148,7 +142,7 @@ def test(args: argparse.Namespace, place: Path) -> Iterator[dict]:
 def untrained(args: argparse.Namespace, place: Path, data_set: str, scored: dict) -> Iterator[dict]:
     """The 16-bit model and the GPTQ models."""
     base = str(Path(args.work).resolve() / MODEL)
-    common = {"setting": data_set, "seed": 0, "also": scored["also"]}
+    common = {"setting": data_set, "seed": 0, **({"also": scored["also"]} if "also" in scored else {})}
     yield {"name": f"{data_set}, 16-bit base", **common, "method": "16-bit base", "bits": 16,
            "evaluate": [*scored["evaluate"], "--auto_gptq", "none", "--pretrained", base]}
     for bits in args.bits:
@@ -208,19 +202,16 @@ def main() -> None:
     parser.add_argument("--chosen", help="stage test: the lines of stage choose [WORK/choose.jsonl]")
     parser.add_argument("--choose_sets", nargs="+", choices=SETS,
                         help="stage test: the sets whose losses choose, where stage choose had fewer [--sets]")
+    parser.add_argument("--no_other", action="store_true", help="stage test: measure nothing but the set itself")
     parser.add_argument("--step_s", type=float, help="seconds of a step on your machine, for the estimate")
     parser.add_argument("--output", required=True, help="the file that gets the list")
     parser.add_argument("--dry_run", action="store_true", help="print every run, and write nothing")
     args = parser.parse_args()
     place = Path(args.work).resolve() / "stages"
     args.sets = args.sets or [name for name in SETS if (place / "data" / name).is_dir()] or list(SETS)
-    waiting = [method for method, ready in READY.items() if not ready() and named(method, args.only)]
-    runs = [one for one in STAGES[args.stage](args, place)
-            if one["method"] not in waiting and ("train" not in one or named(one["method"], args.only))]
+    runs = [one for one in STAGES[args.stage](args, place) if "train" not in one or named(one["method"], args.only)]
     if not runs:
         raise UserError("no run is left")
-    if waiting:
-        print(f"left out, because this checkout cannot run them yet: {'; '.join(waiting)}")
     if args.dry_run:
         print("".join(f"{seconds(one, args.stage, args.step_s) / 60:6.1f} min  {one['name']}, seed {one['seed']}\n"
                       for one in runs), end="")

@@ -35,7 +35,8 @@ RESULTS = ROOT / "experiments" / "results"
 SCRIPT = "experiments/tables.py"
 # {method: its colour}, in the order of the tables. A run's method begins with one of these names.
 METHODS = {"GPTQ": "#c9c9c9", "LoRA": "#7fb069", "QA-LoRA": "#e6b450", "LoTA, published": "#a6c8e6",
-           "LoTA, ternary": "#b79fd6", "LoTA, scales": "#5b9bd5", "LoTA, full": "#1f4e8c"}
+           "LoTA, ternary": "#b79fd6", "LoTA, scales": "#5b9bd5", "LoTA, full": "#1f4e8c",
+           "LR-QAT, integers": "#e08e8e", "LR-QAT, full": "#b2182b"}
 BASE = "16-bit base"
 LABELS = {BASE: "the base", "LoRA": "LoRA, its adapter kept"}         # where a table says more than the name
 SETTINGS = {"recovery": "recovery: the base knows the task",

@@ -12,7 +12,7 @@
 #   LOTA_WORK   the folder WORK, where everything is made              [work/smollm2]
 #   JOBS        with --stage: runs at a time, on one thread each; 1 gives one run all cores     [1]
 set -euo pipefail
-method=lota recipe=published            # what the first two forms tune with
+method=lrqat recipe=integers            # what the first two forms tune with
 size=whole bits="4 3 2" samples=128 steps=60 limit=() stage=
 if [ "${1:-}" = --quick ]; then size=quick bits=4 samples=32 steps=30 limit=(--limit 40); shift; fi
 if [ "${1:-}" = --stage ]; then
