@@ -728,7 +728,7 @@ def get_Ada_path(size: str, bits: int, method: str, first: float, second: float,
 
         8B_int4_LoTA_48_0.950_0.999_alpaca_<runtime>_<peak MB>_<day_time>
 
-    first, second, third: omega, filter_ratio and min_grad for LoTA; learning rate, rank and alpha for the baselines.
+    first, second, third: omega, filter_ratio and min_grad for LoTA; learning rate, rank and alpha for the others.
     runtime (s) and peak_mb (MiB): None while the run goes on; the name leaves them out then.
     """
     number = "{:.3f}".format if method == "LoTA" else str

@@ -68,7 +68,7 @@ class tSignSGD(Optimizer):
     warm_up: the share of the steps in which the real optimizer's rates rise, see share_of_rate(). Raises ValueError
         outside [0, 1).
     flip_limit: how much, in units of the loss, the flips of one step may promise. The share that flips is halved until
-        they keep to it, or one entry of each tensor is left. The schedule of sigma goes on. None, as published, sets no
+        they keep to it, at most HALVINGS times. The schedule of sigma goes on. None, as published, sets no
         limit. On a GPU a limit makes the CPU wait for the gradients. Raises ValueError unless it is positive.
     omega: so many flips of one sign make a step of an integer, so one flip promises |gradient| / omega. It serves
         flip_limit only.

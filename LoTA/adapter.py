@@ -26,7 +26,7 @@ from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder, is_merged, reading, set_checkpoint_format
 from LoTA.layer import CustomLoraLinear, register
 from LoTA.lota_merge import merge_folders
-from LoTA.packed import Groups
+from LoTA.packed import SMALLEST_SCALE, Groups
 from LoTA.settings import baseConfig, target_layers
 from LoTA.steps import dither_from_fraction
 from LoTA.storage import read_json, temporary_folder
@@ -235,7 +235,8 @@ def set_fractions(model: PeftModel, original: PreTrainedModel) -> None:
                 raise UserError(f"--dither fraction: the 16-bit model has no {name} of {packed.shape[1]} x "
                                 f"{packed.shape[0]}; name the model that was quantized with --pretrained")
             g_idx = packed.groups.g_idx
-            grid = weight.t().float().to(g_idx.device) / packed.scales.float()[g_idx] + packed.zeros.float()[g_idx]
+            scales = packed.scales.float().clamp(min=SMALLEST_SCALE)
+            grid = weight.t().float().to(g_idx.device) / scales[g_idx] + packed.zeros.float()[g_idx]
             dither, = layer.lora_dither.values()
             dither.copy_(dither_from_fraction(grid - packed.weight_int.float()))
 

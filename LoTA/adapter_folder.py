@@ -2,6 +2,7 @@
 
 Touches files. Knows nothing of GPTQModel or PEFT, loads no model and unpickles nothing.
 """
+import math
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -190,6 +191,7 @@ class AdapterRecord:
     residual: bool
     offset_scale: str
     learned_scales: bool
+    dither: str
     data_set: str | None
     seed: int | None
 
@@ -285,7 +287,9 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
     if saved.fingerprint_all not in (None, config.fingerprint_all):
         raise UserError(f"--adapter_ckpt {checkpoint} cannot be resumed on this GPTQ model: its embeddings, norms or "
                         "biases are others (fingerprints differ)")
-    before = {"distill": "none", **saved.settings}      # older versions had no teacher
+    # What older versions did where they record nothing. inf is no limit either.
+    unlimited = config.settings.get("flip_limit") and math.inf
+    before = {"distill": "none", "flip_limit": unlimited, "warm_up": 0.0, **saved.settings}
     if "recipe" in before:
         before["recipe"] = OLD_RECIPE_NAMES.get(before["recipe"], before["recipe"])
     different = [f"its --{name} is {before[name]}, not {value}" for name, value in config.settings.items()
@@ -404,8 +408,8 @@ class AdapterFolder:
             for kind, wanted in learned.items():
                 # The published scripts learn neither, so what has them without a record is half of a folder of ours.
                 if kind in found and not wanted:
-                    raise UserError(f"{self.path} is not whole: it has learned offsets or scales or a dither, and no "
-                                    f"{LOTA_CONFIG} says so ({layer}.{kind}); take an earlier checkpoint")
+                    raise UserError(f"{self.path} is not whole: it has {layer}.{kind}, and no {LOTA_CONFIG} says "
+                                    "so; take an earlier checkpoint")
                 if wanted and kind not in found:
                     raise UserError(f"{self.file}: {layer}.{kind} is missing")
 

@@ -82,7 +82,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.lora_offset, self.learned_offset = nn.ParameterDict(), learned_offset
         self.lora_scale, self.learned_scales = nn.ParameterDict(), learned_scales
         if config.lora_dropout or config.use_dora or config.use_rslora or config.use_qalora:
-            raise UserError("LoTA has no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: switch them off")
+            raise UserError("LoTA and LR-QAT have no lora_dropout, DoRA, rsLoRA or QA-LoRA variant: switch them off")
         self.lora_dither = nn.ParameterDict()
         if isinstance(rule, Rounding):
             rule = replace(rule, scaling=lora_alpha / r, seed=layer_seed(target_name) if dither == "noise" else None)
@@ -93,7 +93,13 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
-        """Adds an adapter of rank r. Raises UserError where omega or the rank are out of range."""
+        """Adds an adapter of rank r.
+
+        Raises UserError where omega or the rank are out of range, and where an adapter beside it has another alpha / r.
+        """
+        if isinstance(self.rule, Rounding) and lora_alpha / r != self.rule.scaling:
+            raise UserError(f"an adapter with alpha / r = {lora_alpha / r:g} cannot stand beside one with "
+                            f"{self.rule.scaling:g}; load it on a model of its own")
         self.rule.check(r, self.groups().largest)
         self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, 1.0
         self.lora_dropout[adapter_name] = nn.Identity()
@@ -102,7 +108,9 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.lora_B[adapter_name] = matrix(r, self.out_features)
         if self.dither == "fraction":
             self.lora_dither[adapter_name] = nn.Parameter(
-                torch.zeros(self.in_features, self.out_features, dtype=torch.int8), requires_grad=False)
+                # On its device at once, because PEFT would make it a parameter with a gradient when it moves it.
+                torch.zeros(self.in_features, self.out_features, dtype=torch.int8,
+                            device=self.get_base_layer().qweight.device), requires_grad=False)
         for learned, parameters in ((self.learned_offset, self.lora_offset), (self.learned_scales, self.lora_scale)):
             if learned:
                 parameters[adapter_name] = nn.Parameter(torch.zeros(self.groups().count, self.out_features))
@@ -111,10 +119,10 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool = True) -> None:
-        """A is Kaiming normal, then ternary, and with Rounding Kaiming uniform as PEFT's is. B is zero, so the first
-        forward is the quantized model exactly.
+        """With Threshold A is Kaiming normal, then ternary. With Rounding A is Kaiming uniform, as PEFT's LoRA has it.
 
-        A learned mu and scale_change stay as they are. init_lora_weights is ignored.
+        B is zero, so the first forward is the quantized model exactly. A learned mu and scale_change stay as they are.
+        init_lora_weights is ignored.
         """
         if isinstance(self.rule, Rounding):
             nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
@@ -191,7 +199,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         if torch.is_grad_enabled():
             self._evaluated = None
             return GridLinear.apply(x, *self.adapter_pair(), self.packed, self.active_rule(), backend_for(x.device),
-                                       self.offset(), self.scale_change(), bias)
+                                    self.offset(), self.scale_change(), bias)
         weight, scaled = self.evaluated(x.dtype)
         return layer_output(x.flatten(0, -2), weight, bias, scaled, self.groups()).view(*x.shape[:-1], -1)
 
@@ -231,6 +239,7 @@ def adapter_state(model: nn.Module, finished: bool = False) -> dict[str, torch.T
 
     int8 holds them exactly and takes a quarter of float32's space. What loads the file copies it into floats.
     finished: whether fixed-point matrices are integers too. While training goes on, their float32 weights are needed.
+    Raises FloatingPointError where a fixed-point matrix is not finite, because its integers would be.
     """
     state = model.state_dict()
     for name, layer in model.named_modules():
@@ -241,6 +250,8 @@ def adapter_state(model: nn.Module, finished: bool = False) -> dict[str, torch.T
                     if isinstance(matrix, IntLinear):
                         state[f"{tensor}.weight"] = matrix.weight.detach().to(torch.int8)
                     else:
+                        if not bool(matrix.weight.isfinite().all()):
+                            raise FloatingPointError(f"{tensor}.weight is not finite; take an earlier checkpoint")
                         integers, exponent = fixed_point(matrix.weight)
                         state[f"{tensor}.exponent"] = exponent.view(1, 1)
                         if finished:

@@ -138,8 +138,10 @@ class Monitor:
         ternary = self.omega is not None
         last = rows[-1]
         remedy = "lower --interval_point, or see --recipe" if ternary else "raise --learning_rate, or see --dither"
-        verdict = (f"**No integer weight moved.** All of the effect is in the offsets and scales: {remedy}."
-                   if last["moved"] == 0 else f"{last['moved']:.4%} of the integer weights moved.")
+        learned = last["mu"] or last["scales"]
+        effect = "All of the effect is in the offsets and scales" if learned else "The run did nothing"
+        verdict = (f"**No integer weight moved.** {effect}: {remedy}." if last["moved"] == 0 else
+                   f"{last['moved']:.4%} of the integer weights moved.")
         lines = ["# What this run did", "", verdict, "", "![](report.png)", "", "| at the last step | |", "|---|---|",
                  f"| step | {last['step']} |", f"| loss | {last['loss']:.4f} |",
                  f"| entries of A and B that are {'-1, 0, 1' if ternary else 'negative, 0, positive'} | "

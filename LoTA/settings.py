@@ -40,7 +40,7 @@ LRQAT_RECIPES = {
     "integers": {"residual": False},
     "scales": {"residual": False, "learned_scales": True},
     "full": {"offset_scale": "learned", "learned_scales": True}}
-# Defaults of --method lrqat for the flags that are not given, chosen in experiments/LOG.md.
+# Defaults of --method lrqat for the flags that are not given: see experiments/LOG.md.
 LRQAT_DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "max_grad_norm": 0.0}
 # For each bit width a recipe's omega, as a share of the rank, and its sigma at the start, chosen in experiments/LOG.md.
 # A finer grid gets a smaller omega, because more ternary steps are worth taking there. 8 bits take the row of 4.
@@ -53,13 +53,22 @@ OMEGA_AND_SIGMA = {
 # larger one has more entries that step together, and gets lower rates: see rate_by_size().
 OFFSET_LR, SCALE_LR, TRIED_PARAMETERS = 0.007, 0.03, 2.1e6
 
+# {flag of mode 1: the methods that read it}, for the flags that not all methods read.
+READ_BY = {
+    **dict.fromkeys(("interval_point", "filter_ratio", "min_grad", "filter_upper", "momentum", "flip_limit", "warm_up"),
+                    ("lota",)),
+    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm"),
+                    ("lrqat", "lora", "qalora")),
+    **dict.fromkeys(("residual", "offset_scale", "offset_lr", "scale_lr"), IN_GRID), "dither": ("lrqat",)}
+
 # --help shows the flags in these groups, in this order.
 GROUPS = {
     "both": ("both modes", None),
     "method": ("mode 1: what is trained", None),
     "data": ("mode 1: the data and the length of the run", None),
-    "lota": ("mode 1: LoTA's optimizer", "omega is the threshold on |dW| in Eq. 3. sigma is the quantile of |gradient| "
-                                         "above which an entry of A or B flips (Eq. 6)."),
+    "lota": ("mode 1: LoTA's optimizer, and the rates of learned mu and scales",
+             "omega is the threshold on |dW| in Eq. 3. sigma is the quantile of |gradient| above which an entry of A "
+             "or B flips (Eq. 6)."),
     "baseline": ("mode 1: the optimizer of LR-QAT, LoRA and QA-LoRA", None),
     "distill": ("mode 1: a teacher, for every method", None),
     "run": ("mode 1: the run itself", None),
@@ -137,11 +146,11 @@ class baseConfig:
         "(-1/2, 1/2), so that steps begin with the first update. fraction: what GPTQ rounded away, from the 16-bit "
         "--pretrained; the adapter then has a byte a weight. none: nothing", choices=["none", "noise", "fraction"])
     residual: bool = setting(
-        "method", True, "LoTA: keep the offset factor mu (Eq. 4); mode 2 uses this flag for adapters without "
+        "method", True, "LoTA, LR-QAT: keep the offset factor mu (Eq. 4); mode 2 uses this flag for adapters without "
         "lota_config.json only", off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
     offset_scale: str = setting(
-        "method", "omega", "LoTA: kappa, the divisor in Eq. 4. omega: kappa = omega, as in the published scripts. "
-        "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used",
+        "method", "omega", "kappa, the divisor in Eq. 4. omega: kappa = omega, as in the published scripts. "
+        "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used; LR-QAT has no other mu",
         choices=["omega", "paper", "learned"])
     learned_scales: bool = setting(
         "method", False, "LoTA, LR-QAT: also train the scales of the groups; the merged model has them as its own "
@@ -185,16 +194,16 @@ class trainingConfig:
         "promise; beyond it the share that flips is halved until they keep to it, and sigma is so much higher",
         shown="no limit; other recipes 1")
     offset_lr: float | None = setting(
-        "lota", None, "AdamW's largest learning rate for a learned mu, as a share of the grid's range 2**bits - 1",
+        "lota", None, "the largest learning rate of a learned mu, as a share of the grid's range 2**bits - 1",
         shown=f"{OFFSET_LR} up to {TRIED_PARAMETERS / 1e6:g}M parameters, and beyond it by the inverse root of the "
         "model's size")
     scale_lr: float | None = setting(
-        "lota", None, "AdamW's largest learning rate for the relative change of learned scales",
+        "lota", None, "the largest learning rate of the relative change of learned scales",
         shown=f"{SCALE_LR} up to {TRIED_PARAMETERS / 1e6:g}M parameters, and beyond it by the inverse root of the "
         "model's size")
     warm_up: float = setting(
-        "lota", 0.0, "the share of the steps in which the rates of mu and of the scales rise; then they fall linearly "
-        "towards 0; the recipes scales and full have 0.1")
+        "lota", 0.0, "LoTA: the share of the steps in which the rates of mu and of the scales rise; then they fall "
+        "linearly towards 0; the recipes scales and full have 0.1")
     optimizer_type: str = setting(
         "baseline", "adamw_torch", "the optimizer; LoTA always takes int_sign_sgd, which is t-SignSGD",
         choices=["adamw_torch", "paged_adamw_32bit", "int_sign_sgd"])
@@ -292,6 +301,7 @@ def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequ
             raise UserError(f"there is no flag {unknown[0]}; --help lists all")
         return known
 
+    _say_what_has_no_effect(_build_parser(description, training_sets, scored_sets), argv)
     given = parse()                         # settings that go together are defaults: a flag that is given wins
     parser.set_defaults(**(LRQAT_DEFAULTS if given.method == "lrqat" else {}),
                         **recipes_of(given.method).get(given.recipe or default_recipe(given.method), {}))
@@ -302,6 +312,17 @@ def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequ
         if isinstance(values[f.name], list):            # the flag was given
             values[f.name] = ",".join(split_names(" ".join(filter(None, values[f.name])))) or None
     return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
+
+
+def _say_what_has_no_effect(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Prints which flags of mode 1 are given and not read by the method. Changes the parser's defaults."""
+    parser.set_defaults(**dict.fromkeys(READ_BY))
+    args = parser.parse_known_args(argv)[0]
+    method = args.method or ("lota" if args.lota_qaf else "lora")
+    idle = [f"--{name}" for name, methods in READ_BY.items()
+            if getattr(args, name) is not None and method not in methods]
+    if args.mode == 1 and idle:
+        print(f"without effect with --method {method}: {', '.join(idle)}")
 
 
 def recipes_of(method: str | None) -> dict[str, dict]:
@@ -517,6 +538,8 @@ def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFold
 def _check_steps(base: baseConfig, folder: "GPTQFolder") -> None:
     if base.lora_dropout:
         raise UserError(f"--lora_dropout must be 0 with {METHODS[base.method]}: what is dropped could not be merged")
+    if base.offset_scale == "learned" and not base.residual:
+        raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
     scales = folder.tensor(f"{folder.modules[0]}.scales")
     if base.learned_scales and str(scales.dtype) != "torch.float16":
         raise UserError(f"--learned_scales writes float16 scales, and those of {folder.path} are {scales.dtype}")
@@ -557,8 +580,6 @@ def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder"
         raise UserError(f"--flip_limit must be positive, not {training.flip_limit}; inf sets no limit")
     if not 0 <= training.momentum < 1:
         raise UserError(f"--momentum must lie in [0, 1), not {training.momentum}")
-    if base.offset_scale == "learned" and not base.residual:
-        raise UserError("--offset_scale learned trains the offset that --residual False leaves out")
     Threshold(training.interval_point, None).check(base.lora_r, max(1, folder.group_size))
 
 

@@ -177,8 +177,9 @@ def fixed_point(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     by a second rounding.
     """
     matrix = matrix.detach().float()
-    mantissa, exponent = torch.frexp(matrix.abs().amax() / LARGEST_FACTOR)
-    exponent = (exponent - (mantissa == 0.5).int()).clamp_(-60, 60)     # 127 * 2**e itself fits
+    # No division by 127, because CUDA multiplies by its rounded inverse. The largest entry is mantissa * 2**exponent.
+    mantissa, exponent = torch.frexp(matrix.abs().amax())
+    exponent = (exponent - 7 + (mantissa > LARGEST_FACTOR / 128).int()).clamp_(-60, 60)
     return (matrix * power_of_two(-exponent)).round_(), exponent
 
 

@@ -174,7 +174,20 @@ def real_optimizer(model: PeftModel, base: baseConfig, training: trainingConfig,
     """LR-QAT's: --optimizer_type over A and B, and over mu and the scales at rates of their own."""
     matrices, real = trained_groups(model, base, training)
     optimizer, settings_of_it = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    return optimizer([{"params": matrices, "weight_decay": training.weight_decay}, *real], **settings_of_it)
+    made = optimizer([{"params": matrices, "weight_decay": training.weight_decay}, *real], **settings_of_it)
+    made.register_step_pre_hook(raise_unless_finite)
+    return made
+
+
+def raise_unless_finite(optimizer: torch.optim.Optimizer, *args) -> None:
+    """Raises FloatingPointError where a gradient is not finite. AdamW would make its parameters so too."""
+    named = [(name, p) for group in optimizer.param_groups
+             for name, p in zip(group["param_names"], group["params"], strict=True) if p.grad is not None]
+    norms = torch._foreach_norm([p.grad for _, p in named], 2, torch.float32)
+    finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().tolist()
+    wrong = [name for (name, _), one in zip(named, finite, strict=True) if not one]
+    if wrong:
+        raise FloatingPointError(f"the gradient of {wrong[0]} is not finite; lower --learning_rate")
 
 
 class RunTrainer(Trainer):
@@ -434,7 +447,8 @@ def remedy_for(config: LotaConfig) -> str:
     if not config.in_grid:
         return "lower --learning_rate"
     if config.method == "LR-QAT":
-        return "lower --learning_rate" + (", --offset_lr and --scale_lr" if config.learned_scales else "")
+        learned = config.learned_scales or config.learned_offset
+        return "lower --learning_rate" + (", --offset_lr and --scale_lr" if learned else "")
     if config.learned_offset or config.learned_scales:
         return "lower --offset_lr, --scale_lr and --flip_limit, or take --recipe published"
     return "raise --sigma_start or --interval_point"

@@ -59,8 +59,9 @@ METHODS_TRIED: dict[str, tuple[dict, list[dict]]] = {
     "LoTA, published": (recipe("published"), rates("filter_ratio", 0.95, 0.98, 0.99)),
     "LoTA, scales": (recipe("scales"), rates("scale_lr", 0.001, 0.004, 0.016)),
     "LoTA, full": (recipe("full"), [{"offset_lr": rate, "scale_lr": 4 * rate} for rate in (0.0003, 0.001, 0.003)]),
-    "LR-QAT, integers": ({"method": "lrqat", "recipe": "integers"}, rates("learning_rate", 1e-3, 3e-3, 1e-2)),
-    "LR-QAT, full": ({"method": "lrqat", "recipe": "full"}, rates("learning_rate", 1e-3, 3e-3, 1e-2))}
+    **{f"LR-QAT, {name}": ({"method": "lrqat", "recipe": name},
+                           [{"learning_rate": 1e-3}, {"learning_rate": 3e-3},
+                            {"learning_rate": 1e-3, "dither": "fraction"}]) for name in ("integers", "full")}}
 REQUANTIZED = "LoRA, requantized"       # LoRA's chosen setting; nothing of it is chosen anew
 TUNED_16 = "16-bit, tuned"              # LoRA on the 16-bit model
 TUNED_16_TRIED = METHODS_TRIED["LoRA"]

@@ -36,8 +36,8 @@ SIGMA = 1 - 2**-53          # the largest number below 1
 STILL = {"method": "lota", "recipe": "scales", "lora_r": RANK, "interval_point": RANK - 0.5, "filter_ratio": SIGMA,
          "min_grad": SIGMA, "filter_upper": SIGMA}
 # What the tuning of scales takes from the training of the adapter, where --tune_scales does not say it.
-AS_TRAINED = ("pretrained", "data_dir", "prompt_layout", "dtype", "device_map", "flash_attn", "seed",
-              "lora_target_modules", "training_data_name", "train_ratio", "debug_number", "num_train_epochs",
+AS_TRAINED = ("pretrained", "data_dir", "prompt_layout", "dtype", "device_map", "flash_attn", "trust_remote_code",
+              "seed", "lora_target_modules", "training_data_name", "train_ratio", "debug_number", "num_train_epochs",
               "max_steps", "train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len",
               "distill", "distill_weight", "distill_model", "gradient_checkpointing", "logging_steps", "save_strategy")
 
@@ -88,9 +88,10 @@ def tune_scales(gptq: Path, trained: LotaConfig, output: Path, flags: list[str])
         "--mode", "1", *flags_of({**settings, **STILL}), *flags, "--quantized_model_dir", str(gptq), "--adapter_path",
         str(output / "scales")])
     adapter = AdapterFolder(LoTA_QAF_main.train(base, training))
-    moved = merge_folders(adapter, GPTQFolder(gptq), output / "tuned")["all"]
+    moved = adapter.config.training["moved"]["all"]
     if moved:
-        raise RuntimeError(f"{adapter.path} moved {moved:.2%} of the integers, and the scales alone were to be tuned")
+        raise RuntimeError(f"{adapter.path} moves {moved:.2%} of the integers, and the scales alone were to be tuned")
+    merge_folders(adapter, GPTQFolder(gptq), output / "tuned")
     return output / "tuned"
 
 

@@ -15,7 +15,7 @@ RUNS.json comes from experiments/plan.py. It is a list of runs:
     also         {name: flags of mode 2} that measure the same model on something else; see "other" in the line
     ...          whatever else the line of results shall say
 
-A LoRA adapter is scored live. LoTA and QA-LoRA adapters are scored merged and live, and the answers that differ are
+A LoRA adapter is scored live. All other adapters are scored merged and live, and the answers that differ are
 counted. A run without "train" is scored by its "evaluate" flags alone. A run is left out where RESULTS has a line with
 the same name, seed and flags. Adapters stay in WORK/adapters, and the output of every run in WORK/logs.
 """

@@ -82,7 +82,7 @@ python -c 'import llama_cpp' 2> /dev/null || CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
     "llama-cpp-python==0.3.36"
 
 for b in $bits; do
-    gptq=$in/gptq/$task/int${b}_64_SmolLM2-135M out=$in/$task/int$b
+    gptq=$in/gptq/$task/int${b}_64_SmolLM2-135M out=$in/$task/$method-$recipe/int$b
     results=$out/results
     step "3. GPTQ to $b bits, with groups of 64"
     quantize "$task" "$b"

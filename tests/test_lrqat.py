@@ -1,9 +1,11 @@
 """--method lrqat through the scripts: train, resume, merge, evaluate, export, on a tiny GPTQ model."""
 import json
+import math
 
 import pytest
 import torch
 from conftest import merge, parse, run_main
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -13,8 +15,11 @@ from LoTA.adapter import load_gptq, load_live, load_merged
 from LoTA.adapter_folder import LOTA_CONFIG, AdapterFolder, LotaConfig
 from LoTA.export import run as export
 from LoTA.folders import GPTQFolder, MergedFolder
+from LoTA.layer import CustomLoraLinear, adapter_state
+from LoTA.monitor import SAMPLE_ROWS, Monitor
 from LoTA.packing import count_different
 from LoTA.steps import dither_value, fixed_point, layer_seed
+from LoTA.ternary import GridLinear
 
 LRQAT = ("--lota_qaf", False, "--method", "lrqat", "--learning_rate", 2e-2)
 RECIPES = {"integers": (), "scales": ("--dither", "none"), "full": ("--dither", "fraction")}
@@ -28,7 +33,7 @@ def adapters(tmp_path_factory, train, quantize):
     def adapters(recipe):
         if recipe not in made:
             made[recipe] = train(tmp_path_factory.mktemp(recipe), *LRQAT, "--recipe", recipe, *RECIPES[recipe],
-                                 "--quantized_model_dir", quantize(4), "--interval_point", 4)
+                                 "--quantized_model_dir", quantize(4))
         return made[recipe]
     return adapters
 
@@ -172,6 +177,7 @@ def test_half_an_adapter_is_refused(adapters, tmp_path):
     (("--recipe", "ternary"), "--recipe ternary is none of --method lrqat's: integers, scales, full"),
     (("--recipe", "published"), "--recipe published is none of --method lrqat's"),
     (("--residual", True), "no mu that follows from A and B"),
+    (("--offset_scale", "learned"), "trains the offset that --residual False leaves out"),
     (("--lora_dropout", 0.1), "--lora_dropout must be 0 with LR-QAT"),
     (("--lora_r", 1100), "rank 1100 is too large"),
     (("--lora_alpha", 0), "--lora_alpha must be positive"),
@@ -214,3 +220,49 @@ def test_the_script_says_what_moved(adapters, quantize, tmp_path, capsys):
     run_main(lota_merge, "--adapter", adapters("integers"), "--output", tmp_path / "merged")
     said = capsys.readouterr().out
     assert "share of integer weights moved by the merge" in said and "merged and verified" in said
+
+
+def test_the_report_measures_dw_in_grid_steps(adapters, quantize):
+    """The quantiles of |dW| / s are those of the sampled rows, in float64, cut to sixteenths of a step."""
+    model = load_live(AdapterFolder(adapters("integers")), quantize(4), dtype=torch.float32)
+    monitor = Monitor(model, None, None, 10)
+    row, values = monitor.detailed_metrics(), []
+    for layer in monitor.layers.values():
+        A, B = (matrix.detach().double() for matrix in layer.adapter_pair())
+        packed, rows = layer.base_packed(), slice(None, None, max(1, len(A) // SAMPLE_ROWS))
+        values.append((2 * A[rows] @ B / packed.scales.double()[packed.groups.g_idx[rows]]).abs().flatten())
+    values = torch.cat(values).sort().values
+    for name, level in (("dW_median", 0.5), ("dW_99", 0.99), ("dW_max", 1.0)):
+        assert row[name] == math.floor(16 * values[math.floor(level * (len(values) - 1))] + 1e-5) / 16
+    assert sum(monitor.histogram) == len(values) and row["dW_max"] > 0.25
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(train, quantize, tmp_path, monkeypatch):
+    """AdamW would make A and B nan, and their integers 0, so that the merged model were the quantized one."""
+    plain = GridLinear.backward
+
+    def broken(ctx, grad_output):
+        grad_x, grad_A, *others = plain(ctx, grad_output)
+        grad_A[0, 0] = torch.nan
+        return grad_x, grad_A, *others
+    monkeypatch.setattr(GridLinear, "backward", staticmethod(broken))
+    with pytest.raises(FloatingPointError, match="the gradient of .*lora_A.* is not finite; lower --learning_rate"):
+        train(tmp_path, *LRQAT, "--quantized_model_dir", quantize(4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(adapters, quantize):
+    model = load_live(AdapterFolder(adapters("integers")), quantize(4), dtype=torch.float32)
+    layer = next(m for m in model.modules() if isinstance(m, CustomLoraLinear))
+    layer.lora_B["default"].weight.data[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="lora_B.default.weight is not finite"):
+        adapter_state(model, finished=True)
+
+
+def test_a_second_adapter_of_another_scaling_is_refused(adapters, quantize):
+    """The rule belongs to the layer, so its live steps would be those of the first adapter's alpha / r."""
+    model = load_live(AdapterFolder(adapters("integers")), quantize(4), dtype=torch.float32)
+    layer = next(m for m in model.modules() if isinstance(m, CustomLoraLinear))
+    layer.update_layer("same", 4, 8, LoraConfig(r=4))
+    with pytest.raises(UserError, match="alpha / r = 1 cannot stand beside one with 2"):
+        layer.update_layer("other", 8, 8, LoraConfig(r=8))

@@ -189,7 +189,8 @@ def test_logging_and_saving_follow_the_flags_of_the_resumed_run(whole, tmp_path)
 
 
 def test_a_checkpoint_without_the_new_records_resumes(whole, tmp_path):
-    """What it does not record is not compared, and the adapter is the same."""
+    """What it does not record is not compared, and the adapter is the same. But for two settings: older versions had no
+    limit on flips and no warm-up, so that a resumed run must have none either."""
     adapter = whole("full")
     checkpoint = shutil.copytree(adapter / "checkpoint-5", tmp_path / "checkpoint-5")
     forget_checksums(checkpoint)
@@ -197,7 +198,12 @@ def test_a_checkpoint_without_the_new_records_resumes(whole, tmp_path):
     assert record.pop("complete") is True
     record |= {"training": {}, "settings": {"recipe": "learned"}}
     (checkpoint / "lota_config.json").write_text(json.dumps(record))
-    resumed = train(tmp_path / "a", *FULL, "--adapter_ckpt", checkpoint)
+    with pytest.raises(UserError, match="its --flip_limit is inf, not 1.0; its --warm_up is 0.0, not 0.1"):
+        train(tmp_path / "a", *FULL, "--adapter_ckpt", checkpoint)
+    train(tmp_path / "b", *FULL, "--adapter_ckpt", checkpoint, "--flip_limit", "inf", "--warm_up", 0)
+    record["settings"] |= {"flip_limit": 1.0, "warm_up": 0.1}
+    (checkpoint / "lota_config.json").write_text(json.dumps(record))
+    resumed = train(tmp_path / "c", *FULL, "--adapter_ckpt", checkpoint)
     assert sha256(resumed / "adapter_model.safetensors") == sha256(adapter / "adapter_model.safetensors")
 
 
@@ -502,7 +508,7 @@ def test_learned_tensors_are_never_ignored(whole, tmp_path, part):
     tensors = {n: t for n, t in load_file(file).items() if part in n or "lora_A" in n or "lora_B" in n}
     save_file(tensors, file, {"format": "pt"})
     (folder / "checkpoint-5/lota_config.json").unlink()
-    with pytest.raises(UserError, match="learned offsets or scales or a dither, and no lota_config.json"):
+    with pytest.raises(UserError, match=f"is not whole: it has .*{part}, and no lota_config.json"):
         AdapterFolder(folder / "checkpoint-5")
 
 

@@ -22,7 +22,9 @@ from LoTA.export import FORMATS
 from LoTA.folders import GPTQFolder
 from LoTA.settings import (
     GROUPS,
+    METHODS,
     OMEGA_AND_SIGMA,
+    READ_BY,
     RECIPES,
     baseConfig,
     check_evaluation,
@@ -297,6 +299,22 @@ def test_complete_training_leaves_nothing_open(flags, parameters, want):
         assert (complete.interval_point, complete.filter_ratio) == (0.75 * done.lora_r, 0.95)
     else:
         assert complete == replace(training, recipe="published", offset_lr=0.007, scale_lr=0.03)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--method", "lrqat", "--warm-up", 0.1, "--learning_rate", 1), "with --method lrqat: --warm_up"),
+    (("--lota_qaf", "--sigma_start", 0.9, "--learning_rate", 1e-5, "--max_grad_norm", 0.3),
+     "with --method lota: --learning_rate, --max_grad_norm"),
+    (("--method", "qalora", "--no_residual", "--dither", "none"), "with --method qalora: --residual, --dither"),
+    (("--mode", 2, "--residual", False), None), (("--method", "lota", "--residual", False), None), ((), None)])
+def test_a_flag_without_effect_is_named(capsys, flags, said):
+    parse(*flags)
+    assert capsys.readouterr().out == (f"without effect {said}\n" if said else "")
+
+
+def test_what_a_method_reads_is_a_flag():
+    names = {f.name for config in (baseConfig, trainingConfig) for f in fields(config)}
+    assert set(READ_BY) <= names and all(set(methods) < set(METHODS) for methods in READ_BY.values())
 
 
 def test_flags_that_are_given_stay():

@@ -65,6 +65,8 @@ def _write(folder: Path, name: str, config: LotaConfig, bits: int, group_size: i
             ("Quantization", f"GPTQ, {bits} bits, group size {group_size}"),
             ("Rank", config.rank), ("Omega", config.omega),
             ("Offset", "yes" if config.residual and config.method != "LoRA" else "no"),
+            ("Alpha", config.settings.get("lora_alpha") if config.method == "LR-QAT" else None),
+            ("Dither", config.dither if config.method == "LR-QAT" else None),
             ("Learned scales", "yes" if config.learned_scales else None), ("Sigma", _sigma(config)),
             ("Training data", config.data_set), ("Teacher", _teacher(config)),
             ("Optimizer steps", config.training.get("steps")), ("Seed", config.seed)]
