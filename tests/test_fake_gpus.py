@@ -196,3 +196,17 @@ def test_a_step_of_the_optimizer_on_two_gpus(fake, monkeypatch, momentum, learne
             optimizer.step()
     assert handed == [torch.device(GPUS[0])] * 10 and len(optimizer.flipped) == len(ternary_ones)
     assert all(count.device == p.device for p, count in optimizer.flipped.items())
+
+
+def test_a_dither_is_made_where_the_layer_is():
+    """PEFT moves an adapter to the device of the layer, and would give int8 a gradient on the way. Meta shows it."""
+    module = TorchLinear(bits=BITS, group_size=32, sym=False, desc_act=False, in_features=ROWS, out_features=COLS,
+                         bias=False)
+    module.g_idx.copy_(LAYOUTS["even"])
+    module.qweight = module.qweight.to("meta")
+    model = torch.nn.Sequential(OrderedDict(proj=module, norm=torch.nn.LayerNorm(1)))
+    config = register(LoraConfig(r=RANK, target_modules=["proj"]), Rounding(1.0), dither="fraction")
+    layer = get_peft_model(model, config).base_model.model.proj
+    dither, = layer.lora_dither.values()
+    assert (dither.device.type, dither.dtype, dither.shape) == ("meta", torch.int8, (ROWS, COLS))
+    assert not dither.requires_grad and layer.active_rule().dither is not None and layer.rule.scaling == 8 / RANK
