@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real model on a CPU, from nothing and without the hub: SmolLM2-135M-Instruct out of a PyPI package -> GPTQ -> tuning
 # (mode 1) -> merge and evaluation (mode 2) -> GGUF -> answers in llama.cpp.
-#   bash runs/smollm2.sh --quick [DATA]     4 bits, 30 steps, 40 test rows; about 15 minutes of processor time
+#   bash runs/smollm2.sh --quick [DATA]     4 bits, 30 steps, 40 test rows; 10 minutes on 2 cores
 #   bash runs/smollm2.sh [DATA]             4, 3 and 2 bits, 60 steps, all test rows
 #   bash runs/smollm2.sh --stage STAGE DATA [FLAG ...]     a stage of experiments/plan_smollm2.py, choose or test, with
 #                                           its flags; --dry_run only counts the runs and their hours
