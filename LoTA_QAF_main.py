@@ -111,7 +111,7 @@ def ternary_optimizer(model, base: baseConfig, training: trainingConfig):
     matrices, real = trained_groups(model, base, training)
     return tSignSGD(
         matrices, threshold_ratio=training.filter_ratio, min_grad=training.min_grad, filter_upper=training.filter_upper,
-        momentum=training.momentum, real_optimizer=torch.optim.AdamW(real, weight_decay=0.0) if real else None,
+        momentum=training.momentum, real_optimizer=torch.optim.AdamW(real) if real else None,
         warm_up=training.warm_up, flip_limit=training.flip_limit, omega=training.interval_point)
 
 

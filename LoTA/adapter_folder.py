@@ -36,7 +36,6 @@ ADAPTER_NAME = re.compile(r"(?:^|[^a-z0-9])int(?P<bits>\d)_(?P<method>qa-lora|lr
                           r"_(?P<first>\d+(?:\.\d+)?(?:e-?\d+)?)"
                           r"(?:_[\d.]+){0,2}(?:_(?P<data_set>[^\W\d_][^_]*))?(?=_|$)", re.IGNORECASE)
 METHOD_NAMES = {"lota": "LoTA", "lora": "LoRA", "qa-lora": "QA-LoRA", "lr-qat": "LR-QAT"}
-IN_GRID = ("LoTA", "LR-QAT")        # the methods whose adapters are steps on the grid
 # The tensors of an adapter file: the layer, and which of its tensors it is.
 TENSOR_NAME = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_[AB]\.(?:weight|exponent)|lora_offset|lora_scale|lora_dither)")
 # Entries of adapter_config.json that change nothing in a trained adapter, because they say how it was initialized or
@@ -83,7 +82,7 @@ class LotaConfig:
     @property
     def in_grid(self) -> bool:
         """Whether the adapter is a step on the grid, so that it has a rule."""
-        return self.method in IN_GRID
+        return self.method in ("LoTA", "LR-QAT")
 
     @property
     def rule(self) -> Rule:
@@ -408,8 +407,9 @@ class AdapterFolder:
             for kind, wanted in learned.items():
                 # The published scripts learn neither, so what has them without a record is half of a folder of ours.
                 if kind in found and not wanted:
-                    raise UserError(f"{self.path} is not whole: it has {layer}.{kind}, and no {LOTA_CONFIG} says "
-                                    "so; take an earlier checkpoint")
+                    what = "learned offsets or scales" if kind in ("lora_offset", "lora_scale") else "LR-QAT's tensors"
+                    raise UserError(f"{self.path} is not whole: it has {what}, and no {LOTA_CONFIG} says that it was "
+                                    f"learned ({layer}.{kind}); take an earlier checkpoint")
                 if wanted and kind not in found:
                     raise UserError(f"{self.file}: {layer}.{kind} is missing")
 

@@ -122,8 +122,6 @@ def layer_merger(adapter: "AdapterFolder") -> LayerMerger:
     def merge_steps(module: str, packed: "PackedLayer") -> "tuple[PackedLayer, torch.Tensor | None]":
         (lora_A, lora_B), rule = adapter.pair(module), adapter.rule(module)
         rule.check(lora_A.shape[1], packed.groups.largest)
-        if config.learned_scales:
-            packed = packed.rescaled(adapter.scale_change(module))
         merged, offset = merge(lora_A, lora_B, packed, rule)
         return merged, adapter.offset(module) if config.learned_offset else offset
     return merge_steps

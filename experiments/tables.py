@@ -279,13 +279,12 @@ def smollm2_table(lines: Lines) -> str:
         moved = [median_of(own, "moved", ".3f", 100) for own in by_set]
         row += [two_cells(moved) if len(moved) > 1 else moved[0] or "", merged or after_merge(sum(by_set, []))]
         rows.append(row)
-    return f"{markdown(header, rows)}\n{smollm2_note(lines)} {SMOLLM2_GAPS}\n"
-
-
-SMOLLM2_GAPS = (
-    "\"Of GPTQ → ...\" is a method's gain in the loss as a share of the gain of LoRA with its adapter kept, at the "
-    "same bits, or of LoRA on the 16-bit model; SQL / ViGGO. A dash: not run, or the whole gap is below "
-    f"{LEAST_LOSS_GAP} nats.")
+    gains = "LoRA with its adapter kept, at the same bits" + (
+        ", or of LoRA on the 16-bit model" if "16 bits tuned" in goals else "")
+    gaps = (f"\"Of GPTQ → ...\" is a method's gain in the loss as a share of the gain of {gains}"
+            f"{'; SQL / ViGGO' if len(sets) > 1 else ''}. A dash: not run, or the whole gap is below "
+            f"{LEAST_LOSS_GAP} nats.")
+    return f"{markdown(header, rows)}\n{smollm2_note(lines)} {gaps}\n"
 
 
 def loss_gap(cells: dict, name: str, bits: int, method: str, goal: tuple[int, str]) -> float | None:

@@ -7,6 +7,7 @@ import torch
 from conftest import merge, parse, run_main
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from test_layer import logits
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import LoTA_QAF_main
@@ -36,12 +37,6 @@ def adapters(tmp_path_factory, train, quantize):
                                  "--quantized_model_dir", quantize(4))
         return made[recipe]
     return adapters
-
-
-def logits(model):
-    torch.manual_seed(1)
-    with torch.inference_mode():
-        return model(input_ids=torch.randint(5, 300, (3, 17))).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -199,7 +199,8 @@ def test_live_and_merged_give_the_same_predictions(trained, demo_data, evaluate,
         assert all(r["ref"] in p["prompt"] for p, r in zip(results["predictions"], rows, strict=True))
         assert results["accuracy"] == sum(p["correct"] for p in results["predictions"]) / 40
         assert results["adapter"] == {"method": "LoTA", "rank": 8, "omega": 4.0, "residual": True, "seed": 42,
-                                      "offset_scale": "omega", "learned_scales": False, "data_set": "viggo"}
+                                      "offset_scale": "omega", "learned_scales": False, "dither": "none",
+                                      "data_set": "viggo"}
         assert results["settings"]["baseConfig"]["lora_r"] is None      # no flag of this run said it
     texts = [predictions(results) for results in (live, merged, again)]
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 5
