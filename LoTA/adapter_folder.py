@@ -54,8 +54,8 @@ class LotaConfig:
     method: Literal["LoTA", "LoRA", "QA-LoRA", "LR-QAT"] = "LoTA"
     omega: float | None = None                  # None for all but LoTA
     residual: bool = True                       # whether there is an offset mu
-    # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter.
-    offset_scale: Literal["omega", "paper", "learned"] = "omega"
+    # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter. "remainder": what LR-QAT's rounding left.
+    offset_scale: Literal["omega", "paper", "learned", "remainder"] = "omega"
     learned_scales: bool = False
     # LR-QAT: what is added below the rounding. "noise" is made from the layer's name, "fraction" is in the adapter.
     dither: Literal["none", "noise", "fraction"] = "none"
@@ -90,7 +90,8 @@ class LotaConfig:
 
         The baselines have none.
         """
-        return (Rounding(scaling=1.0) if self.method == "LR-QAT" else
+        return (Rounding(scaling=1.0, remainder=self.residual and self.offset_scale == "remainder")
+                if self.method == "LR-QAT" else
                 make_threshold(self.omega, self.residual, self.offset_scale))
 
     @property
@@ -474,8 +475,10 @@ class AdapterFolder:
         """How A and B of one layer become a step. After check_match(), because noise goes by the model's names."""
         if self.config.method != "LR-QAT":
             return self.config.rule
-        return Rounding(self.scaling(module), layer_seed(module) if self.config.dither == "noise" else None,
-                        self._tensor(module, "lora_dither") if self.config.dither == "fraction" else None)
+        dither = self.config.dither
+        return replace(self.config.rule, scaling=self.scaling(module),
+                       seed=layer_seed(module) if dither == "noise" else None,
+                       dither=self._tensor(module, "lora_dither") if dither == "fraction" else None)
 
     def offset(self, module: str) -> torch.Tensor:
         """The learned mu of one layer, float32 [groups, out]."""

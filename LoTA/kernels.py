@@ -17,7 +17,7 @@ import triton.language as tl
 
 from LoTA.packed import Groups, PackedLayer
 from LoTA.steps import Rounding, Rule, as_int32
-from LoTA.ternary import float_product, offset_factor
+from LoTA.ternary import float_product
 
 MAX_ROWS = 64           # rows of one piece of a group; with 128 a thread runs out of registers at 3 bits, and spills
 BLOCK_COLS = 64         # outputs of one program
@@ -101,28 +101,33 @@ def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, 
     """
     groups, (_, cols), rank = packed.groups, packed.shape, lora_B.shape[0]
     pieces, rows_block = _pieces(groups)
-    rounding, has_offset = isinstance(rule, Rounding), rule.kappa is not None
+    rounding = isinstance(rule, Rounding)
     rank_block = BLOCK_RANK if rounding else min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
     unit = divisors = dither = seed = None
+    matrices = lora_A, lora_B
     if rounding:
         factors = rule.factors(lora_A, lora_B)
         lora_A, lora_B, unit = factors.A.to(torch.int8), factors.B.to(torch.int8), factors.unit
         divisors, dither, seed = rule.divisors(packed), rule.dither, rule.seed
     omega_floor = 0.0 if rounding else float(math.floor(rule.omega))
     # The sums of dW and of W^, for each piece of a group. Triton needs a tensor, so `out` stands in where it is unread.
-    sums = torch.empty(2, groups.count, pieces, cols, device=out.device) if has_offset else out
+    sums = torch.empty(2, groups.count, pieces, cols, device=out.device) if rule.has_offset else out
     with torch.cuda.device_of(out):
         _step_kernel[groups.count * pieces, triton.cdiv(cols, BLOCK_COLS)](
             out, sums, lora_A, lora_B, packed.qweight, packed.qzeros, packed.scales, _order(groups), groups.starts,
             *(out if tensor is None else tensor for tensor in (unit, divisors, dither)), *lora_A.stride(),
             *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
             groups.count * pieces * cols, omega_floor, as_int32(seed or 0), BITS=packed.bits,
-            ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=has_offset, ROUNDING=rounding, NOISE=seed is not None,
+            ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=rule.has_offset, ROUNDING=rounding, NOISE=seed is not None,
             DITHER=dither is not None, SHUFFLED=groups.order is not None, WIDE=_is_wide(packed.shape),
             COUNTING=counting, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, RANK=rank_block,
             RANK_PIECES=triton.cdiv(rank, rank_block), **options(rows_block))
+    if not rule.has_offset:
+        return None
     # The parts are integers, so their sums are exact in any order.
-    return offset_factor(*sums.sum(2), groups.sizes, rule) if has_offset else None
+    if rounding:
+        return rule.offset(rule.group_sums(*matrices, packed), sums[1].sum(1), groups.sizes)
+    return rule.offset(*sums.sum(2), groups.sizes)
 
 
 # --- the kernels --------------------------------------------------------------------------------------------------
@@ -204,7 +209,8 @@ def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, star
                  RANK_PIECES: tl.constexpr):
     """The steps of one piece of a group and COLS outputs: writes W, or when COUNTING only how many steps it takes.
 
-    When OFFSET, the sums of dW and of W^ over the piece go to sums [2, groups * PIECES, width].
+    When OFFSET, the sums of dW and of W^ over the piece go to sums [2, groups * PIECES, width]; when ROUNDING, too, the
+    latter only.
     """
     program = tl.program_id(0)
     group, rows, there = _rows(program, order, starts, PIECES, ROWS, SHUFFLED, WIDE)
@@ -240,7 +246,8 @@ def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, star
     stepped = tl.minimum(tl.maximum(integers + step, 0.0), (1 << BITS) - 1.0)
     if OFFSET:
         place = sums + program * width + cols
-        tl.store(place, tl.sum(delta_w, 0), mask=inside)
+        if not ROUNDING:                # float32 does not hold these sums of the other rule
+            tl.store(place, tl.sum(delta_w, 0), mask=inside)
         tl.store(place + sums_size, tl.sum(stepped - integers, 0), mask=inside)
     if COUNTING:
         taken = tl.sum((stepped != integers).to(tl.int32))

@@ -38,6 +38,7 @@ RECIPES = {
 # The same for --method lrqat.
 LRQAT_RECIPES = {
     "integers": {"residual": False},
+    "remainder": {"offset_scale": "remainder"},
     "scales": {"residual": False, "learned_scales": True},
     "full": {"offset_scale": "learned", "learned_scales": True}}
 # Defaults of --method lrqat for the flags that are not given: see experiments/LOG.md.
@@ -150,8 +151,8 @@ class baseConfig:
         "lota_config.json only", off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
     offset_scale: str = setting(
         "method", "omega", "kappa, the divisor in Eq. 4. omega: kappa = omega, as in the published scripts. "
-        "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used; LR-QAT has no other mu",
-        choices=["omega", "paper", "learned"])
+        "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used. remainder: LR-QAT, what the "
+        "rounding left over, as the mean of each group", choices=["omega", "paper", "learned", "remainder"])
     learned_scales: bool = setting(
         "method", False, "LoTA, LR-QAT: also train the scales of the groups; the merged model has them as its own "
         "scales")
@@ -547,9 +548,9 @@ def _check_steps(base: baseConfig, folder: "GPTQFolder") -> None:
 
 def _check_lrqat(base: baseConfig, folder: "GPTQFolder") -> None:
     from LoTA.steps import Rounding
-    if base.residual and base.offset_scale != "learned":
-        raise UserError("--method lrqat has no mu that follows from A and B: give --residual False, or --recipe full, "
-                        "which trains mu")
+    if base.residual and base.offset_scale not in ("learned", "remainder"):
+        raise UserError(f"--offset_scale {base.offset_scale} is a mu of --method lota: give learned or remainder with "
+                        "lrqat, or --residual False")
     if base.dither == "fraction" and base.pretrained is None:
         raise UserError("--dither fraction is what GPTQ rounded away: name the 16-bit model with --pretrained")
     Rounding(base.lora_alpha / base.lora_r).check(base.lora_r, max(1, folder.group_size))
@@ -571,6 +572,8 @@ def _check_distillation(training: trainingConfig) -> None:
 
 def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:
     from LoTA.steps import Threshold
+    if base.residual and base.offset_scale == "remainder":
+        raise UserError("--offset_scale remainder is a mu of --method lrqat: give omega, paper or learned with lota")
     for flag in ("filter_ratio", "min_grad", "filter_upper"):
         if not 0 < getattr(training, flag) < 1:
             raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")

@@ -48,6 +48,11 @@ class Threshold:
     omega: float
     kappa: float | None
 
+    @property
+    def has_offset(self) -> bool:
+        """Whether A and B say mu too."""
+        return self.kappa is not None
+
     def check(self, rank: int, largest_group: int) -> None:
         """Raises UserError where omega or the rank leave the range in which the rule is defined and exact.
 
@@ -71,6 +76,18 @@ class Threshold:
         """dW of any rows, float32 [rows, out], in units of the grid."""
         return factors.A[rows].float() @ factors.B.float()
 
+    def group_sums(self, lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer) -> torch.Tensor:
+        """The sum of dW over each group, float32 [groups, out]. It is exact."""
+        return packed.groups.sum(lora_A.float()) @ lora_B.float()
+
+    def offset(self, delta_w_sum: torch.Tensor, step_sum: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """Eq. 4: mu = (sum dW - omega * sum W^) / (kappa * n), float32 [groups, out]. kappa must not be None.
+
+        Both sums [groups, out] run over the rows of a group and are exact integers. sizes: int64 [groups], the rows n
+        of each group.
+        """
+        return (delta_w_sum - self.omega * step_sum) / (self.kappa * sizes[:, None])
+
     def values(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) as the gradients multiply with them."""
         return lora_A, lora_B
@@ -91,14 +108,25 @@ class Rounding:
     below the rounding. Where dW is 0 it rounds to 0, so the first forward is the quantized model exactly. As soon as dW
     moves, the weights nearest to a border step first, and over many weights the mean step is dW / s.
 
+    The remainder may go into mu, as Eq. 4 has it with omega and kappa of 1: mu = (sum dW / s - sum W^) / n over the n
+    rows of a group. Then the mean of each group moves by that of dW exactly, whatever the rounding and the grid's ends
+    do to its weights. With steps of 0 alone this is QA-LoRA, whose product says the mean of a group.
+
     scaling: alpha / r. seed: the dither is pseudo-random noise, from this number and the place of the weight; None: it
     is not. dither: int8 [in, out], the dither in steps of 1/256, see dither_value(); it takes the place of the noise.
+    remainder: whether mu is the remainder.
     """
     scaling: float
     seed: int | None = None
     dither: torch.Tensor | None = field(default=None, repr=False)
+    remainder: bool = False
 
-    kappa = None                        # mu does not follow from A and B
+    kappa = None                        # the gradients pass W^ + mu as a whole, and mu has no part of its own
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether A and B say mu too."""
+        return self.remainder
 
     def check(self, rank: int, largest_group: int) -> None:
         """Raises UserError where the rank leaves the range in which the rule is exact. largest_group: unused."""
@@ -125,6 +153,22 @@ class Rounding:
     def grid_steps(self, factors: Factors, rows: torch.Tensor, packed: PackedLayer) -> torch.Tensor:
         """dW / s of any rows, float32 [rows, out]: how many steps of the grid dW is, before dither and rounding."""
         return (factors.A[rows] @ factors.B).mul_(factors.unit).div_(self.divisors(packed)[packed.groups.g_idx[rows]])
+
+    def group_sums(self, lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer) -> torch.Tensor:
+        """The sum of dW / s over each group, float64 [groups, out].
+
+        float64 holds the sums of integers exactly. The two operations after them are rounded in one way only.
+        """
+        factors = self.factors(lora_A, lora_B)
+        sums = packed.groups.sum(factors.A).double() @ factors.B.double()
+        return sums.mul_(factors.unit).div_(self.divisors(packed))
+
+    def offset(self, delta_w_sum: torch.Tensor, step_sum: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """The remainder, mu = (sum dW / s - sum W^) / n, float32 [groups, out].
+
+        delta_w_sum: group_sums(). step_sum: of the steps that were taken, exact integers. sizes: n of each group.
+        """
+        return ((delta_w_sum - step_sum) / sizes[:, None]).float()
 
     def divisors(self, packed: PackedLayer) -> torch.Tensor:
         """The scales that dW is divided by, float32 [groups, out]. A group whose weights are all 0 may have scale 0."""

@@ -53,16 +53,6 @@ def ternarize_(weight: torch.Tensor) -> torch.Tensor:
     return weight.copy_((weight > delta).to(weight.dtype) - (weight < -delta).to(weight.dtype))
 
 
-def offset_factor(delta_w_sum: torch.Tensor, ternary_sum: torch.Tensor, sizes: torch.Tensor,
-                  threshold: Threshold) -> torch.Tensor:
-    """Eq. 4: mu = (sum dW - omega * sum W^) / (kappa * n), float32 [groups, out].
-
-    Both sums [groups, out] run over the rows of a group and are exact integers. sizes: int64 [groups], the rows n of
-    each group. threshold.kappa must not be None.
-    """
-    return (delta_w_sum - threshold.omega * ternary_sum) / (threshold.kappa * sizes[:, None])
-
-
 @torch.no_grad()
 def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer, rule: Rule,
                    dtype: torch.dtype = torch.float32,
@@ -80,7 +70,7 @@ def adapted_weight(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLay
         for rows, first, last, size in packed.groups.blocks(packed.shape[1]):
             _write_weight(weight, rows, merged.integers(rows).view(last - first, size, -1), packed, first, last)
         return weight, offset
-    offset = None if delta_w_sum is None else torch.empty_like(delta_w_sum)
+    offset = None if delta_w_sum is None else torch.empty_like(delta_w_sum, dtype=torch.float32)
     for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, rule):
         _write_weight(weight, rows, stepped, packed, first, last)
         if offset is not None:
@@ -122,7 +112,7 @@ def merge(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
     if steps is not None:
         return _take_sparse_steps(steps, delta_w_sum, packed, rule)
     qweight = packed.qweight.clone()
-    offset = torch.empty(packed.scales.shape, device=qweight.device) if rule.kappa is not None else None
+    offset = torch.empty(packed.scales.shape, device=qweight.device) if rule.has_offset else None
     for rows, first, last, _, taken, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, packed, rule):
         taken = taken.flatten(0, 1)
         row, cols = taken.nonzero(as_tuple=True)        # row is relative to the block
@@ -230,7 +220,7 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
     lora_A, lora_B = rule.values(lora_A, lora_B)
     grad_A, grad_B, weight_sum = backend.step_gradients(x, grad_output, lora_A, lora_B, rule.gradient_scales(packed),
                                                         groups, weight)
-    if learned_offset or rule.kappa is not None:
+    if learned_offset or rule.has_offset:
         group_product = float_product(groups.sum_columns(x).t(), grad_output)
         grad_offset = group_product * scales
     if rule.kappa is not None:
@@ -312,8 +302,8 @@ def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _group_sums_of_delta_w(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
                            rule: Rule) -> torch.Tensor | None:
-    """The sum of dW over each group, float32 [groups, out]; None where there is no offset to compute."""
-    return None if rule.kappa is None else packed.groups.sum(lora_A.float()) @ lora_B.float()
+    """The rule's group_sums() [groups, out]; None where A and B say no mu."""
+    return rule.group_sums(lora_A, lora_B, packed) if rule.has_offset else None
 
 
 def _sparse_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, rule: Rule) -> tuple[
@@ -352,7 +342,7 @@ def _offset_of_sparse_steps(rows: torch.Tensor, cols: torch.Tensor, taken: torch
         return None
     ternary_sum = torch.zeros_like(delta_w_sum)
     ternary_sum.index_put_((packed.groups.g_idx[rows], cols), taken.float(), accumulate=True)
-    return offset_factor(delta_w_sum, ternary_sum, packed.groups.sizes, rule)
+    return rule.offset(delta_w_sum, ternary_sum, packed.groups.sizes)
 
 
 def _adapted_blocks(lora_A: torch.Tensor, lora_B: torch.Tensor, delta_w_sum: torch.Tensor | None, packed: PackedLayer,
@@ -372,7 +362,7 @@ def _adapted_blocks(lora_A: torch.Tensor, lora_B: torch.Tensor, delta_w_sum: tor
         stepped = step.view_as(integers).add_(integers).clamp_(0, packed.maxq)
         taken, offset = torch.sub(stepped, integers, out=integers), None
         if delta_w_sum is not None:
-            offset = offset_factor(delta_w_sum[first:last], taken.sum(1), packed.groups.sizes[first:last], rule)
+            offset = rule.offset(delta_w_sum[first:last], taken.sum(1), packed.groups.sizes[first:last])
         yield rows, first, last, stepped, taken, offset
 
 

@@ -155,6 +155,24 @@ def rounded_merge(A, B, scaling, weight_int, scales, g_idx, bits, dither):
     return (weight_int.long() + rounded_step(A, B, scaling, scales, g_idx, dither)).clamp(0, 2**bits - 1)
 
 
+def remainder(A, B, scaling, weight_int, merged, scales, g_idx):
+    """What the rounding left over, the mean of dW / s - W^ over each group: float32 [groups, out].
+
+    The sum of a group's products is exact. It goes times the unit and by the scale, less the sum of the steps that were
+    taken, and by the rows: four operations, each of them rounded to float64.
+    """
+    (a, of_a), (b, of_b) = fixed_point(A), fixed_point(B)
+    unit, means = float(np.float32(2.0**of_a) * np.float32(2.0**of_b) * np.float32(scaling)), []
+    for group in range(scales.shape[0]):
+        rows = [i for i, g in enumerate(g_idx.tolist()) if g == group]
+        means.append([])
+        for j in range(len(b[0])):
+            product = sum(x * b[k][j] for i in rows for k, x in enumerate(a[i]))
+            taken = sum(int(merged[i, j]) - int(weight_int[i, j]) for i in rows)
+            means[-1].append((float(product) * unit / scales[group, j].item() - taken) / len(rows))
+    return torch.tensor(means, dtype=torch.float64).float()
+
+
 def rounded_forward_and_gradients(x, grad_output, A, B, change, mu, scaling, weight_int, scales, zeros, g_idx, bits,
                                   dither):
     """y and the gradients of x, A, B, change and mu, by autograd: straight through every rounding and the clamp.

@@ -99,7 +99,8 @@ def test_forward_and_backward_of_a_layer(fake, launches, monkeypatch, layout, dt
         monkeypatch.setattr(module, "float_product", lambda a, b: a.float() @ b.float())
     with fake:
         packed = on(real, fake, device)
-        for rule, learned in ((Threshold(3.0, 3.0), False), (Threshold(3.0, None), True), (Rounding(2.0, 7), True)):
+        for rule, learned in ((Threshold(3.0, 3.0), False), (Threshold(3.0, None), True), (Rounding(2.0, 7), True),
+                              (Rounding(2.0, remainder=True), False)):
             context = Context()
             context.needs_input_grad = [True] * 3 + [False] * 3 + [learned] * 2 + [False]
             x = torch.empty(2, 5, ROWS, device=device, dtype=dtype)
@@ -114,10 +115,10 @@ def test_forward_and_backward_of_a_layer(fake, launches, monkeypatch, layout, dt
                 assert leaf is None or (grad.shape, grad.dtype, grad.device) == (leaf.shape, leaf.dtype, leaf.device)
     if backend is kernels:
         groups, pieces = packed.groups.count, -(-packed.groups.largest // kernels.MAX_ROWS)
-        assert [launch.grid[0] for launch in (*launches.step, *launches.gradient)] == [groups * pieces] * 9
+        assert [launch.grid[0] for launch in (*launches.step, *launches.gradient)] == [groups * pieces] * 12
         assert {launch.device for launch in (*launches.step, *launches.gradient)} == {torch.device(device)}
-        assert [launch.constants["WEIGHTED"] for launch in launches.gradient] == [False, True, True]
-        assert [launch.constants["NOISE"] for launch in launches.step] == [False] * 4 + [True] * 2
+        assert [launch.constants["WEIGHTED"] for launch in launches.gradient] == [False, True, True, False]
+        assert [launch.constants["NOISE"] for launch in launches.step] == [False] * 4 + [True] * 2 + [False] * 2
     else:
         assert not launches.step and not launches.gradient
 

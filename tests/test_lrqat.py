@@ -23,7 +23,8 @@ from LoTA.steps import dither_value, fixed_point, layer_seed
 from LoTA.ternary import GridLinear
 
 LRQAT = ("--lota_qaf", False, "--method", "lrqat", "--learning_rate", 2e-2)
-RECIPES = {"integers": (), "scales": ("--dither", "none"), "full": ("--dither", "fraction")}
+RECIPES = {"integers": (), "scales": ("--dither", "none"), "full": ("--dither", "fraction"),
+           "remainder": ("--learned_scales", True)}
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +54,17 @@ def test_live_is_merged_bit_for_bit(adapters, quantize, tmp_path, recipe, dtype)
 
 def test_what_the_run_records(adapters, quantize):
     """The report's share of moved integers is the merge's, and the record says how to read the adapter."""
-    for recipe, dither in (("integers", "noise"), ("scales", "none"), ("full", "fraction")):
+    for recipe, dither in (("integers", "noise"), ("scales", "none"), ("full", "fraction"), ("remainder", "noise")):
         folder = adapters(recipe)
         config = LotaConfig.load(folder)
         assert (config.method, config.dither, config.omega) == ("LR-QAT", dither, None)
-        assert config.residual == config.learned_offset == (recipe == "full")
+        assert config.learned_offset == (recipe == "full") and config.residual == (recipe in ("full", "remainder"))
         assert config.learned_scales == (recipe != "integers")
         assert config.settings["recipe"] == recipe and config.settings["lr_scheduler_type"] == "linear"
         rows = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
         assert rows[-1]["moved"] == config.training["moved"]["all"] > 0
         assert rows[0]["learning_rate"] > rows[-1]["learning_rate"] and "sigma" not in rows[0]
-        assert (rows[-1]["scales"] > 0) == (recipe != "integers") and (rows[-1]["mu"] > 0) == (recipe == "full")
+        assert (rows[-1]["scales"] > 0) == (recipe != "integers") and (rows[-1]["mu"] > 0) == config.residual
         report = (folder / "report.md").read_text()
         assert "in grid steps" in report and "omega" not in report and (folder / "report.png").exists()
         assert "_LR-QAT_0.02_8_16_viggo_" in folder.name
@@ -169,9 +170,9 @@ def test_half_an_adapter_is_refused(adapters, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--recipe", "ternary"), "--recipe ternary is none of --method lrqat's: integers, scales, full"),
+    (("--recipe", "ternary"), "--recipe ternary is none of --method lrqat's: integers, remainder, scales, full"),
     (("--recipe", "published"), "--recipe published is none of --method lrqat's"),
-    (("--residual", True), "no mu that follows from A and B"),
+    (("--residual", True), "--offset_scale omega is a mu of --method lota"),
     (("--offset_scale", "learned"), "trains the offset that --residual False leaves out"),
     (("--lora_dropout", 0.1), "--lora_dropout must be 0 with LR-QAT"),
     (("--lora_r", 1100), "rank 1100 is too large"),

@@ -28,7 +28,8 @@ BACKENDS = {"torch": ternary, "triton": kernels}
 class RealCase(Case):
     """A random layer with real A and B whose steps go from -4 to 4 and beyond the grid's ends."""
 
-    def __init__(self, bits=4, layout="even", form="gptq", dither="noise", rank=RANK, cols=40, seed=0):
+    def __init__(self, bits=4, layout="even", form="gptq", dither="noise", rank=RANK, cols=40, seed=0,
+                 remainder=False):
         super().__init__(bits, layout, form, rank, cols, seed)
         generator = torch.Generator().manual_seed(seed)
         self.A = torch.randn(self.A.shape, generator=generator)
@@ -36,11 +37,13 @@ class RealCase(Case):
         shape = rows, _ = self.weight_int.shape
         fraction = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
         self.rule = Rounding(SCALING, SEED if dither == "noise" else None,
-                             fraction.to(DEVICE) if dither == "fraction" else None)
+                             fraction.to(DEVICE) if dither == "fraction" else None, remainder)
         self.dither = {"none": None, "fraction": fraction.tolist(), "noise": [
             [oracle.noise(SEED, i, j, cols) for j in range(cols)] for i in range(rows)]}[dither]
         self.want = oracle.rounded_merge(self.A, self.B, SCALING, self.weight_int, self.scales, self.g_idx, bits,
                                          self.dither)
+        self.want_mu = oracle.remainder(self.A, self.B, SCALING, self.weight_int, self.want, self.scales,
+                                        self.g_idx) if remainder else None
 
     def arguments(self):
         return *self.adapter(), self.packed, self.rule
@@ -92,19 +95,27 @@ def test_fractions_are_kept_to_a_512th():
     assert dither_value(dither_from_fraction(torch.tensor([-3.0, 0.7]))).tolist() == [-127.5 / 256, 127.5 / 256]
 
 
-@pytest.mark.parametrize("bits, layout, form, dither, backend", pairwise(
-    bits=SUPPORTED_BITS, layout=LAYOUTS, form=("gptq", "gptq_v2"), dither=DITHERS, backend=BACKENDS))
-def test_the_integers_are_the_oracles(bits, layout, form, dither, backend):
-    """Merge, live weight, count and verification, each by itself, against float32 arithmetic written out."""
-    case, module = RealCase(bits, layout, form, dither), BACKENDS[backend]
+def same_mu(got, want):
+    return got is None if want is None else got.dtype == torch.float32 and torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("bits, layout, form, dither, remainder, backend", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, form=("gptq", "gptq_v2"), dither=DITHERS, remainder=(False, True),
+    backend=BACKENDS))
+def test_the_integers_are_the_oracles(bits, layout, form, dither, remainder, backend):
+    """Merge, live weight, count and verification, each by itself, against arithmetic written out. So is mu."""
+    case, module = RealCase(bits, layout, form, dither, remainder=remainder), BACKENDS[backend]
     moved = case.want != case.weight_int
     assert moved.float().mean() > 0.2 and (case.want - case.weight_int).abs().max() >= min(3, 2**bits - 1)
     merged, mu = merge(*case.arguments())
-    assert mu is None and torch.equal(merged.weight_int.cpu().long(), case.want)
-    assert is_merge(*case.arguments()[:3], merged, None, case.rule)
-    assert not is_merge(*case.arguments()[:3], case.packed, None, case.rule)
-    assert module.count_steps(*case.arguments())[0] == moved.sum()
-    weight, _ = module.adapted_weight(*case.arguments())
+    assert same_mu(mu, case.want_mu) and torch.equal(merged.weight_int.cpu().long(), case.want)
+    assert is_merge(*case.arguments()[:3], merged, mu, case.rule)
+    assert not is_merge(*case.arguments()[:3], case.packed, mu, case.rule)
+    assert not is_merge(*case.arguments()[:3], merged, mu * (1 + 2**-23) if remainder else torch.zeros(1), case.rule)
+    count, mu = module.count_steps(*case.arguments())
+    assert count == moved.sum() and same_mu(mu, case.want_mu)
+    weight, mu = module.adapted_weight(*case.arguments())
+    assert same_mu(mu, case.want_mu)
     scales, zeros = case.scales.float()[case.g_idx], case.zeros.float()[case.g_idx]
     assert torch.equal(weight.cpu(), (case.want - zeros) * scales)
 
@@ -183,6 +194,30 @@ def test_ties_round_to_even_on_every_road():
         torch.set_num_threads(threads)
 
 
+def test_the_remainder_keeps_the_mean_of_a_group():
+    """Whatever the rounding, the dither and the grid's ends do, W + s mu moves the mean of a group by that of dW."""
+    case = RealCase(2, "short last", remainder=True)
+    (a, of_a), (b, of_b) = fixed_point(case.A), fixed_point(case.B)
+    delta_w = SCALING * 2.0**(int(of_a) + int(of_b)) * (a.double() @ b.double())
+    cut = (case.want - case.weight_int - delta_w / case.scales[case.g_idx.long()]).abs() > 1
+    assert cut.double().mean() > 0.05                                       # the grid's ends took from many steps
+    weight, mu = adapted_weight(*case.arguments())
+    change = weight.cpu().double() - ternary.dequantize(case.packed).cpu().double()
+    change += (mu.cpu().double() * case.scales.double())[case.g_idx.long()]
+    means = (oracle.group_means(t, case.g_idx, len(case.scales)) for t in (change, delta_w))
+    assert torch.allclose(*means, rtol=0, atol=1e-6)
+
+
+def test_a_remainder_of_a_wide_group_is_exact():
+    """The sums of a group pass 2**24 by far, beyond which float32 would round them."""
+    case = RealCase(4, "in pieces", rank=64, dither="none", remainder=True)
+    case.A[:], case.B[:] = 127 / 64, 127 / 128
+    case.A[0, 0] -= 1 / 64
+    sums = (case.rule.group_sums(*case.adapter(), case.packed).cpu() * case.scales.double())[0]
+    want = (300 * 64 * 127**2 - 127) * SCALING / 64 / 128
+    assert 300 * 64 * 127**2 > 2**28 and (sums - want).abs().max() < 1e-9
+
+
 def test_noise_as_a_tensor_gives_the_same_steps():
     case = RealCase(3, "shuffled")
     kept = case.rule.with_dither(case.packed)
@@ -200,22 +235,23 @@ def test_a_group_of_scale_zero():
         assert bool(weight.isfinite().all()) and not weight.cpu()[case.g_idx == 0].any()
 
 
-@pytest.mark.parametrize("bits, layout, dither, dtype, backend", pairwise(
-    bits=SUPPORTED_BITS, layout=LAYOUTS, dither=DITHERS, dtype=TOLERANCE, backend=BACKENDS))
-def test_forward_and_gradients_are_the_oracles(bits, layout, dither, dtype, backend):
+@pytest.mark.parametrize("bits, layout, dither, remainder, dtype, backend", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, dither=DITHERS, remainder=(False, True), dtype=TOLERANCE, backend=BACKENDS))
+def test_forward_and_gradients_are_the_oracles(bits, layout, dither, remainder, dtype, backend):
     """y and the gradients of x, A, B, mu and scale_change against float64 autograd, straight through the rounding.
 
+    A remainder is a constant there, because W^ + mu as a whole stands for dW / s. It has no gradient of its own.
     The learned scales are rounded to float16, which the oracle leaves out: half an ulp more.
     """
-    case, generator = RealCase(bits, layout, dither=dither), torch.Generator().manual_seed(5)
+    case, generator = RealCase(bits, layout, dither=dither, remainder=remainder), torch.Generator().manual_seed(5)
     if dtype == torch.float32:          # as a model in float32 has them
         case.packed.scales = case.packed.base_scales = case.packed.scales.float()
     change = 0.1 * torch.randn(case.scales.shape, generator=generator)
-    mu = torch.randn(case.scales.shape, generator=generator)
+    mu = case.want_mu if remainder else torch.randn(case.scales.shape, generator=generator)
     x, grad = (torch.randn(6, n, generator=generator).to(dtype) for n in case.packed.shape)
     leaves = [t.detach().to(DEVICE).requires_grad_() for t in (x, *case.adapter(), mu, change)]
     y = GridLinear.apply(*leaves[:3], lambda: case.packed.rescaled(change.to(DEVICE)), case.rule, BACKENDS[backend],
-                         *leaves[3:])
+                         None if remainder else leaves[3], leaves[4])
     y.backward(grad.to(DEVICE))
     want = oracle.rounded_forward_and_gradients(x, grad, case.A, case.B, change, mu, SCALING, case.weight_int,
                                                 case.scales, case.zeros, case.g_idx, bits, case.dither)
@@ -223,4 +259,7 @@ def test_forward_and_gradients_are_the_oracles(bits, layout, dither, dtype, back
     bound = TOLERANCE[dtype] * (2 if cut_off(dtype) else 1) + 2.0**-11
     assert torch.equal(case.packed.scales.cpu().half(), case.scales)
     for a, b in zip(got, want, strict=True):
-        assert (a.detach().double().cpu() - b).abs().max() <= bound * b.abs().max()
+        if a is None:
+            assert remainder and b is want[-1]
+        else:
+            assert (a.detach().double().cpu() - b).abs().max() <= bound * b.abs().max()

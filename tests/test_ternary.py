@@ -20,7 +20,6 @@ from LoTA.ternary import (
     is_merge,
     layer_gradients,
     merge,
-    offset_factor,
     ternarize_,
 )
 
@@ -271,7 +270,7 @@ def test_offset_factor(omega, kappa):
     delta_w_sum = torch.randint(-900, 900, (3, 7), generator=generator)
     step_sum = torch.randint(-16, 17, (3, 7), generator=generator)
     sizes = torch.tensor([16, 16, 5])
-    got = offset_factor(delta_w_sum.float(), step_sum.float(), sizes, Threshold(omega, kappa))
+    got = Threshold(omega, kappa).offset(delta_w_sum.float(), step_sum.float(), sizes)
     want = (delta_w_sum.double() - omega * step_sum.double()) / (kappa * sizes[:, None])
     size_of_terms = (delta_w_sum.abs() + omega * step_sum.abs()) / (kappa * sizes[:, None])
     within(got, want, 4 * UNIT[torch.float32] * size_of_terms)
