@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_print_save import TASKS, PromptStyle, check_cuda, load_tokenizer, params_print, scored_tasks, set_seed
-from LoTA import UserError, run_script, settings
+from LoTA import UserError, processes, run_script, settings
 from LoTA.settings import METHODS, baseConfig, evalConfig, trainingConfig
 
 # Torch and the libraries are imported in the functions that need them, so that --help and mistakes answer at once.
@@ -34,6 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[baseConfig, trainingC
 def train(base: baseConfig, training: trainingConfig) -> Path:
     """Trains an adapter. Returns its folder."""
     settings.check_method(base, training)
+    processes.check_launch(base.device_map)
     from LoTA.folders import GPTQFolder
     folder = GPTQFolder(base.quantized_model_dir)
     base, training = settings.complete_training(base, training, folder)
@@ -61,13 +62,15 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
                else (training.learning_rate, base.lora_r, base.lora_alpha))
     size, _ = folder.model_size(base.pretrained)
     name_of_run = partial(get_Ada_path, size, base.w_bits, METHODS[base.method], *numbers, training.training_data_name)
+    processes.connect(base.device_map)
     with Run(training.adapter_path, name_of_run) as run:
-        arguments = training_arguments(base, training, run.folder)
+        arguments = training_arguments(base, training, run.folder,
+                                       any(".experts." in module for module in folder.modules))
         forget_peak_memory()
         check_cuda()
         set_seed(base.seed)
         tokenizer = load_tokenizer([base.quantized_model_dir, base.pretrained], base.trust_remote_code)
-        date = template_date(tokenizer, config_of_checkpoint(training.adapter_ckpt).template_date)
+        date = processes.agree(template_date(tokenizer, config_of_checkpoint(training.adapter_ckpt).template_date))
         data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
                                training.target_max_len, training.debug_number, base.data_dir,
                                PromptStyle(base.prompt_layout, date))
@@ -75,6 +78,8 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         params_print(base, training)
         config = config_of_run(base, training, folder, data)
         config = replace(config, settings={**config.settings, "template_date": date})
+        processes.require_equal({"rows": config.training["data"], "GPTQ weights": config.fingerprint_all,
+                                 "versions": config.versions})
         if training.adapter_ckpt:
             check_resumable(training.adapter_ckpt, config)
 
@@ -138,16 +143,18 @@ class Subject:
 def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
     """Merges where there is something to merge, evaluates, exports. Returns {data set or "lm_eval": results}."""
     settings.check_evaluation(evaluation)
+    processes.check_launch(evaluation.device or base.device_map)
     scorers = {}
     if not settings.only_merges(evaluation):
         from evalGSV import find_scorers
         scorers = find_scorers(evaluation, base.data_dir)
     which, source = find_model(base, evaluation)
     from LoTA.storage import temporary_folder
+    processes.connect(evaluation.device or base.device_map)
     with temporary_folder() as temporary:
         subject = SUBJECTS[which](base, evaluation, source, temporary)
         results = measure(subject, evaluation, scorers) if scorers else {}
-        if evaluation.export:
+        if evaluation.export and processes.is_first():
             from LoTA.export.run import export
             export(subject.exportable, evaluation.export, evaluation.export_path, gptq=subject.base.quantized_model_dir,
                    evaluation=results.get(evaluation.ft_dataset_name), verify=True)
@@ -237,8 +244,13 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
     merged = source
     if isinstance(source, AdapterFolder):
         base, folder = base_of(source, base)
-        output = Path(evaluation.merged_path or temporary / "merged")
-        print_moved(merge_folders(source, folder, output))
+        output = processes.agree(Path(evaluation.merged_path or temporary / "merged"))
+        if processes.is_first():
+            print_moved(merge_folders(source, folder, output))
+        processes.wait()
+        if not output.is_dir():
+            raise UserError(f"{output} was made by process 0 and is not there for process {processes.rank()}: give a "
+                            "--merged_path that all machines see")
         if evaluation.merged_path:
             print(f"merged and verified: {output}")
         merged = MergedFolder(output)
@@ -278,8 +290,10 @@ def main() -> None:
 
 def cli() -> None:
     """The console command lota-qaf."""
-    run_script(main, "in mode 1 lower --train_batch_size, --source_max_len or --target_max_len and keep "
-                     "--gradient_checkpointing True; in mode 2 lower --eval_batch_size or --max_new_tokens")
+    with processes.one_voice():
+        run_script(main, "in mode 1 lower --train_batch_size, --source_max_len or --target_max_len and keep "
+                         "--gradient_checkpointing True; in mode 2 lower --eval_batch_size or --max_new_tokens")
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from LoTA import IGNORE_INDEX, UserError
+from LoTA import IGNORE_INDEX, UserError, processes
 from LoTA.row_files import READABLE, kind_of, read_rows, row_name
 
 if TYPE_CHECKING:
@@ -740,10 +740,14 @@ def get_Ada_path(size: str, bits: int, method: str, first: float, second: float,
 
 
 def save_results(output_path: str | Path, name: str, results: dict, *settings) -> Path:
-    """Saves `results` with every setting and the date as `output_path`/`name`.json. Returns the path."""
+    """Saves `results` with every setting and the date as `output_path`/`name`.json. Returns the path.
+
+    Of several processes the first one saves.
+    """
     from LoTA.storage import write_json
     path = Path(output_path) / f"{name}.json"
-    write_json(path, {"date": datetime.now().isoformat(timespec="seconds"),
-                      "settings": {type(s).__name__: dict(vars(s)) for s in settings}, **results})
+    if processes.is_first():
+        write_json(path, {"date": datetime.now().isoformat(timespec="seconds"),
+                          "settings": {type(s).__name__: dict(vars(s)) for s in settings}, **results})
     print(f"results saved to {path}")
     return path

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from data_print_save import (
     save_results,
     template_date,
 )
-from LoTA import UserError
+from LoTA import UserError, processes
 from LoTA.answer_loss import sum_answer_losses
 from LoTA.settings import MAX_NEW_TOKENS, baseConfig, evalConfig, split_names
 
@@ -84,15 +85,15 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     """Greedy answers to rendered prompts, in the order of the prompts. Sets the tokenizer's padding side to left.
 
     An answer goes as far as the first of end_tokens().
-    Internally batches hold prompts of similar length, and the longest come first.
+    Internally batches hold prompts of similar length, and the longest come first. Several processes share out the
+    batches that one would have, so their answers are the same in any dtype.
     """
     tokenizer.padding_side = "left"
     encoded, ends = [encode_prompt(tokenizer, p) for p in prompts], end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    answers = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc="generating", unit="row") as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
+    batches, answers = own_batches(order, batch_size), {}
+    with tqdm(total=sum(map(len, batches)), desc="generating", unit="row") as bar:
+        for rows in batches:
             batch = tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt").to(model.device)
             # Plain greedy decoding, whatever the model's own generation_config.json asks for.
             out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=None,
@@ -103,7 +104,14 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
                 end = next((place for place, token in enumerate(new) if token in ends), len(new))
                 answers[i] = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
             bar.update(len(rows))
-    return answers
+    answers = {i: answer for of_process in processes.gather(answers) for i, answer in of_process.items()}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def own_batches(rows: list, batch_size: int) -> list[list]:
+    """This process's share of the batches that `rows` are cut into, each after the other."""
+    batches = [rows[start:start + batch_size] for start in range(0, len(rows), batch_size)]
+    return batches[processes.rank()::processes.count()]
 
 
 @torch.inference_mode()
@@ -116,9 +124,8 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     pairs = [(encode_prompt(tokenizer, prompt), encode_answer(tokenizer, label))
              for prompt, label in zip(prompts, labels, strict=True)]
     pairs.sort(key=lambda pair: -len(pair[0] + pair[1]))
-    total = tokens = 0
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start:start + batch_size]
+    losses = []                                             # (the sum over a batch, its tokens)
+    for batch in own_batches(pairs, batch_size):
         width = max(len(prompt + answer) for prompt, answer in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         targets = torch.full((len(batch), width), IGNORE_INDEX)
@@ -126,8 +133,11 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
             ids[i, :len(prompt + answer)] = torch.tensor(prompt + answer)
             targets[i, len(prompt):len(prompt + answer)] = torch.tensor(answer)
         loss, count = sum_answer_losses(model, targets.to(model.device), input_ids=ids.to(model.device))
-        total, tokens = total + loss.item(), tokens + count
-    return total / tokens
+        losses.append((loss.item(), count))
+    # In the order in which one process would add them up.
+    of_processes = processes.gather(losses)
+    losses = [batch for turn in zip_longest(*of_processes) for batch in turn if batch is not None]
+    return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
 
 @dataclass(frozen=True)
@@ -233,15 +243,34 @@ def find_lm_eval_tasks(eval_args: evalConfig) -> LmEvalTasks | None:
 
 def eval_lm_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: LmEvalTasks,
                     base_args: baseConfig, eval_args: evalConfig, name: str, extra: dict | None = None) -> dict:
-    """Runs lm-eval on `tasks`, prints its table, saves the scores, and returns all results. name: of the JSON file."""
+    """Runs lm-eval on `tasks`, prints its table, saves the scores, and returns all results. name: of the JSON file.
+
+    Of several processes each answers its share of the requests, as lm-eval cuts them.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
+    class SharedOut(HFLM):
+        """HFLM for a model that is in memory in several processes. HFLM would take it for one process's."""
+        rank = property(lambda self: processes.rank())
+        world_size = property(lambda self: processes.count())
+
+        def all_gather(self, tensor):
+            return torch.stack([value.to(tensor.device) for value in processes.gather(tensor.cpu())])
+
+        def gather_object(self, obj, dst=0):
+            values = processes.gather(obj)
+            return values if self.rank == dst else None
+
+        def barrier(self):
+            processes.wait()
+
     seed = base_args.seed
     results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=eval_args.eval_batch_size), tasks=tasks.names,
+        model=SharedOut(pretrained=model, tokenizer=tokenizer, batch_size=eval_args.eval_batch_size), tasks=tasks.names,
         num_fewshot=eval_args.num_fewshot, task_manager=tasks.manager, limit=eval_args.limit, random_seed=seed,
         numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
+    results = processes.agree(results)          # lm-eval returns them to the first process alone
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))

@@ -88,4 +88,5 @@ def run_script(main: Callable[[], object], memory_help: str = "") -> None:
         line = explain(error, memory_help)
         if line is None:
             raise
-        sys.exit(f"error: {line}")
+        rank = os.environ.get("RANK", "0")          # torchrun and accelerate launch set it, see LoTA/processes.py
+        sys.exit(f"error: {line}" if rank == "0" else f"error in process {rank}: {line}")

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_balanced_memory
 from gptqmodel import GPTQModel
 from gptqmodel.adapter.adapter import Adapter
 from gptqmodel.utils.backend import BACKEND
@@ -21,7 +23,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from LoTA import UserError
+from LoTA import UserError, processes
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.folders import GPTQFolder, MergedFolder, is_merged, reading, set_checkpoint_format
 from LoTA.layer import CustomLoraLinear, register
@@ -124,7 +126,7 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
 
     dtype: with float32 the model loads in float16 and is widened afterwards, because no GPTQModel kernel is declared
         for float32; the backend is then the plain torch one.
-    device: None or "auto" takes the GPU, or all GPUs, or else the CPU.
+    device: None or "auto" takes the GPU, or all GPUs, or else the CPU. Of several processes each takes its own GPUs.
     backend: a value of GPTQModel's BACKEND. On a machine without a GPU "auto" is the plain torch one, because the
         others compile for minutes first. The plain torch kernel computes with the scales that are on disk.
     attn_implementation: a value of --flash_attn. named: what errors call the folder [path].
@@ -133,8 +135,8 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
     that the model cannot run with, for a CUDA device where there is no GPU, and where config.json does not describe
     the model that is in the files.
     """
-    if device in (None, "auto"):
-        place = {"device_map": "auto"} if torch.cuda.is_available() else {"device": "cpu"}
+    if device in (None, "auto") or device == "cuda" and processes.count() > 1:
+        place = own_device_map(path, trust_remote_code) if torch.cuda.is_available() else {"device": "cpu"}
     elif str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"there is no GPU for device {device}")
     else:
@@ -167,6 +169,28 @@ def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str
             module.scales = folder.tensor(f"{name}.scales").to(module.scales.device)
     model.model.config.use_cache = True      # quantization wrote False into config.json
     return model
+
+
+def own_device_map(path: str | Path, trust_remote_code: bool = False) -> dict:
+    """{"device" or "device_map": where a model of the folder `path` goes}, for GPTQModel or transformers, on GPUs.
+
+    One process spreads a model over all GPUs. Of several, each has GPUs of its own: on one it has the whole model, over
+    more it spreads neighbouring layers, an equal part of the weights on each.
+    """
+    if processes.count() == 1:
+        return {"device_map": "auto"}
+    own = processes.own_gpus(torch.cuda.device_count())
+    if len(own) == 1:
+        return {"device": f"cuda:{own[0]}"}
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    empty.tie_weights()
+    # As if weights took a byte, because all fit then. What counts is that the parts are equal.
+    common = {"no_split_module_classes": list(empty._no_split_modules or []), "dtype": torch.int8}
+    room = get_balanced_memory(empty, {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in own}, **common)
+    return {"device_map": {name: f"cuda:{gpu}" for name, gpu in
+                           infer_auto_device_map(empty, room, **common).items()}}
 
 
 def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_torch", **kwargs) -> PeftModel:
@@ -270,7 +294,9 @@ def layers_by_name(model: torch.nn.Module) -> Iterator[None]:
 def load_16bit(name: str, device: str = "auto", dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "auto",
                trust_remote_code: bool = False, **kwargs) -> PreTrainedModel:
     """The 16-bit model, a folder or a hub name. kwargs go to transformers. The rest is as in load_gptq()."""
-    place = device if device != "auto" else ("auto" if torch.cuda.is_available() else "cpu")
+    place = device
+    if device == "auto" or device == "cuda" and processes.count() > 1:
+        place, = own_device_map(name, trust_remote_code).values() if torch.cuda.is_available() else ["cpu"]
     with reading(name, "config.json"), attention(attn_implementation, dtype, name, trust_remote_code) as implementation:
         model, found = AutoModelForCausalLM.from_pretrained(
             name, device_map=place, dtype=dtype, attn_implementation=implementation, use_safetensors=True,

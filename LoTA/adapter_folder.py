@@ -54,7 +54,8 @@ class LotaConfig:
     method: Literal["LoTA", "LoRA", "QA-LoRA", "LR-QAT"] = "LoTA"
     omega: float | None = None                  # None for all but LoTA
     residual: bool = True                       # whether there is an offset mu
-    # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter. "remainder": what LR-QAT's rounding left.
+    # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter. "remainder": what LR-QAT's rounding left
+    # over.
     offset_scale: Literal["omega", "paper", "learned", "remainder"] = "omega"
     learned_scales: bool = False
     # LR-QAT: what is added below the rounding. "noise" is made from the layer's name, "fraction" is in the adapter.

@@ -118,8 +118,9 @@ def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, 
             *(out if tensor is None else tensor for tensor in (unit, divisors, dither)), *lora_A.stride(),
             *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
             groups.count * pieces * cols, omega_floor, as_int32(seed or 0), BITS=packed.bits,
-            ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=rule.has_offset, ROUNDING=rounding, NOISE=seed is not None,
-            DITHER=dither is not None, SHUFFLED=groups.order is not None, WIDE=_is_wide(packed.shape),
+            ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=rule.has_offset, ROUNDING=rounding,
+            NOISE=seed is not None, DITHER=dither is not None, SHUFFLED=groups.order is not None,
+            WIDE=_is_wide(packed.shape),
             COUNTING=counting, PIECES=pieces, ROWS=rows_block, COLS=BLOCK_COLS, RANK=rank_block,
             RANK_PIECES=triton.cdiv(rank, rank_block), **options(rows_block))
     if not rule.has_offset:

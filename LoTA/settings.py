@@ -5,7 +5,6 @@ line. complete_...() return new groups with the defaults that depend on the mode
 UserError. Importing this file loads no library, because --help must not wait for torch.
 """
 import argparse
-import os
 import re
 import typing
 from collections.abc import Sequence
@@ -410,11 +409,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 # --- mode 1 -------------------------------------------------------------------------------------------------------
 
 def check_method(base: baseConfig, training: trainingConfig) -> None:
-    """Raises UserError where --lota_qaf, --method and --recipe contradict each other, or several processes train."""
-    processes = os.environ.get("WORLD_SIZE", "1")           # torchrun and accelerate launch set it
-    if processes.isdecimal() and int(processes) > 1:
-        raise UserError(f"training with several processes is not supported yet, and WORLD_SIZE is {processes}: start "
-                        "one process with python; it spreads a large model over all GPUs")
+    """Raises UserError where --lota_qaf, --method and --recipe contradict each other."""
     if base.lota_qaf and base.method not in (None, "lota"):
         raise UserError(f"--lota_qaf True contradicts --method {base.method}")
     method = base.method or ("lota" if base.lota_qaf else "lora")

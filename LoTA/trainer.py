@@ -28,7 +28,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from LoTA import UserError, explain
+from LoTA import UserError, explain, processes
 from LoTA.adapter_folder import ADAPTER_FILES, AdapterFolder, LotaConfig
 from LoTA.answer_loss import answer_loss, has_plain_loss
 from LoTA.distill import Distillation
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CLIMBS = 3          # logged losses in a row that show a divergence
+SAME_CTRL_C = 5     # seconds in which another Ctrl-C is the same one, where a launcher passes it on
 
 
 class Run:
@@ -57,17 +58,27 @@ class Run:
     name: a function (when=, runtime=None, peak_mb=None) -> the folder's name. It is called without runtime and peak
     while the run goes on. when: the run's day and time, and a number behind it where another run has this name already.
     folder: where the run writes.
-    writes: whether this process writes; of several processes only one does.
+    writes: whether this process writes. Of several processes the first one does. It claims the folder, and tells the
+    others.
 
     A run that fails before it has written anything leaves no folder.
     """
 
     def __init__(self, parent: str | Path, name: Callable[..., str]):
-        self.parent, self.name = Path(parent), name
-        self.writes = os.environ.get("RANK", "0") == "0"        # torchrun and accelerate set RANK
+        self.parent, self.name, self.writes = Path(parent), name, processes.is_first()
         self._made_parents: list[Path] = []
 
     def __enter__(self) -> "Run":
+        if self.writes:
+            self._claim()
+        self.folder, self.when = processes.agree((self.folder, self.when) if self.writes else None)
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder.absolute()} was made by process 0 and is not there for process "
+                            f"{processes.rank()}: give an --adapter_path that all machines see")
+        return self
+
+    def _claim(self) -> None:
+        """Makes the folder, and whatever is missing above it."""
         self._made_parents = [path for path in (self.parent, *self.parent.parents) if not path.exists()]
         self.parent.mkdir(parents=True, exist_ok=True)
         started, number = datetime.now().strftime("%d_%H%M%S"), 1
@@ -76,11 +87,13 @@ class Run:
             self.folder = self.parent / self.name(when=self.when)
             try:
                 self.folder.mkdir()             # fails where another run has claimed the name
-                return self
+                return
             except FileExistsError:
                 number += 1
 
     def __exit__(self, *exception) -> None:
+        if not self.writes:
+            return
         with suppress(OSError):                 # raised where a folder is not empty or not there any more
             for folder in (self.folder, *self._made_parents):
                 folder.rmdir()
@@ -93,8 +106,13 @@ class Run:
         return final
 
 
-def training_arguments(base: baseConfig, training: trainingConfig, folder: Path) -> TrainingArguments:
-    """transformers' TrainingArguments for completed settings. Raises UserError where transformers refuses one."""
+def training_arguments(base: baseConfig, training: trainingConfig, folder: Path,
+                       some_idle: bool = False) -> TrainingArguments:
+    """transformers' TrainingArguments for completed settings. Raises UserError where transformers refuses one.
+
+    some_idle: whether a step may leave adapters without a gradient, as it does those of experts that no token chose.
+    Several processes must look for them then.
+    """
     report_to = [tracker for tracker in split_names(base.report_to) if tracker != "none"]
     missing = [tracker for tracker in report_to if tracker not in get_available_reporting_integrations()]
     if missing:
@@ -117,7 +135,10 @@ def training_arguments(base: baseConfig, training: trainingConfig, folder: Path)
             # A share of the run's steps. Trainer saves the last step in any case, so one checkpoint needs no interval.
             save_steps=1 / training.save_number if training.save_number > 1 else 10**9,
             use_cpu=on_cpu, report_to=report_to or "none", dataloader_pin_memory=not on_cpu, seed=base.seed,
-            data_seed=base.seed)
+            data_seed=base.seed, ddp_backend="gloo" if on_cpu and processes.count() > 1 else None,
+            # A GPTQ model's integers are buffers. torch would send all of them in every forward.
+            ddp_broadcast_buffers=False, ddp_find_unused_parameters=some_idle,
+            log_level_replica="error")
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from None
     # The model stays where GPTQModel put it, on one GPU or spread over several. Trainer must not copy it to all GPUs.
@@ -140,8 +161,7 @@ def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder
         data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
         versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")},
         base_files=folder.file_checksums(),
-        training={"processes": int(os.environ.get("WORLD_SIZE", "1")),      # torchrun and accelerate set WORLD_SIZE
-                  **({} if data is None else {"data": data_fingerprint(data)})})
+        training={"processes": processes.count(), **({} if data is None else {"data": data_fingerprint(data)})})
 
 
 def _absolute(name: str | Path | None) -> str | None:
@@ -216,7 +236,7 @@ class RunTrainer(Trainer):
 
     @property
     def interrupted(self) -> bool:
-        return self.checkpoints.interrupted
+        return bool(self.checkpoints.interrupted)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer's. Raises UserError where the checkpoint has other tensors than the model trains."""
@@ -254,7 +274,7 @@ class RunTrainer(Trainer):
         """
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         if self.distillation and num_items_in_batch is not None:
-            self.num_distilled = self.distillation.count(batches)
+            self.num_distilled = sum(processes.gather(int(self.distillation.count(batches))))
         return batches, num_items_in_batch
 
     def _check_teacher(self, checkpoint: str) -> None:
@@ -276,31 +296,37 @@ class RunTrainer(Trainer):
                                 f"{wanted.get(name)} here (None: it is not there); take another checkpoint")
 
     def runtime_and_peak(self) -> tuple[float, float]:
-        """(seconds, peak memory in MiB) of the run so far, with the parts before it was resumed."""
+        """(seconds, peak memory in MiB) of the run so far, with the parts before it was resumed.
+
+        The memory is that of the process that took most. All processes must call this, and record() and
+        save_finished(), which do.
+        """
         return (self.before.get("runtime_s", 0) + time.time() - self.started,
-                max(self.before.get("peak_mb", 0), peak_memory_mb()))
+                max(self.before.get("peak_mb", 0), *processes.gather(peak_memory_mb())))
 
     def record(self) -> LotaConfig:
         """The LotaConfig of a checkpoint: with what a resumed run needs to count on from here."""
         runtime, peak = self.runtime_and_peak()
         return replace(self.config, training={
             **self.config.training, "steps": self.state.global_step, "runtime_s": runtime, "peak_mb": peak,
-            "loss_sum": self._total_loss_scalar, "loss_unlogged": self._tr_loss.item(),
+            "loss_sum": self._total_loss_scalar, "loss_unlogged": processes.gather(self._tr_loss.item()),
             "last_logged": self._globalstep_last_logged})
 
     def restore(self) -> None:
         """Goes on with the sums of the checkpoint, where it has them. Trainer begins them anew."""
         if "loss_sum" in self.before:
             self._total_loss_scalar = self.before["loss_sum"]
-            self._tr_loss.fill_(self.before["loss_unlogged"])
+            unlogged = self.before["loss_unlogged"]         # of each process; older versions had one, and its number
+            self._tr_loss.fill_(unlogged[processes.rank()] if isinstance(unlogged, list) else unlogged)
             self._globalstep_last_logged = self.before["last_logged"]
             self._initial_global_step = 0               # Trainer divides the sum by the steps since this one
 
     def save_finished(self, run: Run) -> Path:
         """Writes the adapter of a run that has ended into the run's folder, and renames it. Returns the folder."""
-        if not run.writes:
-            return run.folder
         runtime, peak = self.runtime_and_peak()
+        return processes.agree(self._save_finished(run, runtime, peak) if run.writes else None)
+
+    def _save_finished(self, run: Run, runtime: float, peak: float) -> Path:
         self.config.save(run.folder, complete=False)    # a run that is killed from here on leaves no half adapter
         self.model.save_pretrained(str(run.folder), state_dict=adapter_state(self.model, finished=True),
                                    save_embedding_layers=False)
@@ -328,11 +354,13 @@ class RunTrainer(Trainer):
             part, whole = logs["train_runtime"], logs["train_runtime"] + self.before["runtime_s"]
             rates = {name: round(rate * part / whole, 3) for name, rate in logs.items() if name.endswith("_per_second")}
             logs |= {"train_runtime": whole, **rates}
+        processes.require_same({name: p for name, p in self.model.named_parameters() if p.requires_grad},
+                               self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         grouped = super()._get_train_sampler(train_dataset)
-        return EpochSampler(grouped.batch_size, grouped.lengths, self.args.data_seed,
+        return EpochSampler(grouped.batch_size * processes.count(), grouped.lengths, self.args.data_seed,
                             lambda: int(self.state.epoch or 0))
 
 
@@ -358,6 +386,9 @@ class EpochSampler(LengthGroupedSampler):
 
     epoch: a function -> the number of the epoch that begins, from 0. The first epoch draws from torch's own generator,
     which a resumed run also seeds anew.
+
+    batch_size: the rows of an optimizer step. Several processes take turns in the batches that it is cut into, so the
+    rows of a step are those that one process with larger batches has.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
@@ -367,7 +398,9 @@ class EpochSampler(LengthGroupedSampler):
     def __iter__(self):
         epoch = self.epoch()
         self.generator = torch.Generator().manual_seed(self.seed + epoch) if epoch else None
-        return super().__iter__()
+        order = list(super().__iter__())
+        processes.require_equal({"order of rows": xxhash.xxh3_64_hexdigest(np.asarray(order).tobytes())})
+        return iter(order)
 
 
 class GridTrainer(RunTrainer):
@@ -476,11 +509,11 @@ class Checkpoints(TrainerCallback):
     """Marks whole checkpoints, removes old ones, turns Ctrl-C into a checkpoint, refuses to resume a run at its end.
 
     It is a context manager around train(): while the block runs, it handles Ctrl-C. trainer: the RunTrainer whose
-    record() it writes into every checkpoint, last of all files.
+    record() it writes into every checkpoint, last of all files. interrupted: when Ctrl-C came, in seconds; 0: never.
     """
 
     def __init__(self, trainer: "RunTrainer"):
-        self.trainer, self.interrupted = trainer, False
+        self.trainer, self.interrupted = trainer, 0.0
 
     def __enter__(self) -> "Checkpoints":
         self.handler_before = signal.signal(signal.SIGINT, self.interrupt)
@@ -491,8 +524,10 @@ class Checkpoints(TrainerCallback):
 
     def interrupt(self, signum, frame) -> None:
         if self.interrupted:
+            if processes.count() > 1 and time.time() - self.interrupted < SAME_CTRL_C:
+                return                      # the terminal sends Ctrl-C to all processes, and torchrun sends it on
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted = time.time()
         print("\ninterrupted: saving a checkpoint after this step; Ctrl-C again stops at once")
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -503,12 +538,15 @@ class Checkpoints(TrainerCallback):
         self.trainer.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
+        # Ctrl-C may reach one process in this step and another in the next one. All must stop in the same.
+        self.interrupted = max(processes.gather(self.interrupted))
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
+        record = self.trainer.record()          # here all processes meet, so the random states of all are written
         if state.is_world_process_zero:
-            checkpoint, record = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.trainer.record()
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_adapter_card(checkpoint, record)
             record.save_adapter(checkpoint)
             remove_checkpoints(checkpoint.parent, record.settings.get("save_total_limit"))

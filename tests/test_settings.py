@@ -362,20 +362,6 @@ def test_nothing_to_measure_without_answers_and_loss():
     check_evaluation(parse(*flags, "--answer_loss")[2])
 
 
-@pytest.mark.parametrize("method", ["lota", "lora"])
-def test_several_processes_are_refused_before_a_folder_is_made(monkeypatch, tmp_path, gptq, method):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    base, training, _ = parse("--mode", 1, "--method", method, "--quantized_model_dir", gptq, "--max_steps", 1)
-    with pytest.raises(UserError, match="^training with several processes is not supported yet, and WORLD_SIZE is 2: "):
-        LoTA_QAF_main.train(base, training)
-    assert list(tmp_path.iterdir()) == []
-    for one in ("1", ""):
-        monkeypatch.setenv("WORLD_SIZE", one)
-        check_method(base, training)
-
-
 class SafetensorError(Exception):
     """As safetensors has it: a subclass of Exception only."""
 
@@ -571,7 +557,7 @@ def test_paged_adamw_needs_bitsandbytes(gptq, monkeypatch):
 # From the bottom to the top. A module may import those that stand before it, and no others of this project.
 ROOMS = {
     "names and mistakes": ["LoTA", "LoTA.export"],                  # LoTA.export itself is only the list of formats
-    "files": ["LoTA.storage", "LoTA.row_files"],
+    "files and processes": ["LoTA.processes", "LoTA.storage", "LoTA.row_files"],
     "the method": ["LoTA.packing", "LoTA.packed", "LoTA.steps", "LoTA.ternary", "LoTA.kernels"],
     "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.export.card", "LoTA.lota_merge"],
     "models in memory": ["LoTA.layer", "LoTA.adapter", "LoTA.answer_loss", "LoTA.distill", "LoTA.monitor",

@@ -1,0 +1,167 @@
+"""What a training step sends between processes, and how its time falls with their number. On random GPTQ integers.
+
+    python benchmarks/processes.py                  60 M weights on a CPU; 1, 2 and 4 processes
+    python benchmarks/processes.py --processes 1 2 4 8 --shape 8B --length 512           on a machine with 8 GPUs
+    python benchmarks/processes.py --quick          under a minute; prints only
+    python benchmarks/processes.py --sent           prints the formula's table for models of 1 to 70 billion weights
+
+A step has the same rows whatever the number of processes is, and each process has its part of them. On a CPU every
+process has one thread. The bytes are what the loopback interface of the machine counts, so on GPUs, which talk without
+it, they are missing. "buffers" runs with torch's default, which sends the integers of the model in every forward.
+
+The formula: of n processes each sends 2 (n - 1) / n times the gradients, 4 bytes a number, as a ring does.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, print_table, save
+from memory import GROUP_SIZE, METHODS, MODELS, Shape, training_bytes
+
+from LoTA.settings import LARGE_MODEL
+
+RANK, GROUP, BITS = 64, 64, 4
+
+
+def sent(shape: Shape, group_size: int, rank: int, method: str, processes: int) -> float:
+    """The bytes that each process sends in a step. method: one of METHODS of memory.py."""
+    return 2 * (processes - 1) / processes * training_bytes(shape, group_size, rank, method)["gradients"]
+
+
+def sent_table() -> str:
+    """A row for each model: what a GPU holds at 4 bits, and what it sends in a step with 8 processes, as Markdown."""
+    from memory import BITS as ALL_BITS
+    from memory import GIB, weight_bytes
+    lines = [f"| model | rank | {' | '.join(f'GPTQ model, {bits} bits, GiB' for bits in ALL_BITS)} "
+             "| sent a step, `published` or LR-QAT `integers`, MB | `full`, MB | with torch's default, MB more |",
+             "|" + " --- |" * (len(ALL_BITS) + 5)]
+    for name, shape in MODELS.items():
+        group_size, rank = GROUP_SIZE[name], 64 if shape.parameters() < LARGE_MODEL else 32
+        models = {bits: weight_bytes(shape, bits, group_size) for bits in ALL_BITS}
+        buffers = sum(size for part, size in models[4].items() if part != "16 bits")
+        cells = [name, rank, *(f"{sum(models[bits].values()) / GIB:.1f}" for bits in ALL_BITS),
+                 *(f"{sent(shape, group_size, rank, method, 8) / 1e6:,.0f}" for method in METHODS[:2]),
+                 f"{buffers / 1e6:,.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def loopback_bytes() -> int | None:
+    """What the loopback interface has sent since the machine started. None: the system does not say."""
+    try:
+        line = next(line for line in open("/proc/net/dev") if line.strip().startswith("lo:"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split(":")[1].split()[8])
+
+
+def work(folder: str, rows: int, length: int, steps: int, method: str, buffers: bool, output: str) -> None:
+    """One of the processes: trains some steps and writes the seconds and bytes of each. It runs under torchrun."""
+    import torch
+    import torch.distributed as dist
+    from peft import LoraConfig, get_peft_model
+    from torch.nn.parallel import DistributedDataParallel
+
+    from LoTA import processes
+    from LoTA.adapter import load_gptq
+    from LoTA.answer_loss import answer_loss
+    from LoTA.layer import register
+    from LoTA.settings import TARGET_MODULES
+    from LoTA.steps import Threshold
+    from LoTA.ternary import ternarize_
+    from t_signSGD import tSignSGD
+    processes.connect("auto")
+    torch.manual_seed(0)
+    learned = method == "full"
+    model = load_gptq(folder, dtype=torch.bfloat16, backend="gptq_torch").model
+    model.config.use_cache = False
+    config = register(LoraConfig(r=RANK, target_modules=list(TARGET_MODULES), task_type="CAUSAL_LM"), Threshold(
+        0.75 * RANK, None if learned else 0.75 * RANK), learned, learned)
+    model = get_peft_model(model, config).train()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if "lora_A" in name or "lora_B" in name]
+    others = [p for name, p in named if "lora_offset" in name or "lora_scale" in name]
+    for p in matrices:
+        ternarize_(torch.nn.init.normal_(p.data))
+    optimizer = tSignSGD(matrices, real_optimizer=torch.optim.AdamW(others) if others else None)
+    if processes.count() > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=buffers)
+    own = rows // processes.count()
+    ids = torch.randint(10, 1000, (rows, length))[processes.rank() * own:][:own].to(next(iter(matrices)).device)
+    times, counts = [], []
+    for _ in range(steps + 1):
+        processes.wait()
+        before, start = loopback_bytes(), time.perf_counter()
+        answer_loss(model, ids, input_ids=ids)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        processes.wait()
+        times.append(time.perf_counter() - start)
+        counts.append(None if before is None else loopback_bytes() - before)
+    if processes.is_first():
+        trained = sum(p.numel() for _, p in named)
+        on_gpu = ids.is_cuda
+        Path(output).write_text(json.dumps({
+            "trained numbers": trained, "step_s": statistics.median(times[1:]),
+            "sent_mb": None if on_gpu or counts[0] is None else statistics.median(counts[1:]) / 1e6,
+            "gradients_mb": 4 * trained / 1e6}))
+    processes.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def measure(folder: Path, processes: int, method: str, buffers: bool, args: argparse.Namespace) -> dict:
+    """A row of the results: torchrun with so many processes."""
+    output = folder.parent / "row.json"
+    settings = [str(folder), args.rows, args.length, args.steps, method, int(buffers), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), __file__,
+                    "--worker", *map(str, settings)], check=True, env=environment)
+    found = json.loads(output.read_text())
+    return {"shape": args.shape, "method": method, "processes": processes, "buffers sent": buffers,
+            "rows": args.rows, "length": args.length, **found,
+            "formula_mb": 2 * (processes - 1) * found["gradients_mb"]}     # of all processes together
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the tiny shape; prints only")
+    parser.add_argument("--sent", action="store_true", help="print the formula's table, measure nothing")
+    parser.add_argument("--shape", default="60M")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rows", type=int, default=16, help="of a step, over all processes [16]")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5, help="that count [5]")
+    parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        folder, rows, length, steps, method, buffers, output = args.worker
+        work(folder, int(rows), int(length), int(steps), method, bool(int(buffers)), output)
+        return
+    if args.sent:
+        print(sent_table())
+        return
+    from random_model import SHAPES, write_gptq_llama
+    if args.quick:
+        args.shape, args.rows, args.length, args.steps, args.processes = "tiny", 4, 32, 2, [1, 2]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_gptq_llama(Path(temporary) / "model", SHAPES[args.shape], BITS, GROUP)
+        rows = [measure(folder, count, method, buffers, args) for method in ("published", "full")
+                for count in args.processes for buffers in ((False, True) if count == 2 else (False,))]
+    one = {row["method"]: row["step_s"] for row in rows if row["processes"] == 1}
+    rows = [{**row, "times as fast": one[row["method"]] / row["step_s"]} for row in rows if row["method"] in one]
+    print_table("a training step by the number of processes", rows)
+    save("processes", rows, args.quick)
+
+
+if __name__ == "__main__":
+    main()
