@@ -184,6 +184,25 @@ def short_table() -> str:
     return f"{_markdown(names, lines)}\n\n{_note(rows)}"
 
 
+def sent_table() -> str:
+    """What a process holds of each model, and what it sends in a step of 8 processes, as Markdown.
+
+    Of n processes each sends 2 (n - 1) / n times the bytes of the gradients, as a ring does. benchmarks/processes.py
+    measured that. torch's default would send the buffers too, which are all but the tensors in 16 bits.
+    """
+    rows, share = [row for row in _read() if row["bits"] == 4], 2 * 7 / 8
+    names = ["model", "rank", *(f"GPTQ model at {bits} bits, GiB" for bits in BITS), "sent: `published`, LR-QAT, LoRA, MB",
+             "sent: `full`, MB", "torch's default at 4 bits: MB more"]
+    lines = []
+    for row in rows:
+        models = [_gib(sum(one["weights"].values())) for bits in BITS for one in _read()
+                  if (one["model"], one["bits"]) == (row["model"], bits)]
+        buffers = sum(size for part, size in row["weights"].items() if part != "16 bits")
+        sent = (share * row["training"]["published"]["gradients"], share * row["training"]["full"]["gradients"], buffers)
+        lines.append([row["model"], row["rank"], *models, *(f"{size / 1e6:,.0f}" for size in sent)])
+    return _markdown(names, lines)
+
+
 def _read() -> list[dict]:
     return json.loads(RESULT.read_text())["rows"]
 

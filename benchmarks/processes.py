@@ -1,15 +1,15 @@
 """What a training step sends between processes, and how its time falls with their number. On random GPTQ integers.
 
-    python benchmarks/processes.py                  60 M weights on a CPU; 1, 2 and 4 processes
+    python benchmarks/processes.py                  4 M weights on a CPU; 1, 2 and 4 processes
     python benchmarks/processes.py --processes 1 2 4 8 --shape 8B --length 512           on a machine with 8 GPUs
     python benchmarks/processes.py --quick          under a minute; prints only
-    python benchmarks/processes.py --sent           prints the formula's table for models of 1 to 70 billion weights
 
 A step has the same rows whatever the number of processes is, and each process has its part of them. On a CPU every
 process has one thread. The bytes are what the loopback interface of the machine counts, so on GPUs, which talk without
 it, they are missing. "buffers" runs with torch's default, which sends the integers of the model in every forward.
 
-The formula: of n processes each sends 2 (n - 1) / n times the gradients, 4 bytes a number, as a ring does.
+The formula: of n processes each sends 2 (n - 1) / n times the gradients, 4 bytes a number, as a ring does. memory.py has
+it for models of 1 to 70 billion weights.
 """
 import argparse
 import json
@@ -22,34 +22,8 @@ import time
 from pathlib import Path
 
 from common import ROOT, print_table, save
-from memory import GROUP_SIZE, METHODS, MODELS, Shape, training_bytes
-
-from LoTA.settings import LARGE_MODEL
 
 RANK, GROUP, BITS = 64, 64, 4
-
-
-def sent(shape: Shape, group_size: int, rank: int, method: str, processes: int) -> float:
-    """The bytes that each process sends in a step. method: one of METHODS of memory.py."""
-    return 2 * (processes - 1) / processes * training_bytes(shape, group_size, rank, method)["gradients"]
-
-
-def sent_table() -> str:
-    """A row for each model: what a GPU holds at 4 bits, and what it sends in a step with 8 processes, as Markdown."""
-    from memory import BITS as ALL_BITS
-    from memory import GIB, weight_bytes
-    lines = [f"| model | rank | {' | '.join(f'GPTQ model, {bits} bits, GiB' for bits in ALL_BITS)} "
-             "| sent a step, `published` or LR-QAT `integers`, MB | `full`, MB | with torch's default, MB more |",
-             "|" + " --- |" * (len(ALL_BITS) + 5)]
-    for name, shape in MODELS.items():
-        group_size, rank = GROUP_SIZE[name], 64 if shape.parameters() < LARGE_MODEL else 32
-        models = {bits: weight_bytes(shape, bits, group_size) for bits in ALL_BITS}
-        buffers = sum(size for part, size in models[4].items() if part != "16 bits")
-        cells = [name, rank, *(f"{sum(models[bits].values()) / GIB:.1f}" for bits in ALL_BITS),
-                 *(f"{sent(shape, group_size, rank, method, 8) / 1e6:,.0f}" for method in METHODS[:2]),
-                 f"{buffers / 1e6:,.0f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
 
 
 def loopback_bytes() -> int | None:
@@ -134,11 +108,10 @@ def measure(folder: Path, processes: int, method: str, buffers: bool, args: argp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the tiny shape; prints only")
-    parser.add_argument("--sent", action="store_true", help="print the formula's table, measure nothing")
-    parser.add_argument("--shape", default="60M")
+    parser.add_argument("--quick", action="store_true", help="few rows, two steps; prints only")
+    parser.add_argument("--shape", default="tiny")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rows", type=int, default=16, help="of a step, over all processes [16]")
+    parser.add_argument("--rows", type=int, default=32, help="of a step, over all processes [32]")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5, help="that count [5]")
     parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
@@ -147,16 +120,14 @@ def main() -> None:
         folder, rows, length, steps, method, buffers, output = args.worker
         work(folder, int(rows), int(length), int(steps), method, bool(int(buffers)), output)
         return
-    if args.sent:
-        print(sent_table())
-        return
     from random_model import SHAPES, write_gptq_llama
     if args.quick:
-        args.shape, args.rows, args.length, args.steps, args.processes = "tiny", 4, 32, 2, [1, 2]
+        args.rows, args.length, args.steps, args.processes = 4, 32, 2, [1, 2]
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_gptq_llama(Path(temporary) / "model", SHAPES[args.shape], BITS, GROUP)
         rows = [measure(folder, count, method, buffers, args) for method in ("published", "full")
-                for count in args.processes for buffers in ((False, True) if count == 2 else (False,))]
+                for count in (args.processes if method == "published" else args.processes[:2])
+                for buffers in ((False, True) if count == 2 and method == "published" else (False,))]
     one = {row["method"]: row["step_s"] for row in rows if row["processes"] == 1}
     rows = [{**row, "times as fast": one[row["method"]] / row["step_s"]} for row in rows if row["method"] in one]
     print_table("a training step by the number of processes", rows)

@@ -425,6 +425,14 @@ def generate_table(measured: dict) -> str:
         "weights, MB": ("model MB", ".1f")})
 
 
+def processes_table(measured: dict) -> str:
+    """A training step of the same rows by the number of processes: its time, and what is sent."""
+    return benchmark_table(measured, {
+        "recipe": ("method", ""), "processes": ("processes", ""), "buffers sent too": ("buffers sent", ""),
+        "step, s": ("step_s", ".2f"), "times as fast as one": ("times as fast", ".2f"),
+        "sent by all, MB": ("sent_mb", ".2f"), "2 (n - 1) × the gradients, MB": ("formula_mb", ".2f")})
+
+
 def merge_table(measured: dict) -> str:
     """The time and memory of a merge, beside copying the folder."""
     return benchmark_table(measured, {
@@ -587,8 +595,8 @@ TABLES = {
                          "python benchmarks/merge.py --rounds 1"),
     "scale": Table("a training step by the number of processes", ("benchmarks/results/processes_cpu.json",),
                    processes_table, "python benchmarks/processes.py"),
-    "scale_sent": Table("what 8 processes send in a step", (),
-                        lambda: f"{benchmark('processes').sent_table()}\n", "python benchmarks/processes.py --sent"),
+    "scale_sent": Table("what each of 8 processes sends in a step", ("benchmarks/results/memory.json",),
+                        lambda _: f"{memory_script().sent_table()}\n", "python benchmarks/memory.py"),
     "memory": Table("the memory of training and of the merged model", ("benchmarks/results/memory.json",),
                     lambda _: f"{memory_script().table()}\n", "python benchmarks/memory.py"),
     "memory_short": Table("the same in short", ("benchmarks/results/memory.json",),
