@@ -191,14 +191,14 @@ def sent_table() -> str:
     measured that. torch's default would send the buffers too, which are all but the tensors in 16 bits.
     """
     rows, share = [row for row in _read() if row["bits"] == 4], 2 * 7 / 8
-    names = ["model", "rank", *(f"GPTQ model at {bits} bits, GiB" for bits in BITS), "sent: `published`, LR-QAT, LoRA, MB",
-             "sent: `full`, MB", "torch's default at 4 bits: MB more"]
+    names = ["model", "rank", *(f"GPTQ model at {bits} bits, GiB" for bits in BITS),
+             "sent: `published`, LR-QAT, LoRA, MB", "sent: `full`, MB", "torch's default at 4 bits: MB more"]
     lines = []
     for row in rows:
         models = [_gib(sum(one["weights"].values())) for bits in BITS for one in _read()
                   if (one["model"], one["bits"]) == (row["model"], bits)]
         buffers = sum(size for part, size in row["weights"].items() if part != "16 bits")
-        sent = (share * row["training"]["published"]["gradients"], share * row["training"]["full"]["gradients"], buffers)
+        sent = *(share * row["training"][method]["gradients"] for method in ("published", "full")), buffers
         lines.append([row["model"], row["rank"], *models, *(f"{size / 1e6:,.0f}" for size in sent)])
     return _markdown(names, lines)
 

@@ -8,8 +8,8 @@ A step has the same rows whatever the number of processes is, and each process h
 process has one thread. The bytes are what the loopback interface of the machine counts, so on GPUs, which talk without
 it, they are missing. "buffers" runs with torch's default, which sends the integers of the model in every forward.
 
-The formula: of n processes each sends 2 (n - 1) / n times the gradients, 4 bytes a number, as a ring does. memory.py has
-it for models of 1 to 70 billion weights.
+The formula: of n processes each sends 2 (n - 1) / n times the gradients, 4 bytes a number, as a ring does. memory.py
+has it for models of 1 to 70 billion weights.
 """
 import argparse
 import json

@@ -606,7 +606,7 @@ def test_the_lowest_loss_is_what_is_tested_on_smollm2(plan_of, tmp_path):
     assert {(one["bits"], one["try"]) for one in tuned if one["method"] == "LoRA"} == {
         (4, "LoRA, learning_rate 0.001"), (2, "LoRA, learning_rate 0.001")}
     full = next(one for one in tuned if one["method"] == "LoTA, full")
-    assert full["try"] == "LoTA, full, offset_lr 0.0003, scale_lr 0.0012" and full["live_rows"] == 40
+    assert full["try"] == "LoTA, full, offset_lr 0.0003, scale_lr 0.0012" and full["live_rows"] == 20
     assert run.parse(1, full["train"])[1].offset_lr == 0.0003
     # 2 sets: the base and GPTQ at 2 numbers of bits once; LoRA, LoRA requantized and both methods' full at both, and
     # the tuned base, with 3 seeds.
@@ -643,7 +643,7 @@ def test_a_dry_run_only_counts(tmp_path, capsys):
     run_main(plan_smollm2, "--work", tmp_path, "--output", tmp_path / "runs.json", "--stage", "choose", "--dry_run",
              "--step_s", 3600, "--steps", 2, "--sets", "sql", "--bits", 4, "--only", "QA-LoRA")
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == plan_smollm2.TRIES + 1 and said[0].endswith("sql, 4 bits, QA-LoRA, learning_rate 0.001, seed 1")
+    assert len(said) == plan_smollm2.TRIES + 1 and said[0].endswith("QA-LoRA, learning_rate 0.0003, seed 1")
     assert "3 runs, about 6." in said[-1] and not (tmp_path / "runs.json").exists()
 
 
