@@ -10,6 +10,7 @@ import argparse
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_print_save import (
@@ -33,7 +34,33 @@ FEWEST_SAMPLES = 8      # a rule of thumb; where --samples asks for fewer, all t
 SMALL_MODEL = 400e6     # bytes; a smaller model stays in memory, and is packed without compiling a packer first
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class quantizeConfig:
+    """The settings of a quantization, as the flags have them.
+
+    Raises UserError for a number of bits or a group size that does not exist.
+    """
+    model: str
+    output_dir: str
+    bits: int = 4
+    group_size: int = 64
+    sym: bool = False
+    desc_act: bool = False
+    calibration: str = "c4"
+    data_dir: str | None = None
+    samples: int = 1024
+    max_length: int = 2048
+    batch_size: int = 1
+    seed: int = 42
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        for name, choices in (("bits", SUPPORTED_BITS), ("group_size", GROUP_SIZES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> quantizeConfig:
     """The settings that the arguments `argv` ask for. Where it is None, sys.argv is read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", "--pretrained", required=True, help="the 16-bit model: a folder or a hub name")
@@ -56,10 +83,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="calibration samples in one forward pass [1]")
     parser.add_argument("--seed", type=int, default=42, help="random seed [42]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model [no]")
-    return parser.parse_args(argv)
+    return quantizeConfig(**vars(parser.parse_args(argv)))
 
 
-def calibration_texts(args: argparse.Namespace, tokenizer) -> list[str]:
+def calibration_texts(args: quantizeConfig, tokenizer) -> list[str]:
     """The calibration samples. Raises UserError where there are none."""
     source = args.calibration
     if source in TASKS:
@@ -85,7 +112,7 @@ def calibration_texts(args: argparse.Namespace, tokenizer) -> list[str]:
     return texts[:args.samples]
 
 
-def calibration_samples(args: argparse.Namespace, tokenizer) -> tuple[list[dict], int]:
+def calibration_samples(args: quantizeConfig, tokenizer) -> tuple[list[dict], int]:
     """(the samples that GPTQModel will use, how many it would drop because they are short).
 
     A sample is {"input_ids": (tokens,) int64, "attention_mask": (tokens,) int64}. Prints both numbers.
@@ -108,9 +135,8 @@ def calibration_samples(args: argparse.Namespace, tokenizer) -> tuple[list[dict]
     return samples, short
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Quantizes as the arguments `argv` ask for; None: sys.argv. Returns the folder that it wrote."""
-    args = parse_args(argv)
+def quantize(args: quantizeConfig) -> Path:
+    """Quantizes a model. Returns the folder that it wrote."""
     # Torch and GPTQModel are imported late, so that --help and mistakes answer at once.
     from LoTA.folders import check_model_name, reading
     from LoTA.storage import check_output_folder, whole_folder, write_json
@@ -152,6 +178,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
                                          "seconds": round(time.time() - start, 1)})
     print(f"saved to {output}")
     return output
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """quantize() as the arguments `argv` ask for; None: sys.argv."""
+    return quantize(parse_args(argv))
 
 
 def cli() -> None:

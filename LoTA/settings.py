@@ -1,14 +1,16 @@
 """Settings: what a user may say, how the rest is filled in, and what is refused.
 
 A run has three frozen groups of settings, named as in the published scripts. parse_args() reads them from the command
-line. complete_...() return new groups with the defaults that depend on the model. check_...() only check, and raise
-UserError. Importing this file loads no library, because --help must not wait for torch.
+line, from_given() takes them from Python. complete_...() return new groups with the defaults that depend on the model.
+check_...() only check, and raise UserError. Importing this file loads no library, because --help must not wait for
+torch.
 """
 import argparse
+import os
 import re
 import typing
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
@@ -293,36 +295,59 @@ def parse_args(description: str, training_sets: Sequence[str], scored_sets: Sequ
     training_sets, scored_sets: the names of the data sets there are. argv: the arguments; None takes sys.argv's.
     Raises UserError for a flag that does not exist. For a bad value argparse ends the process with status 2.
     """
-    parser = _build_parser(description, training_sets, scored_sets)
+    known, unknown = _build_parser(description, training_sets, scored_sets).parse_known_args(argv)
+    if unknown:
+        raise UserError(f"there is no flag {unknown[0]}; --help lists all")
+    return from_given(vars(known))
 
-    def parse() -> argparse.Namespace:
-        known, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise UserError(f"there is no flag {unknown[0]}; --help lists all")
-        return known
 
-    _say_what_has_no_effect(_build_parser(description, training_sets, scored_sets), argv)
-    given = parse()                         # settings that go together are defaults: a flag that is given wins
-    parser.set_defaults(**(LRQAT_DEFAULTS if given.method == "lrqat" else {}),
-                        **recipes_of(given.method).get(given.recipe or default_recipe(given.method), {}))
-    values = vars(parse())
-    values["lora_target_modules"] = [name for names in values["lora_target_modules"] for name in split_names(names)]
+def from_given(given: Mapping[str, object]) -> tuple[baseConfig, trainingConfig, evalConfig]:
+    """The settings of a run, from those that are given by the names of the flags.
+
+    All others get their defaults. Settings that go together, those of a recipe and a method, are defaults too, so what
+    is given wins. Prints what is given and not read by the method of mode 1.
+    Raises UserError for a name that does not exist, and for a value of another type or none of the choices.
+    """
     configs = (baseConfig, trainingConfig, evalConfig)
-    for f in (f for config in configs for f in fields(config) if f.metadata["several"]):
-        if isinstance(values[f.name], list):            # the flag was given
-            values[f.name] = ",".join(split_names(" ".join(filter(None, values[f.name])))) or None
+    known = {f.name: f for config in configs for f in fields(config)}
+    given = {**given, **({"recipe": _recipe_name(given["recipe"])} if given.get("recipe") else {})}
+    types = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"there is no setting {name}; python LoTA_QAF_main.py --help lists all, as flags")
+        _check_value(known[name], types[name], value)
+    method = given.get("method") or ("lota" if given.get("lota_qaf") else "lora")
+    idle = [f"--{name}" for name in given if name in READ_BY and method not in READ_BY[name]]
+    if given.get("mode", 1) == 1 and idle:
+        print(f"without effect with --method {method}: {', '.join(idle)}")
+    recipe = given.get("recipe") or default_recipe(method)
+    values = {**{name: _default(f) for name, f in known.items()}, **(LRQAT_DEFAULTS if method == "lrqat" else {}),
+              **recipes_of(method).get(recipe, {}), **given}
+    for name, f in known.items():
+        if isinstance(values[name], os.PathLike):
+            values[name] = os.fspath(values[name])
+        if name == "lora_target_modules":
+            values[name] = [part for names in values[name] for part in split_names(names)]
+        elif f.metadata["several"] and not isinstance(values[name], str | None):
+            values[name] = ",".join(split_names(" ".join(filter(None, values[name])))) or None
     return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
 
 
-def _say_what_has_no_effect(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
-    """Prints which flags of mode 1 are given and not read by the method. Changes the parser's defaults."""
-    parser.set_defaults(**dict.fromkeys(READ_BY))
-    args = parser.parse_known_args(argv)[0]
-    method = args.method or ("lota" if args.lota_qaf else "lora")
-    idle = [f"--{name}" for name, methods in READ_BY.items()
-            if getattr(args, name) is not None and method not in methods]
-    if args.mode == 1 and idle:
-        print(f"without effect with --method {method}: {', '.join(idle)}")
+def _default(f: Field) -> object:
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
+def _check_value(f: Field, hint: object, value: object) -> None:
+    """Raises UserError unless a value fits its setting: its type, and its choices where it has any."""
+    wanted = next(t for t in (*typing.get_args(hint), hint) if t is not NoneType)
+    several = f.metadata["several"] or typing.get_origin(hint) is list
+    accepted = {float: (float, int), int: int, bool: bool, str: (str, os.PathLike)}.get(wanted, ())
+    fits = (value is None and NoneType in typing.get_args(hint) or several and isinstance(value, str | list | tuple)
+            or isinstance(value, accepted) and (wanted is bool or not isinstance(value, bool)))
+    if not fits:
+        raise UserError(f"--{f.name} must be {'names' if several else wanted.__name__}, not {value!r}")
+    if f.metadata["choices"] and value is not None and value not in f.metadata["choices"]:
+        raise UserError(f"--{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, not {value!r}")
 
 
 def recipes_of(method: str | None) -> dict[str, dict]:
@@ -350,7 +375,7 @@ def _build_parser(description: str, training_sets: Sequence[str],
         types = typing.get_type_hints(config)
         for f in fields(config):
             text = f"{f.metadata['help']}{more_help.get(f.name, '')} [{f.metadata['shown']}]"
-            options = {"default": f.default if f.default is not MISSING else f.default_factory(), "dest": f.name,
+            options = {"default": argparse.SUPPRESS, "dest": f.name,
                        "help": text.replace("%", "%%"),
                        "choices": choices.get(f.name, f.metadata["choices"])}
             value_type = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not NoneType)
