@@ -12,18 +12,21 @@ Settings have the names and the defaults of the scripts' flags, and `help(train)
 UserError of one line, as on the command line. Every function returns an object that says what it made. It stands for
 the folder's path too, so the next function takes it.
 
+What the scripts print is left out, unless verbose=True. Bars of progress are shown.
+
 The work is done in the scripts of the same purpose and in LoTA/. Importing this file loads no library.
 """
+import contextlib
 import inspect
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import gptq_quantize
 import LoTA_QAF_main
-from LoTA import UserError
+from LoTA import UserError, quiet_libraries
 from LoTA.settings import baseConfig, evalConfig, from_given, trainingConfig
 
 if typing.TYPE_CHECKING:
@@ -106,19 +109,22 @@ class Evaluation:
 
 # --- the functions ------------------------------------------------------------------------------------------------
 
-def quantize(model: Place, output_dir: Place = "./gptq", **settings: object) -> QuantizedModel:
+def quantize(model: Place, output_dir: Place = "./gptq", *, verbose: bool = False,
+             **settings: object) -> QuantizedModel:
     """Quantizes a 16-bit model, a folder or a hub name, with GPTQ, into OUTPUT_DIR/int{bits}_{group_size}_{name}."""
     known = {f.name for f in fields(gptq_quantize.quantizeConfig)}
     for name in settings.keys() - known:
         raise UserError(f"there is no setting {name}; python gptq_quantize.py --help lists all, as flags")
     config = gptq_quantize.quantizeConfig(os.fspath(model), os.fspath(output_dir), **_texts(settings))
-    return QuantizedModel(gptq_quantize.quantize(config), config.bits, config.group_size)
+    with _printing(verbose):
+        return QuantizedModel(gptq_quantize.quantize(config), config.bits, config.group_size)
 
 
-def train(quantized_model_dir: Place, **settings: object) -> TrainedAdapter:
+def train(quantized_model_dir: Place, *, verbose: bool = False, **settings: object) -> TrainedAdapter:
     """Trains an adapter on a GPTQ model, as mode 1 does. method: "lota", "lrqat", "lora" or "qalora"."""
-    base, training, _ = from_given({"mode": 1, "quantized_model_dir": quantized_model_dir, **settings})
-    path = LoTA_QAF_main.train(base, training)
+    with _printing(verbose):
+        base, training, _ = from_given({"mode": 1, "quantized_model_dir": quantized_model_dir, **settings})
+        path = LoTA_QAF_main.train(base, training)
     from LoTA.adapter_folder import LotaConfig
     from LoTA.storage import read_json
     return TrainedAdapter(path, LotaConfig.load(path), read_json(path / "log_history.json"))
@@ -139,14 +145,15 @@ def merge(adapter: Place, output: Place, quantized_model_dir: Place | None = Non
     return MergedModel(Path(output), merge_folders(folder, GPTQFolder(gptq), output))
 
 
-def evaluate(model: Place, **settings: object) -> Evaluation:
+def evaluate(model: Place, *, verbose: bool = False, **settings: object) -> Evaluation:
     """Measures a model, as mode 2 does: ft_dataset_name, answer_loss and tasks say what.
 
     model: an adapter folder, which is merged first or with merge=False stays live; a merged folder; a GPTQ folder; or
     a 16-bit model, a folder or a hub name.
     """
-    base, _, evaluation = from_given({"mode": 2, **_which(Path(model), os.fspath(model)), **settings})
-    results = LoTA_QAF_main.evaluate(base, evaluation)
+    with _printing(verbose):
+        base, _, evaluation = from_given({"mode": 2, **_which(Path(model), os.fspath(model)), **settings})
+        results = LoTA_QAF_main.evaluate(base, evaluation)
     found = results.get(evaluation.ft_dataset_name, {})
     return Evaluation(**{name: found.get(name) for name in ("rows", "correct", "accuracy", "interval_95", "loss")},
                       predictions=found.get("predictions", []), lm_eval=results.get("lm_eval", {}).get("results", {}),
@@ -166,6 +173,14 @@ def export(source: Place, format: str, output: Place, dtype: str | None = None,
     write(os.fspath(source), format, output, getattr(torch, dtype) if dtype else None, verify=True,
           gptq=quantized_model_dir)
     return Exported(Path(output), format, ExportRecord.load(Path(output)).sha256)
+
+
+@contextlib.contextmanager
+def _printing(verbose: bool) -> Iterator[None]:
+    """What the block prints is left out, unless verbose."""
+    quiet_libraries()
+    with open(os.devnull, "w") as nowhere, contextlib.nullcontext() if verbose else contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _texts(settings: dict) -> dict:

@@ -72,14 +72,19 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def quiet_libraries() -> None:
+    """Silences libraries that log their own insides, because a user can act on none of it."""
+    for chatty in ("torch.utils._pytree", "torch.utils.cpp_extension", "tokenicer", "accelerate.utils.modeling",
+                   "gguf"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
 def run_script(main: Callable[[], object], memory_help: str = "") -> None:
     """Runs a script's main(). An error that is not the program's fault ends in one line and exit status 1.
 
     memory_help: what the script's user can lower where memory has run out.
     """
-    # These libraries warn about their own insides, and a user can act on none of it.
-    for chatty in ("torch.utils._pytree", "torch.utils.cpp_extension", "tokenicer", "accelerate.utils.modeling"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         main()
     except KeyboardInterrupt:

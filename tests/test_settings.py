@@ -564,7 +564,8 @@ ROOMS = {
                          "LoTA.trainer"],
     "other engines": ["LoTA.export.shared", "LoTA.export.gptq", "LoTA.export.peft_adapter", "LoTA.export.dense",
                       "LoTA.export.gguf", "LoTA.export.run", "LoTA.export.__main__", "LoTA.check"],
-    "scripts": ["t_signSGD", "data_print_save", "evalGSV", "gptq_quantize", "LoTA_QAF_main"]}
+    "scripts": ["t_signSGD", "data_print_save", "evalGSV", "gptq_quantize", "LoTA_QAF_main"],
+    "the way in from Python": ["lota_qaf"]}
 ORDER = [module for room in ROOMS.values() for module in room]
 
 
