@@ -6,6 +6,7 @@ check_...() only check, and raise UserError. Importing this file loads no librar
 torch.
 """
 import argparse
+import math
 import os
 import re
 import typing
@@ -51,9 +52,9 @@ OMEGA_AND_SIGMA = {
     3: {"published": (0.75, 0.95), "ternary": (0.15, 0.98), "scales": (0.2, 0.98), "full": (0.2, 0.98)},
     4: {"published": (0.75, 0.95), "ternary": (0.1, 0.98), "scales": (0.15, 0.98), "full": (0.15, 0.98)}}
 
-# Learning rates of a learned mu and of learned scales, and the parameters of the largest model they were chosen on. A
-# larger one has more entries that step together, and gets lower rates: see rate_by_size().
-OFFSET_LR, SCALE_LR, TRIED_PARAMETERS = 0.007, 0.03, 2.1e6
+# Learning rates of a learned mu and of learned scales, and the parameters of the models on which they were chosen
+# (experiments/LOG.md). A larger one has more entries that step together, and gets lower rates: see rate_by_size().
+TRIED_PARAMETERS, OFFSET_LR, SCALE_LR = (2.1e6, 135e6), (0.007, 0.0002), (0.03, 0.001)
 
 # {flag of mode 1: the methods that read it}, for the flags that not all methods read.
 READ_BY = {
@@ -197,11 +198,11 @@ class trainingConfig:
         shown="no limit; other recipes 1")
     offset_lr: float | None = setting(
         "lota", None, "the largest learning rate of a learned mu, as a share of the grid's range 2**bits - 1",
-        shown=f"{OFFSET_LR} up to {TRIED_PARAMETERS / 1e6:g}M parameters, and beyond it by the inverse root of the "
+        shown=f"{OFFSET_LR[0]} up to 2.1M parameters, {OFFSET_LR[1]} at 135M, and beyond it by the inverse root of the "
         "model's size")
     scale_lr: float | None = setting(
         "lota", None, "the largest learning rate of the relative change of learned scales",
-        shown=f"{SCALE_LR} up to {TRIED_PARAMETERS / 1e6:g}M parameters, and beyond it by the inverse root of the "
+        shown=f"{SCALE_LR[0]} up to 2.1M parameters, {SCALE_LR[1]} at 135M, and beyond it by the inverse root of the "
         "model's size")
     warm_up: float = setting(
         "lota", 0.0, "LoTA: the share of the steps in which the rates of mu and of the scales rise; then they fall "
@@ -489,7 +490,7 @@ def complete_training(base: baseConfig, training: trainingConfig,
     # A rate that no parameter has stays as older checkpoints record it, so that they can be resumed.
     rates = {"offset_lr": (OFFSET_LR, base.offset_scale == "learned"), "scale_lr": (SCALE_LR, base.learned_scales)}
     return base, replace(training, **{
-        name: rate_by_size(rate, parameters) if used else rate for name, (rate, used) in rates.items()
+        name: rate_by_size(rate, parameters) if used else rate[0] for name, (rate, used) in rates.items()
         if getattr(training, name) is None})
 
 
@@ -499,14 +500,19 @@ def omega_and_sigma(recipe: str, bits: int) -> tuple[float, float]:
     return OMEGA_AND_SIGMA[row][recipe]
 
 
-def rate_by_size(rate: float, parameters: float) -> float:
-    """The learning rate for a model with so many parameters, where `rate` suits TRIED_PARAMETERS.
+def rate_by_size(rates: tuple[float, float], parameters: float) -> float:
+    """The learning rate for a model with so many parameters, where `rates` suit those of TRIED_PARAMETERS.
 
-    AdamW's first steps move every entry by the rate, whatever its gradient. By its gradients such a step changes the
-    loss by the rate times the sum of |gradient|. That sum grows with the root of the number of entries, where the norm
-    of the gradient stays. So the rate falls with the root of it.
+    Between the two models that were tried it is a power of the size, so that it meets both. Beyond the larger one it
+    falls with the root. AdamW's first steps move every entry by the rate, whatever its gradient. By its gradients such
+    a step changes the loss by the rate times the sum of |gradient|. That sum grows with the root of the number of
+    entries, where the norm of the gradient stays.
     """
-    return rate * min(1.0, (TRIED_PARAMETERS / parameters) ** 0.5)
+    (small, large), (first, second) = TRIED_PARAMETERS, rates
+    if parameters >= large:
+        return second * (large / parameters) ** 0.5
+    between = max(0.0, math.log(parameters / small) / math.log(large / small))
+    return first * (second / first) ** between
 
 
 def layer_names(modules: Sequence[str]) -> list[str]:

@@ -259,13 +259,13 @@ def test_omega_and_sigma_go_by_the_bits(recipe, bits, omega, sigma):
 
 
 @pytest.mark.parametrize("parameters, offset_lr, scale_lr", [
-    (1e6, 0.007, 0.03), (2.1e6, 0.007, 0.03), (8.4e6, 0.0035, 0.015), (134.4e6, 0.000875, 0.00375),
-    (8.4e9, 0.007 / 4000**0.5, 0.03 / 4000**0.5)])
+    (1e6, 0.007, 0.03), (2.1e6, 0.007, 0.03), ((2.1e6 * 135e6)**0.5, (0.007 * 0.0002)**0.5, (0.03 * 0.001)**0.5),
+    (135e6, 0.0002, 0.001), (13.5e9, 0.00002, 0.0001)])
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_learning_rates_fall_with_the_root_of_the_size(recipe, parameters, offset_lr, scale_lr):
-    """Up to the size they were tried at they are as they were. A flag that is given counts at every size.
+def test_learning_rates_fall_with_the_size(recipe, parameters, offset_lr, scale_lr):
+    """They meet the rates of both models that were tried, go as a power between them, and as the root beyond them.
 
-    A rate that no parameter has stays as it was, too.
+    A flag that is given counts at every size. A rate that no parameter has stays as it was.
     """
     base, training, _ = parse("--method", "lota", "--recipe", recipe)
     offset_lr, scale_lr = offset_lr if recipe == "full" else 0.007, scale_lr if base.learned_scales else 0.03
