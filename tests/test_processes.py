@@ -31,6 +31,9 @@ FLAGS = ("--mode", 1, "--quantized_model_dir", OLD / "gptq", "--pretrained", "ba
 METHODS = {**{name: ALL_METHODS[name] for name in ("published", "full", "lrqat", "qalora")},
            "lrqat remainder": ("--method", "lrqat", "--recipe", "remainder", "--learning_rate", 1e-2),
            "lora": ("--method", "lora", "--learning_rate", 1e-2)}
+# In two processes, and in one. Gradients are formed again in the backward, and two batches make a step.
+SMALLER = (("--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--gradient_checkpointing", True),
+           ("--train_batch_size", 4, "--gradient_accumulation_steps", 4, "--gradient_checkpointing", True))
 EVALUATE = ("--mode", 2, "--data_dir", OLD / "data", "--ft_dataset_name", "viggo", "--dtype", "float32",
             "--prompt_layout", "system", "--max_new_tokens", 20, "--eval_batch_size", 5, "--answer_loss",
             "--device_map", "cpu")
@@ -85,6 +88,21 @@ def one(folder):
     return made
 
 
+def alike(ours, theirs):
+    """Whether adapters are equal to the rounding of a sum in another order, and what their runs logged too."""
+    one, other = tensors(ours), tensors(theirs)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if tensor.dtype == torch.int8:          # an entry at a border may round the other way
+            assert (tensor.int() - other[name].int()).abs().max() <= 1
+        else:
+            assert torch.allclose(tensor.float(), other[name].float(), rtol=1e-3, atol=1e-5), name
+    for row, same in zip(logged(ours), logged(theirs), strict=True):
+        assert row.keys() == same.keys()
+        for name, value in row.items():
+            assert same[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
 def tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
 
@@ -99,19 +117,28 @@ def logged(folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_what_one_does(one, two, method):
     """Ternary matrices are equal. Real ones are to the rounding of a sum in another order, as is all that is logged."""
-    ours, theirs = tensors(one[method]), tensors(two[method])
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        if method in ("published", "full") and ("lora_A" in name or "lora_B" in name):
-            assert torch.equal(tensor, theirs[name]), name
-        elif tensor.dtype == torch.int8:        # an entry at a border may round the other way
-            assert (tensor.int() - theirs[name].int()).abs().max() <= 1
-        else:
-            assert torch.allclose(tensor.float(), theirs[name].float(), rtol=1e-3, atol=1e-5), name
-    for row, same in zip(logged(one[method]), logged(two[method]), strict=True):
-        assert row.keys() == same.keys()
-        for name, value in row.items():
-            assert same[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+    alike(one[method], two[method])
+    if method in ("published", "full"):
+        ours, theirs = tensors(one[method]), tensors(two[method])
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours if "lora_A" in name or "lora_B" in name)
+
+
+def test_batches_of_a_step_and_checkpointing(folder):
+    """Two processes with two batches of 4 before a step, and one with four."""
+    flags = (*FLAGS, *METHODS["full"], "--adapter_path")
+    two, = paths(in_two(folder / "batches", ("train", [*flags, folder / "batches two", *SMALLER[0]])))
+    base, training, _ = parse(*flags, folder / "batches one", *SMALLER[1])
+    alike(LoTA_QAF_main.train(base, training), two)
+
+
+def test_distillation(folder, quantize, base_model, demo_data):
+    """The mean over the tokens that are compared with the teacher is over those of both processes."""
+    flags = (*FLAGS, "--method", "lora", "--learning_rate", 1e-2, "--distill", "all", "--quantized_model_dir",
+             quantize(4), "--pretrained", base_model, "--data_dir", demo_data, "--max_steps", 2, "--save_strategy",
+             "no", "--logging_steps", 1, "--adapter_path")
+    two, = paths(in_two(folder / "distill", ("train", [*flags, folder / "distill two"])))
+    base, training, _ = parse(*flags, folder / "distill one", "--gradient_accumulation_steps", 2)
+    alike(LoTA_QAF_main.train(base, training), two)
 
 
 @pytest.mark.parametrize("method", METHODS)
