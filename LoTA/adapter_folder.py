@@ -78,6 +78,8 @@ class LotaConfig:
     fingerprint_all: str | None = None          # "all:...": of every tensor, so of embeddings and norms too
     sha256: dict = field(default_factory=dict)          # {file: SHA-256}; empty: made before they were recorded
     base_files: dict = field(default_factory=dict)      # the same of the GPTQ model's configuration and tokenizer
+    # Merged folders only: the records of the merges before, oldest first, where the base was a merged model itself.
+    history: list[dict] = field(default_factory=list)
     format_version: int = 1
 
     @property
@@ -99,6 +101,11 @@ class LotaConfig:
     def learned_offset(self) -> bool:
         """Whether mu is a parameter of the adapter."""
         return self.in_grid and self.residual and self.offset_scale == "learned"
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether the merged model has offsets: this adapter's, or those of a merge before."""
+        return self.residual or any(record.get("residual", True) for record in self.history)
 
     @property
     def template_date(self) -> str | None:

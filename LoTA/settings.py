@@ -548,6 +548,9 @@ def _check_lrqat(base: baseConfig, folder: "GPTQFolder") -> None:
                         "lrqat, or --residual False")
     if base.dither == "fraction" and base.pretrained is None:
         raise UserError("--dither fraction is what GPTQ rounded away: name the 16-bit model with --pretrained")
+    if base.dither == "fraction" and folder.history():
+        raise UserError(f"--dither fraction is what GPTQ rounded away, and {folder.path} was tuned after that: give "
+                        "--dither noise or none")
     Rounding(base.lora_alpha / base.lora_r).check(base.lora_r, max(1, folder.group_size))
 
 
