@@ -543,15 +543,19 @@ def copy_own_file(file: Path, folder: Path) -> None:
 
 
 def set_checkpoint_format(folder: Path, checkpoint_format: str) -> None:
-    """Writes `checkpoint_format` into quantize_config.json and config.json, because stock tools read either."""
+    """Writes `checkpoint_format`, and format, GPTQModel's newer name of it, where that is there."""
+    set_quantization(folder, "checkpoint_format", checkpoint_format)
+    set_quantization(folder, "format", checkpoint_format, only_where_given=True)
+
+
+def set_quantization(folder: Path, entry: str, value: str | int, only_where_given: bool = False) -> None:
+    """Writes an entry into quantize_config.json and config.json, because stock tools read either."""
     for name in (QUANTIZE_CONFIG, "config.json"):
         if (folder / name).exists():
             content = read_json(folder / name)
             quantization = content.get("quantization_config") if name == "config.json" else content
-            if quantization:
-                quantization["checkpoint_format"] = checkpoint_format
-                if "format" in quantization:            # GPTQModel's newer name of the same
-                    quantization["format"] = checkpoint_format
+            if quantization and (entry in quantization or not only_where_given):
+                quantization[entry] = value
                 write_json(folder / name, content)
 
 

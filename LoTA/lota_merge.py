@@ -32,9 +32,59 @@ LayerMerger = Callable[[str, "PackedLayer"], "tuple[PackedLayer, torch.Tensor | 
 def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | Path, verify: bool = True) -> dict:
     """Merges `adapter` into `source`, writes the folder `output`, and returns {projection: share of integers moved}.
 
-    source: a GPTQ model, or a merged folder. Its offsets and the adapter's are added up in float32.
+    source: a GPTQ model, or a merged folder. Its offsets and the adapter's are added up in float32. Where a QA-LoRA
+    adapter pools fewer inputs than a group has, the output has finer groups, see finer_groups().
     Raises UserError where adapter and model do not belong together, RuntimeError where the verification fails.
     """
+    from LoTA.folders import MARKER
+    from LoTA.regroup import regroup
+    from LoTA.storage import check_output_folder, temporary_folder
+    check_output_folder(output, MARKER)
+    if adapter.config.method == "LoRA":
+        raise UserError(f"{adapter.path} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
+                        "which the GPTQ grid cannot hold; python -m LoTA.export ADAPTER --format dense writes the sum")
+    if Path(output).resolve() == source.path.resolve():
+        raise UserError(f"the output folder {output} is the model to merge into, which would be replaced; name another")
+    adapter.require_whole()
+    adapter.check_match(source)
+    size = finer_groups(adapter, source)
+    if size is None:
+        return _merge_into(adapter, source, output, verify, source)
+    print(f"{adapter.path} pools {adapter.peft_config.qalora_group_size} inputs, and {source.path} has groups of "
+          f"{source.group_size}: the merged model gets groups of {size}")
+    with temporary_folder() as folder:
+        return _merge_into(adapter, regroup(source, size, folder), output, verify, source)
+
+
+def finer_groups(adapter: "AdapterFolder", source: "GPTQFolder") -> int | None:
+    """The group size that the merged model needs where the GPTQ groups are too large for its offsets; None elsewhere.
+
+    It is the largest at which a group lies in one of the GPTQ groups and in one pool of a QA-LoRA adapter.
+    Raises UserError where there is no such size, or no kernel takes it.
+    """
+    from LoTA.regroup import KERNEL_SIZES
+    if adapter.config.method != "QA-LoRA":
+        return None
+    pool, group = adapter.peft_config.qalora_group_size, source.group_size
+    longest = max(source.shape(f"{module}.g_idx")[0] for module in adapter.modules)
+    if pool % (longest if group == -1 else group) == 0:
+        return None
+    size = pool if group == -1 else math.gcd(pool, group)
+    sizes = f"the QA-LoRA adapter pools {pool} inputs, and {source.path} has groups of {group}"
+    if size not in KERNEL_SIZES:
+        raise UserError(f"{sizes}: the merged model needs groups of {size}, and GPTQModel runs "
+                        f"{', '.join(map(str, KERNEL_SIZES))}; train with qalora_group_size {group}" if group != -1
+                        else f"{sizes}: the merged model needs groups of {size}, which GPTQModel does not run")
+    if source.config.get("desc_act"):
+        raise UserError(f"{sizes} in another order (desc_act): no offset of a group says what a pool adds")
+    if source.offset_modules():
+        raise UserError(f"{sizes} with offsets from a merge before, which cannot be cut: pool {group} inputs")
+    return size
+
+
+def _merge_into(adapter: "AdapterFolder", source: "GPTQFolder", output: str | Path, verify: bool,
+                named: "GPTQFolder") -> dict:
+    """merge_folders() after its checks. named: the model that the record names, where `source` is a copy of it."""
     import torch
     from tqdm import tqdm
 
@@ -52,7 +102,6 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
     from LoTA.packed import rescale
     from LoTA.packing import count_different
     from LoTA.storage import (
-        check_output_folder,
         checksums,
         create_safetensors,
         files_below,
@@ -60,15 +109,7 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
         rewrite_safetensors,
         whole_folder,
     )
-    check_output_folder(output, MARKER)
     config = adapter.config
-    if config.method == "LoRA":
-        raise UserError(f"{adapter.path} is a LoRA adapter: its 16-bit product moves every weight by another amount, "
-                        "which the GPTQ grid cannot hold; python -m LoTA.export ADAPTER --format dense writes the sum")
-    if Path(output).resolve() == source.path.resolve():
-        raise UserError(f"the output folder {output} is the model to merge into, which would be replaced; name another")
-    adapter.require_whole()
-    adapter.check_match(source)
     merge_layer = layer_merger(adapter)
 
     with whole_folder(output, MARKER) as folder:
@@ -106,8 +147,8 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
             written = {file.name: rewrite_safetensors(file, folder / file.name, merged_tensor) for file in weights}
         for module in adapter.modules:
             moved.add(module, different[module], sizes[module])
-        record = replace(config, quantized_model_dir=str(source.path.resolve()), base_format=source.checkpoint_format,
-                         training={**config.training, "moved": moved.shares()}, sha256={}, history=source.history())
+        record = replace(config, quantized_model_dir=str(named.path.resolve()), base_format=source.checkpoint_format,
+                         training={**config.training, "moved": moved.shares()}, sha256={}, history=named.history())
         record.save(folder / LOTA_SUBFOLDER)
         if verify:
             verify_folders(adapter, source, MergedFolder(folder), merge_layer)
@@ -141,17 +182,24 @@ def offset_layers(adapter: "AdapterFolder", source: "GPTQFolder") -> list[str]:
 
 def qalora_offset(lora_A: "torch.Tensor", lora_B: "torch.Tensor", scaling: float, packed: "PackedLayer",
                   module: str) -> "torch.Tensor":
-    """mu of a QA-LoRA layer, float32 [groups, out]. lora_A: [groups, r]. lora_B: [r, out].
+    """mu of a QA-LoRA layer, float32 [groups, out]. lora_A: [pools, r]. lora_B: [r, out].
 
-    PEFT adds scaling * (groups * mean of x over the group) @ A @ B. So all weights of group g shift by scaling * groups
-    / rows * (A @ B)[g], and divided by the scale that is mu. Raises UserError unless the GPTQ groups are those of the
-    adapter, of equal size and in order.
+    PEFT adds scaling * (pools * mean of x over the pool) @ A @ B, where a pool is so many neighbouring inputs. So all
+    weights of a pool shift by scaling * pools / size of a pool * (A @ B)[pool], and divided by the scale that is mu.
+    Raises UserError unless each GPTQ group lies in one pool, and where a mu is not finite.
     """
-    groups = packed.groups
-    if lora_A.shape[0] != groups.count or groups.order is not None or groups.sizes.min() != groups.largest:
-        raise UserError(f"{module}: the QA-LoRA adapter pools {packed.shape[0] // lora_A.shape[0]} inputs in their "
-                        "order, and the GPTQ groups are others; only with equal groups it merges")
-    return scaling * groups.count / groups.largest * (lora_A.float() @ lora_B.float()) / packed.scales.float()
+    import torch
+    g_idx, pools = packed.groups.g_idx, lora_A.shape[0]
+    size = packed.shape[0] // pools
+    pool_of = torch.arange(len(g_idx)) // size
+    of_group = torch.empty(packed.groups.count, dtype=torch.int64).scatter_(0, g_idx, pool_of)
+    if not torch.equal(of_group[g_idx], pool_of):
+        raise UserError(f"{module}: the QA-LoRA adapter pools {size} inputs in their order, and a GPTQ group of "
+                        f"{packed.groups.largest} inputs has some of several pools (desc_act); it does not merge")
+    offset = scaling * pools / size * (lora_A.float() @ lora_B.float())[of_group] / packed.scales.float()
+    if not bool(offset.isfinite().all()):
+        raise UserError(f"{module}: an offset is not finite, because the adapter is damaged or a GPTQ scale is 0")
+    return offset
 
 
 def verify_folders(adapter: "AdapterFolder", source: "GPTQFolder", merged: "MergedFolder",
