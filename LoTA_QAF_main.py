@@ -253,7 +253,7 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
                             "--merged_path that all machines see")
         if evaluation.merged_path:
             print(f"merged and verified: {output}")
-        merged = MergedFolder(output)
+        base, merged = replace(base, group_size=None), MergedFolder(output)     # its groups may be finer
 
     def load():
         from LoTA.adapter import load_merged

@@ -53,7 +53,7 @@ def merge_folders(adapter: "AdapterFolder", source: "GPTQFolder", output: str | 
     print(f"{adapter.path} pools {adapter.peft_config.qalora_group_size} inputs, and {source.path} has groups of "
           f"{source.group_size}: the merged model gets groups of {size}")
     with temporary_folder() as folder:
-        return _merge_into(adapter, regroup(source, size, folder), output, verify, source)
+        return _merge_into(adapter, regroup(source, size, folder / "gptq"), output, verify, source)
 
 
 def finer_groups(adapter: "AdapterFolder", source: "GPTQFolder") -> int | None:
