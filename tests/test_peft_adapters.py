@@ -84,7 +84,7 @@ def test_peft_itself_does_not_merge(quantize, tmp_path):
     torch.compiler.set_stance("force_eager")
     model = GPTQModel.load(str(quantize(4)), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model
     model = get_peft_model(model, LoraConfig(use_qalora=True, target_modules=["q_proj"]))
-    with pytest.raises((NotImplementedError, ValueError, AttributeError)):
+    with pytest.raises(NotImplementedError):
         model.merge_and_unload()
 
 
