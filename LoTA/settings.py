@@ -97,7 +97,7 @@ class baseConfig:
     """Settings of the model and of the adapter."""
     mode: int = setting("both", 1, "1 trains an adapter; 2 merges it and evaluates", choices=[1, 2])
     quantized_model_dir: str | None = setting(
-        "both", None, "the folder of the GPTQ model, or of a merged model; required in mode 1, and in mode 2 for a model "
+        "both", None, "the folder of the GPTQ model, or of a merged model; required in mode 1, and in mode 2 for one "
         "without adapter",
         shown="mode 2: the one that the adapter names")
     pretrained: str | None = setting(
