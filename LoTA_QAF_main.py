@@ -35,8 +35,8 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     """Trains an adapter. Returns its folder."""
     settings.check_method(base, training)
     processes.check_launch(base.device_map)
-    from LoTA.folders import GPTQFolder
-    folder = GPTQFolder(base.quantized_model_dir)
+    from LoTA.folders import open_base
+    folder = open_base(base.quantized_model_dir)
     base, training = settings.complete_training(base, training, folder)
     settings.check_training(base, training, folder)
     if training.max_steps > 0 and training.num_train_epochs > 0:
@@ -212,13 +212,13 @@ def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, tempor
 
 
 def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, temporary: Path) -> Subject:
-    """The bare GPTQ model."""
-    from LoTA.folders import GPTQFolder
-    folder = GPTQFolder(base.quantized_model_dir)
+    """The bare GPTQ model, or a merged folder that is named as one."""
+    from LoTA.folders import open_base
+    folder = open_base(base.quantized_model_dir)
 
     def load():
-        from LoTA.adapter import load_gptq
-        return load_gptq(folder.path, backend=evaluation.backend, **loading(base, evaluation)).model
+        from LoTA.adapter import load_base
+        return load_base(folder, backend=evaluation.backend, **loading(base, evaluation)).model
     return Subject(settings.complete_base(base, folder), f"{folder.path.name}_gptq", load,
                    [str(folder.path), base.pretrained], PromptStyle(base.prompt_layout or "published"))
 
@@ -253,7 +253,7 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
                             "--merged_path that all machines see")
         if evaluation.merged_path:
             print(f"merged and verified: {output}")
-        merged = MergedFolder(output)
+        base, merged = replace(base, group_size=None), MergedFolder(output)     # its groups may be finer
 
     def load():
         from LoTA.adapter import load_merged
@@ -273,10 +273,10 @@ def style_of(base: baseConfig, trained: "LotaConfig") -> PromptStyle:
 
 def base_of(adapter: "AdapterFolder", base: baseConfig) -> tuple[baseConfig, "GPTQFolder"]:
     """(settings, GPTQ folder). The adapter names both models, where no flag does."""
-    from LoTA.folders import GPTQFolder
+    from LoTA.folders import open_base
     base = replace(base, pretrained=base.pretrained or adapter.config.pretrained,
                    quantized_model_dir=base.quantized_model_dir or adapter.config.quantized_model_dir)
-    folder = GPTQFolder(base.quantized_model_dir)
+    folder = open_base(base.quantized_model_dir)
     return settings.complete_base(base, folder), folder
 
 

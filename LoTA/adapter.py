@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from LoTA import UserError, processes
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
-from LoTA.folders import GPTQFolder, MergedFolder, is_merged, reading, set_checkpoint_format
+from LoTA.folders import GPTQFolder, MergedFolder, is_merged, open_base, reading, set_checkpoint_format
 from LoTA.layer import CustomLoraLinear, register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import SMALLEST_SCALE, Groups
@@ -72,7 +72,7 @@ class LTA(Adapter):
             raise UserError(f"{self.path} does not name its GPTQ model; pass it as base")
         with temporary_folder() as folder:
             merged = folder / "merged"
-            merge_folders(adapter, GPTQFolder(base), merged, verify=False)
+            merge_folders(adapter, open_base(base), merged, verify=False)
             return self._load_checked(MergedFolder(merged), check=False, **kwargs)      # written just now
 
     def _load_checked(self, merged: MergedFolder, **kwargs):
@@ -84,16 +84,18 @@ class LTA(Adapter):
         return load_merged(merged, **kwargs)
 
     def set_offset(self, offset: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> None:
-        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]. Keeps s * mu."""
+        """Takes one layer's mu and scales, both [groups, out], and g_idx [in]."""
         self.groups = Groups(g_idx, scales.shape[0])
-        self.offset = scaled_offset(offset, scales, torch.float32)
+        self.mu, self.scales = offset, scales
         self._ready = None              # (device, dtype, s * mu on that device in that dtype)
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """out += (group sums of x) @ (s * mu), in place. x: [..., in]. out: [..., out]. Returns out."""
         if self._ready is None or self._ready[:2] != (x.device, x.dtype):
-            self.groups.to(x.device)
-            self._ready = x.device, x.dtype, self.offset.to(x.device, x.dtype)
+            with torch.inference_mode(False):       # a tensor that is made in this mode takes no part in a backward
+                self.groups.to(x.device)
+                scaled = scaled_offset(self.mu, self.scales, x.dtype)
+                self._ready = x.device, x.dtype, scaled.to(x.device)
         add_offset_(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), self._ready[2], self.groups)
         return out
 
@@ -118,6 +120,18 @@ def load_merged(merged: MergedFolder, check: bool = True, **kwargs):
     for module in attached.values():
         _check_hook(module, model.model.dtype)
     return model
+
+
+def load_base(folder: GPTQFolder, **kwargs):
+    """The model of a GPTQ folder or of a merged folder, with its offsets, as a GPTQModel. kwargs go to load_gptq().
+
+    A merged folder's files are not compared with their checksums again, because open_base() did it.
+    """
+    if not isinstance(folder, MergedFolder):
+        return load_gptq(folder.path, **kwargs)
+    loaded = load_merged(folder, check=False, **kwargs)
+    loaded.model.name_or_path = loaded.model.config._name_or_path = str(folder.path)    # PEFT records it
+    return loaded
 
 
 def load_gptq(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | None = None, backend: str = "auto",
@@ -194,7 +208,7 @@ def own_device_map(path: str | Path, trust_remote_code: bool = False) -> dict:
 
 
 def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_torch", **kwargs) -> PeftModel:
-    """A PEFT model in evaluation mode: the adapter, of any method, unmerged on its GPTQ folder.
+    """A PEFT model in evaluation mode: the adapter, of any method, unmerged on its GPTQ folder or merged folder.
 
     kwargs go to load_gptq(). An adapter of LoTA or LR-QAT runs on the plain torch kernel's layers, whatever `backend`
     says. Raises UserError where a file of the adapter has other bytes than those that were written.
@@ -204,10 +218,10 @@ def load_live(adapter: AdapterFolder, gptq: str | Path, backend: str = "gptq_tor
     if config.in_grid:
         backend = "gptq_torch"
         register(lora_config, config.rule, config.learned_offset, config.learned_scales, config.dither)
-    source = GPTQFolder(gptq)
+    source = open_base(gptq)
     # PEFT only warns of tensors that it cannot place. None leaves it the model's own mapping.
     key_mapping = adapter.key_mapping(source) or None
-    model = load_gptq(gptq, backend=backend, **kwargs).model
+    model = load_base(source, backend=backend, **kwargs).model
     # The layers in the file, because PEFT may have rewritten the names in adapter_config.json for another layout.
     lora_config.target_modules, lora_config.target_parameters = list(adapter.match_names(source)), None
     with layers_by_name(model):
@@ -220,7 +234,8 @@ def load_for_training(base: baseConfig, config: LotaConfig, folder: GPTQFolder) 
     Prints how many of the quantized layers get an adapter. Raises UserError where PEFT misses a targeted layer.
     """
     dtype = getattr(torch, base.dtype)
-    model = load_gptq(folder.path, dtype, base.device_map, "gptq_torch", base.flash_attn, base.trust_remote_code).model
+    model = load_base(folder, dtype=dtype, device=base.device_map, backend="gptq_torch",
+                      attn_implementation=base.flash_attn, trust_remote_code=base.trust_remote_code).model
     model.config.use_cache = False
     targets = target_layers(base.lora_target_modules, folder.modules)
     pooling = {"use_qalora": True, "qalora_group_size": folder.group_size} if base.method == "qalora" else {}

@@ -43,7 +43,7 @@ TENSOR_NAME = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_[AB]\.(?:weight|exponent
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
-    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "lora_ga_config", "megatron_core", "peft_version", "revision", "runtime_config",
     "target_modules", "target_parameters", "task_type"}
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")      # the others also change the model's weights
 
@@ -78,6 +78,8 @@ class LotaConfig:
     fingerprint_all: str | None = None          # "all:...": of every tensor, so of embeddings and norms too
     sha256: dict = field(default_factory=dict)          # {file: SHA-256}; empty: made before they were recorded
     base_files: dict = field(default_factory=dict)      # the same of the GPTQ model's configuration and tokenizer
+    # Merged folders only: the records of the merges before, oldest first, where the base was a merged model itself.
+    history: list[dict] = field(default_factory=list)
     format_version: int = 1
 
     @property
@@ -99,6 +101,11 @@ class LotaConfig:
     def learned_offset(self) -> bool:
         """Whether mu is a parameter of the adapter."""
         return self.in_grid and self.residual and self.offset_scale == "learned"
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether the merged model has offsets: this adapter's, or those of a merge before."""
+        return self.residual or any(record.get("residual", True) for record in self.history)
 
     @property
     def template_date(self) -> str | None:
@@ -204,6 +211,7 @@ class PeftConfig:
     lora_alpha: float = 8
     use_rslora: bool = False
     use_qalora: bool = False
+    qalora_group_size: Annotated[int, Field(ge=1)] = 16         # neighbouring inputs that QA-LoRA pools
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None      # {regular expression: rank of its layers}
     alpha_pattern: dict[str, float] | None = None
     peft_type: str = "LORA"
@@ -440,7 +448,9 @@ class AdapterFolder:
                 raise UserError(f"{self.path}: there is no {LOTA_CONFIG}, and omega cannot be read from the folder's "
                                 "name; give it with --load_ada_interval (mode 2) or --interval_point (lota_merge)")
             omega, origin = 0.75 * rank, f"the default 0.75 r, because no {LOTA_CONFIG}, no name and no flag says it"
-        return LotaConfig(method=method, omega=omega, residual=residual is None or residual, rank=rank,
+        # QA-LoRA is nothing but an offset.
+        residual = residual is None or residual or method == "QA-LoRA"
+        return LotaConfig(method=method, omega=omega, residual=residual, rank=rank,
                           bits=int(named["bits"]) if named else None, data_set=named["data_set"] if named else None,
                           quantized_model_dir=self.peft_config.base_model_name_or_path or None), origin
 
@@ -451,7 +461,7 @@ class AdapterFolder:
         return self.peft_config.scaling_of(self._layer_in_file[module].removeprefix(PREFIX))
 
     def matrices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A [in, r], B [r, out]) of one layer, in the file's dtype. A QA-LoRA adapter's A is [groups, r]."""
+        """(A [in, r], B [r, out]) of one layer, in the file's dtype. A QA-LoRA adapter's A is [pools, r]."""
         return tuple(self._tensor(module, f"{matrix}.weight").t() for matrix in ("lora_A", "lora_B"))
 
     def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -530,8 +540,8 @@ class AdapterFolder:
             cols, other_rank = self._shape(module, "lora_B.weight")
             groups, width = source.shape(f"{module}.scales")
             shape = (source.shape(f"{module}.g_idx")[0], width)
-            if config.method == "QA-LoRA" and rows == groups:          # its A has a row for each group
-                rows = shape[0]
+            if config.method == "QA-LoRA":                              # its A has a row for each pool of inputs
+                rows *= self.peft_config.qalora_group_size
             wanted = self.peft_config.rank_of(self._layer_in_file[module].removeprefix(PREFIX))
             if (rows, cols) != shape or not rank == other_rank == wanted:
                 raise UserError(f"{self.path} does not fit {source.path}: {module} is {shape[0]} x {shape[1]}, its "

@@ -112,12 +112,12 @@ def _check_adapter(report: Report, path: Path) -> None:
 
 def _base(report: Report, config: "LotaConfig") -> "GPTQFolder | None":
     """The GPTQ model that a record names, checked; None, and a note, where it is not on this machine."""
-    from LoTA.folders import GPTQFolder
+    from LoTA.folders import open_base
     name = config.quantized_model_dir
     if name is None or not Path(name).is_dir():
         report.notes.append(f"its GPTQ model ({name or 'not named'}) is not here, and was not compared")
         return None
-    return GPTQFolder(name)
+    return open_base(name)
 
 
 def main() -> None:

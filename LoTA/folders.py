@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,7 +138,7 @@ class GPTQFolder:
             raise UserError(f"{path} is not a folder: --quantized_model_dir wants a GPTQ model on disk")
         self.config = read_quantization_config(self.path)
         if LOTA_FORMAT in _formats(self.config) or (self.path / LOTA_SUBFOLDER).exists():
-            raise UserError(f"{path} is a merged LoTA folder, not a GPTQ model to train on or merge into")
+            raise UserError(f"{path} is a merged LoTA folder, where a GPTQ model as it was quantized is wanted")
         self._read_index()
 
     def _read_index(self) -> None:
@@ -200,8 +200,12 @@ class GPTQFolder:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the checkpoint, on the CPU, in the file's dtype."""
-        with safe_open(self.file_of[name], "pt") as tensors:
+        with safe_open(self._file(name), "pt") as tensors:
             return tensors.get_tensor(name)
+
+    def _file(self, name: str) -> Path:
+        """The file that one tensor is in."""
+        return self.file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the file's header."""
@@ -218,11 +222,19 @@ class GPTQFolder:
     def packed(self, module: str) -> PackedLayer:
         """One layer: its integers, zero points, scales and groups, still packed."""
         return PackedLayer(*(self.tensor(f"{module}.{tensor}") for tensor in LAYER_TENSORS), self.bits,
-                           self.checkpoint_format)
+                           self.checkpoint_format, base_offset=self.offset(module))
 
     def offset(self, module: str) -> torch.Tensor | None:
         """mu of one layer, float32 [groups, out], or None. A GPTQ model has none."""
         return None
+
+    def offset_modules(self) -> list[str]:
+        """The names of the layers that have an offset. A GPTQ model has none."""
+        return []
+
+    def history(self) -> list[dict]:
+        """The records of the merges that made the model, oldest first. A GPTQ model has none."""
+        return []
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight of one layer, s * (W_int - z + mu), float32 [in, out]."""
@@ -263,7 +275,7 @@ class GPTQFolder:
 
     def _header(self, name: str) -> tuple[str, list[int]]:
         """(safetensors' name of a tensor's dtype, its shape), from the file's header."""
-        with safe_open(self.file_of[name], "pt") as tensors:
+        with safe_open(self._file(name), "pt") as tensors:
             entry = tensors.get_slice(name)
             return entry.get_dtype(), entry.get_shape()
 
@@ -312,7 +324,10 @@ def _lengths(values: int, bits: int) -> range:
 
 
 class MergedFolder(GPTQFolder):
-    """A merged folder: a GPTQ folder, its LotaConfig as `lota`, and the offsets where it has them."""
+    """A merged folder: a GPTQ folder, its LotaConfig as `lota`, and the offsets where it has them.
+
+    It can be trained on and merged into again, as a GPTQ model. Its fingerprints are of the offsets too.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -324,13 +339,13 @@ class MergedFolder(GPTQFolder):
             self.config = {**self.config, "checkpoint_format": self.lota.base_format, "format": self.lota.base_format}
         self._read_index()
         self.offsets_file = self.path / LOTA_SUBFOLDER / OFFSETS_FILE
-        if self.lota.residual != self.offsets_file.exists():
+        if self.lota.has_offsets != self.offsets_file.exists():
             raise UserError(f"{path} is not whole: its {OFFSETS_FILE} and its {LOTA_CONFIG} disagree; merge again")
         self._check_offsets()
 
     def _check_offsets(self) -> None:
         """Raises UserError for an offset of no layer, or of another shape or dtype than float32 [groups, out]."""
-        if not self.lota.residual:
+        if not self.lota.has_offsets:
             return
         with safe_open(self.offsets_file, "pt") as offsets:
             for name in offsets.keys():
@@ -344,10 +359,24 @@ class MergedFolder(GPTQFolder):
 
     def offset_modules(self) -> list[str]:
         """The names of the layers that have an offset."""
-        if not self.lota.residual:
+        if not self.lota.has_offsets:
             return []
         with safe_open(self.offsets_file, "pt") as offsets:
             return sorted(name.removesuffix(".offset") for name in offsets.keys())
+
+    def history(self) -> list[dict]:
+        """The records of the merges that made the model, oldest first. The last one is this folder's own.
+
+        A record is the content of a lota_config.json without the checksums of the files, which a next merge replaces.
+        """
+        own = {name: value for name, value in asdict(self.lota).items() if name not in ("history", "sha256")}
+        return [*self.lota.history, own]
+
+    def _file(self, name: str) -> Path:
+        return self.file_of[name] if name in self.file_of else self.offsets_file
+
+    def _quantized_names(self) -> list[str]:
+        return super()._quantized_names() + [f"{module}.offset" for module in self.offset_modules()]
 
     def require_whole(self) -> None:
         """Raises UserError where a file has other bytes than those that were written, or was added."""
@@ -360,7 +389,7 @@ class MergedFolder(GPTQFolder):
 
     def offset(self, module: str) -> torch.Tensor | None:
         """mu of one layer, float32 [groups, out], or None where the layer has no adapter or no offset."""
-        if not self.lota.residual:
+        if not self.lota.has_offsets:
             return None
         with safe_open(self.offsets_file, "pt") as offsets:
             name = f"{module}.offset"
@@ -371,12 +400,20 @@ class LoraFolder(GPTQFolder):
     """A GPTQ folder plus a LoRA adapter, as one model. Only weight() has the adapter in it: the sum is off the grid."""
 
     def __init__(self, path: str | Path, adapter: AdapterFolder):
-        super().__init__(path)
+        self.base = open_base(path)
+        self.path, self.config = self.base.path, self.base.config
+        self._read_index()
         self.lota, self.adapter = adapter.config, adapter
 
+    def _file(self, name: str) -> Path:
+        return self.base._file(name)
+
+    def _quantized_names(self) -> list[str]:
+        return self.base._quantized_names()
+
     def weight(self, module: str) -> torch.Tensor:
-        """The weight of one layer, the dequantized integers + alpha / r * A @ B, float32 [in, out]."""
-        weight = super().weight(module)
+        """The weight of one layer, that of the model + alpha / r * A @ B, float32 [in, out]."""
+        weight = self.base.weight(module)
         if module in self.adapter.modules:
             lora_A, lora_B = self.adapter.matrices(module)
             weight.addmm_(lora_A.float(), lora_B.float(), alpha=self.adapter.scaling(module))
@@ -386,6 +423,18 @@ class LoraFolder(GPTQFolder):
 def is_merged(path: str | Path) -> bool:
     """Whether `path` is a merged folder."""
     return (Path(path) / LOTA_SUBFOLDER / LOTA_CONFIG).exists()
+
+
+def open_base(path: str | Path | None) -> GPTQFolder:
+    """The model to train on or to merge into: a GPTQ folder, or a merged folder, which is a base again.
+
+    Raises UserError as GPTQFolder() does, and where a file of a merged folder has other bytes than were written.
+    """
+    if path is None or not is_merged(path):
+        return GPTQFolder(path)
+    folder = MergedFolder(path)
+    folder.require_whole()
+    return folder
 
 
 def check_model_name(flag: str, name: str) -> None:
@@ -494,15 +543,19 @@ def copy_own_file(file: Path, folder: Path) -> None:
 
 
 def set_checkpoint_format(folder: Path, checkpoint_format: str) -> None:
-    """Writes `checkpoint_format` into quantize_config.json and config.json, because stock tools read either."""
+    """Writes `checkpoint_format`, and format, GPTQModel's newer name of it, where that is there."""
+    set_quantization(folder, "checkpoint_format", checkpoint_format)
+    set_quantization(folder, "format", checkpoint_format, only_where_given=True)
+
+
+def set_quantization(folder: Path, entry: str, value: str | int, only_where_given: bool = False) -> None:
+    """Writes an entry into quantize_config.json and config.json, because stock tools read either."""
     for name in (QUANTIZE_CONFIG, "config.json"):
         if (folder / name).exists():
             content = read_json(folder / name)
             quantization = content.get("quantization_config") if name == "config.json" else content
-            if quantization:
-                quantization["checkpoint_format"] = checkpoint_format
-                if "format" in quantization:            # GPTQModel's newer name of the same
-                    quantization["format"] = checkpoint_format
+            if quantization and (entry in quantization or not only_where_given):
+                quantization[entry] = value
                 write_json(folder / name, content)
 
 

@@ -59,7 +59,8 @@ def backend_for(device: torch.device) -> ModuleType:
 class CustomLoraLinear(nn.Module, LoraLayer):
     """y = x @ (s * (W_int - z + W^)) + bias + (group sums of x) @ (s * mu) over a GPTQModel TorchLinear.
 
-    LoTA.ternary defines W^ and mu, and LoTA.steps the rule by which A and B become W^.
+    Where the model is a merged one, its own mu is added to the adapter's. LoTA.ternary defines W^ and mu, and
+    LoTA.steps the rule by which A and B become W^.
 
     Parameters of an adapter: lora_A.weight [r, in] and lora_B.weight [out, r], which are A and B transposed, as PEFT
     stores them. With learned_offset, lora_offset [groups, out] is mu and Eq. 4 is not used. With learned_scales,
@@ -87,7 +88,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         if isinstance(rule, Rounding):
             rule = replace(rule, scaling=lora_alpha / r, seed=layer_seed(target_name) if dither == "noise" else None)
         self.rule, self.dither = rule, dither
-        self._groups = self._rule_with_dither = None
+        self._groups = self._rule_with_dither = self._base_offset = None
         self._evaluated = None          # (what it was made from, W, s * mu), see evaluated()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
@@ -148,7 +149,17 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         base = self.get_base_layer()
         if self._groups is not None:
             self._groups.to(base.qweight.device)
-        return PackedLayer(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits, "gptq_v2", self._groups)
+        return PackedLayer(base.qweight, base.qzeros, base.scales, base.g_idx, base.bits, "gptq_v2", self._groups,
+                           self.base_offset())
+
+    def base_offset(self) -> torch.Tensor | None:
+        """mu of the base layer, float32 [groups, out] on its device, where it is a merged model's; else None."""
+        base = self.get_base_layer()
+        if self._base_offset is None and getattr(base, "adapter", None) is not None:
+            self._base_offset = base.adapter.mu         # LoTA.adapter.LTA
+        if self._base_offset is not None:
+            self._base_offset = self._base_offset.to(base.qweight.device)       # moved once
+        return self._base_offset
 
     def packed(self) -> PackedLayer:
         """The base layer's integers with learned scales, where the adapter has them."""
@@ -215,7 +226,7 @@ class CustomLoraLinear(nn.Module, LoraLayer):
         if self._evaluated is None or self._evaluated[0] != made_from:
             packed, backend = self.packed(), backend_for(lora_A.device)
             weight, offset = backend.adapted_weight(lora_A, lora_B, packed, self.active_rule(), dtype)
-            offset = offset if learned is None else learned.detach()
+            offset = packed.total_offset(offset if learned is None else learned.detach())
             self._evaluated = made_from, weight, None if offset is None else scaled_offset(offset, packed.scales, dtype)
         return self._evaluated[1:]
 

@@ -110,14 +110,16 @@ class PackedLayer:
     qweight: int32 [ceil(in * bits / 32), out]. qzeros: int32 [groups, ceil(out * bits / 32)]. bits: of one integer.
     scales: [groups, out] in any float dtype. g_idx: [in], the group of each row.
     base_scales: the scales before rescaled().
+    base_offset: mu of the model on disk, float32 [groups, out]; None where it has none. Only a merged model has one.
     checkpoint_format: "gptq" stores z - 1 in qzeros, "gptq_v2" stores z.
     groups: the layer's Groups, where the caller has them already.
     """
 
     def __init__(self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor,
-                 bits: int, checkpoint_format: str, groups: Groups | None = None):
+                 bits: int, checkpoint_format: str, groups: Groups | None = None,
+                 base_offset: torch.Tensor | None = None):
         self.qweight, self.qzeros, self.scales, self.bits = qweight, qzeros, scales, bits
-        self.base_scales = scales
+        self.base_scales, self.base_offset = scales, base_offset
         self.checkpoint_format, self.maxq = checkpoint_format, 2**bits - 1
         self.groups = groups or Groups(g_idx, scales.shape[0])
         self.shape = len(g_idx), scales.shape[1]
@@ -148,9 +150,19 @@ class PackedLayer:
         """The same integers with learned scales, see rescale()."""
         return self._with(self.qweight, rescale(self.base_scales, scale_change))
 
+    def total_offset(self, offset: torch.Tensor | None) -> torch.Tensor | None:
+        """mu of the model on disk plus that of an adapter on it, float32 [groups, out]. None: neither is there.
+
+        offset: mu of the adapter [groups, out], or None. Training, live and merged models all add up here, so that
+        their sums are equal bit for bit.
+        """
+        if self.base_offset is None or offset is None:
+            return self.base_offset if offset is None else offset
+        return self.base_offset + offset.float()
+
     def _with(self, qweight: torch.Tensor, scales: torch.Tensor) -> "PackedLayer":
         layer = PackedLayer(qweight, self.qzeros, scales, self.groups.g_idx, self.bits, self.checkpoint_format,
-                            self.groups)
+                            self.groups, self.base_offset)
         layer.base_scales = self.base_scales
         return layer
 

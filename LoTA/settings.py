@@ -100,7 +100,8 @@ class baseConfig:
     """Settings of the model and of the adapter."""
     mode: int = setting("both", 1, "1 trains an adapter; 2 merges it and evaluates", choices=[1, 2])
     quantized_model_dir: str | None = setting(
-        "both", None, "the GPTQ model's folder; required in mode 1, and in mode 2 for a model without adapter",
+        "both", None, "the folder of the GPTQ model, or of a merged model; required in mode 1, and in mode 2 for one "
+        "without adapter",
         shown="mode 2: the one that the adapter names")
     pretrained: str | None = setting(
         "both", None, "the 16-bit model, a folder or a hub name: its tokenizer serves where the GPTQ folder has none, "
@@ -579,6 +580,9 @@ def _check_lrqat(base: baseConfig, folder: "GPTQFolder") -> None:
                         "lrqat, or --residual False")
     if base.dither == "fraction" and base.pretrained is None:
         raise UserError("--dither fraction is what GPTQ rounded away: name the 16-bit model with --pretrained")
+    if base.dither == "fraction" and folder.history():
+        raise UserError(f"--dither fraction is what GPTQ rounded away, and {folder.path} was tuned after that: give "
+                        "--dither noise or none")
     Rounding(base.lora_alpha / base.lora_r).check(base.lora_r, max(1, folder.group_size))
 
 

@@ -19,6 +19,9 @@ and dW are real numbers, its W^ are integers of any size, and its mu is a parame
 
 Scales may be learned: s = s_base * (1 + scale_change), where s_base is the checkpoint's.
 
+A merged model can be trained again. It has a mu of its own, and the mu of y is the sum of that one and of the adapter's
+(PackedLayer.total_offset). Both are in grid steps, so learned scales scale both, as they scale z.
+
 mu stays apart from W, because bfloat16 would lose most of it there: beside 8 grid steps its spacing is 1/32 step, and a
 usual mu is smaller. A merged model computes y so too, because its integers have no place for mu. So training, live and
 merged models do the same operations in the same order, and their outputs are equal bit for bit in every dtype.
@@ -148,11 +151,14 @@ def count_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
 @torch.no_grad()
 def is_merge(lora_A: torch.Tensor, lora_B: torch.Tensor, before: PackedLayer, after: PackedLayer,
              offset: torch.Tensor | None, rule: Rule) -> bool:
-    """Whether the integers of `after`, and `offset`, are what merge() makes of `before`. Looks at every weight."""
-    delta_w_sum = _group_sums_of_delta_w(lora_A, lora_B, before, rule)
+    """Whether the integers of `after`, and `offset`, are what merge() makes of `before`. Looks at every weight.
+
+    offset: the sum of mu of A and B and of the one that `before` has. None where A and B say none.
+    """
+    delta_w_sum, base = _group_sums_of_delta_w(lora_A, lora_B, before, rule), before.base_offset
     return (offset is None) == (delta_w_sum is None) and all(
         torch.equal(stepped.flatten(0, 1), after.integers(rows))
-        and (mu is None or torch.equal(mu, offset[first:last]))
+        and (mu is None or torch.equal(mu if base is None else base[first:last] + mu, offset[first:last]))
         for rows, first, last, stepped, _, mu in _adapted_blocks(lora_A, lora_B, delta_w_sum, before, rule))
 
 
@@ -205,7 +211,7 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
     In W the step W^ is straight-through: its derivative by dW is 1, at the grid's ends too. In mu it is a constant.
     With G = x^T @ grad_output, H = s * G, and P = (group sums of x)^T @ grad_output:
 
-        dL/d(mu) = s * P                                                     None where there is no mu
+        dL/d(mu) = s * P                                                     of no use where A and B say no mu
         dL/d(dW) = H + dL/d(mu) / (kappa * n)                                without the last part where mu is learned
 
     With Rounding dW is in units of the weights, so that H = G. A and B are the fixed-point ones.
@@ -213,14 +219,14 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
         dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)
         dL/d(scale_change) = ((sum of G * W over the group) / s + P * mu) * s_base
 
-    The last one needs `weight`, W [in, out], and `offset`, mu where there is one. It is None without `weight`. Rounding
-    s to float16 is straight-through too. backend: the module whose step_gradients() computes.
+    The last one needs `weight`, W [in, out], and `offset`, all of mu where there is one. It is None without `weight`.
+    Rounding s to float16 is straight-through too. backend: the module whose step_gradients() computes.
     """
     groups, scales, grad_offset = packed.groups, packed.scales.float(), None
     lora_A, lora_B = rule.values(lora_A, lora_B)
     grad_A, grad_B, weight_sum = backend.step_gradients(x, grad_output, lora_A, lora_B, rule.gradient_scales(packed),
                                                         groups, weight)
-    if learned_offset or rule.has_offset:
+    if learned_offset or rule.has_offset or weight is not None and offset is not None:
         group_product = float_product(groups.sum_columns(x).t(), grad_output)
         grad_offset = group_product * scales
     if rule.kappa is not None:
@@ -256,7 +262,7 @@ class GridLinear(torch.autograd.Function):
                 scale_change: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
         packed = load_packed()
         weight, offset = backend.adapted_weight(lora_A, lora_B, packed, rule, x.dtype, _workspace(packed.shape, x))
-        offset = offset if learned_offset is None else learned_offset
+        offset = packed.total_offset(offset if learned_offset is None else learned_offset)
         ctx.save_for_backward(x, lora_A, lora_B, learned_offset)
         ctx.load_packed, ctx.rule, ctx.backend = load_packed, rule, backend
         scaled = None if offset is None else scaled_offset(offset, packed.scales, x.dtype)
@@ -273,7 +279,7 @@ class GridLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] or scales_learn:
             weight, offset = backend.adapted_weight(lora_A, lora_B, packed, rule, x.dtype,
                                                     None if scales_learn else _workspace(packed.shape, x))
-            offset = offset if learned_offset is None else learned_offset
+            offset = packed.total_offset(offset if learned_offset is None else learned_offset)
         if ctx.needs_input_grad[0]:
             grad_x = grad_output @ weight.t()
             if offset is not None:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from LoTA.adapter_folder import PREFIX, LotaConfig
-from LoTA.folders import GPTQFolder
+from LoTA.folders import open_base
 from LoTA.packing import pack_rows
 from LoTA.storage import create_safetensors, overwrite_tensor, write_json
 
@@ -68,7 +68,7 @@ def write_lota_adapter(folder: str | Path, gptq: str | Path, layers: Iterable[st
     layers: the names of the layers it adapts; None: all. A learned offset and learned scales are random too.
     with_config: whether it has a lota_config.json, as the published adapters have not. record: other entries of it.
     """
-    source, folder, tensors = GPTQFolder(gptq), Path(folder), {}
+    source, folder, tensors = open_base(gptq), Path(folder), {}
     # Two generators, so that the matrices of a seed do not depend on what else is learned.
     generator, learned = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     config = LotaConfig(omega=omega, residual=residual, offset_scale=offset_scale, learned_scales=learned_scales,

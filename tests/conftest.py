@@ -16,7 +16,7 @@ import torch
 
 import LoTA_QAF_main
 from LoTA.adapter_folder import AdapterFolder
-from LoTA.folders import GPTQFolder
+from LoTA.folders import open_base
 from LoTA.lota_merge import merge_folders
 
 if not torch.cuda.is_available():
@@ -49,7 +49,7 @@ def parse(*arguments):
 
 def merge(adapter, gptq, output):
     """merge_folders() by the folders' paths: {projection: share of integers moved}."""
-    return merge_folders(AdapterFolder(adapter), GPTQFolder(gptq), output)
+    return merge_folders(AdapterFolder(adapter), open_base(gptq), output)
 
 
 def predictions(results):

@@ -591,12 +591,6 @@ def test_qalora_merges_into_offsets(quantize, tmp_path):
     torch.testing.assert_close(logits(dense, inputs), want, rtol=1e-4, atol=2e-4)
 
 
-def test_qalora_with_other_groups_is_refused(quantize, tmp_path):
-    trained_with_peft(quantize(4), tmp_path / "adapter", use_qalora=True, qalora_group_size=16)
-    with pytest.raises(UserError, match="does not fit|only with equal groups"):
-        merge(tmp_path / "adapter", quantize(4), tmp_path / "merged")
-
-
 def test_lora_becomes_dense_only(quantize, tmp_path):
     """The message says why it does not merge. dense writes the sum, whose logits are the live ones."""
     gptq = quantize(4)

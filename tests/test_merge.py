@@ -211,10 +211,11 @@ def test_what_does_not_belong_together_is_refused(gptq, adapter, tmp_path):
         merge(write_lota_adapter(tmp_path / "a2", gptq), tmp_path, tmp_path / "m")
 
 
-def test_merging_into_a_merged_folder_is_refused(gptq, tmp_path):
+def test_merging_twice_is_refused(gptq, tmp_path):
+    """An adapter of the GPTQ model does not fit the merged one, which is a base for adapters of its own."""
     adapter = write_lota_adapter(tmp_path / "adapter", gptq, residual=False)
     merge(adapter, gptq, tmp_path / "merged")
-    with pytest.raises(UserError, match="merged LoTA folder"):
+    with pytest.raises(UserError, match="trained on other GPTQ weights"):
         merge(adapter, tmp_path / "merged", tmp_path / "again")
 
 

@@ -559,7 +559,8 @@ ROOMS = {
     "names and mistakes": ["LoTA", "LoTA.export"],                  # LoTA.export itself is only the list of formats
     "files and processes": ["LoTA.processes", "LoTA.storage", "LoTA.row_files"],
     "the method": ["LoTA.packing", "LoTA.packed", "LoTA.steps", "LoTA.ternary", "LoTA.kernels"],
-    "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.export.card", "LoTA.lota_merge"],
+    "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.export.card", "LoTA.regroup",
+                "LoTA.lota_merge"],
     "models in memory": ["LoTA.layer", "LoTA.adapter", "LoTA.answer_loss", "LoTA.distill", "LoTA.monitor",
                          "LoTA.trainer"],
     "other engines": ["LoTA.export.shared", "LoTA.export.gptq", "LoTA.export.peft_adapter", "LoTA.export.dense",

@@ -39,7 +39,7 @@ def write_merged_card(folder: Path, name: str, config: LotaConfig, bits: int, gr
     """Writes the README.md of a merged model into `folder`. name: what the folder will be called."""
     text = ("The integers are the merged ones, and `lota/` holds the offset of every group. Stock GPTQ tools refuse "
             "the folder, because they would drop the offsets; `python -m LoTA.export` writes other formats."
-            if config.residual else "It is a plain GPTQ checkpoint, which GPTQ engines open as it is.")
+            if config.has_offsets else "It is a plain GPTQ checkpoint, which GPTQ engines open as it is.")
     _write(folder, name, config, bits, group_size, text, LOAD_MERGED, "gptqmodel",
            "The SHA-256 of every file is in `lota/lota_config.json`; `python -m LoTA.check` compares them.")
 
@@ -64,10 +64,12 @@ def _write(folder: Path, name: str, config: LotaConfig, bits: int, group_size: i
             ("Base model", public_base),
             ("Quantization", f"GPTQ, {bits} bits, group size {group_size}"),
             ("Rank", config.rank), ("Omega", config.omega),
-            ("Offset", "yes" if config.residual and config.method != "LoRA" else "no"),
+            ("Offset", "yes" if config.has_offsets and config.method != "LoRA" else "no"),
             ("Alpha", config.settings.get("lora_alpha") if config.method == "LR-QAT" else None),
             ("Dither", config.dither if config.method == "LR-QAT" else None),
             ("Learned scales", "yes" if config.learned_scales else None), ("Sigma", _sigma(config)),
+            ("Tuned before", ", ".join(f"{record['method']} on {record['data_set'] or 'unknown data'}"
+                                       for record in config.history) or None),
             ("Training data", config.data_set), ("Teacher", _teacher(config)),
             ("Optimizer steps", config.training.get("steps")), ("Seed", config.seed)]
     moved = (config.training.get("moved") or {}).get("all")

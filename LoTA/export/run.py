@@ -10,7 +10,7 @@ from LoTA.adapter_folder import AdapterFolder
 from LoTA.export import FORMATS
 from LoTA.export.card import write_model_card
 from LoTA.export.shared import MARKER, ExportRecord
-from LoTA.folders import GPTQFolder, LoraFolder, MergedFolder, is_merged
+from LoTA.folders import LoraFolder, MergedFolder, is_merged, open_base
 from LoTA.lota_merge import merge_folders
 from LoTA.storage import check_output_folder, checksums, files_below, temporary_folder, whole_folder
 
@@ -63,5 +63,5 @@ def opened(source: str | Path | MergedFolder | AdapterFolder, format: str,
         yield model
         return
     with temporary_folder() as temporary:
-        merge_folders(adapter, GPTQFolder(gptq), temporary / "merged")
+        merge_folders(adapter, open_base(gptq), temporary / "merged")
         yield MergedFolder(temporary / "merged")
