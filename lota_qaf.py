@@ -136,13 +136,13 @@ def merge(adapter: Place, output: Place, quantized_model_dir: Place | None = Non
     quantized_model_dir: the GPTQ model; None: the one that the adapter names.
     """
     from LoTA.adapter_folder import AdapterFolder
-    from LoTA.folders import GPTQFolder
+    from LoTA.folders import open_base
     from LoTA.lota_merge import merge_folders
     folder = AdapterFolder(adapter)
     gptq = quantized_model_dir or folder.config.quantized_model_dir
     if gptq is None:
         raise UserError(f"{folder.path} does not name its GPTQ model: give quantized_model_dir")
-    return MergedModel(Path(output), merge_folders(folder, GPTQFolder(gptq), output))
+    return MergedModel(Path(output), merge_folders(folder, open_base(gptq), output))
 
 
 def evaluate(model: Place, *, verbose: bool = False, **settings: object) -> Evaluation:
