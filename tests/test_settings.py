@@ -560,8 +560,8 @@ ROOMS = {
     "files and processes": ["LoTA.processes", "LoTA.storage", "LoTA.row_files"],
     "the method": ["LoTA.packing", "LoTA.packed", "LoTA.steps", "LoTA.ternary", "LoTA.kernels"],
     "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.export.card", "LoTA.lota_merge"],
-    "models in memory": ["LoTA.layer", "LoTA.adapter", "LoTA.answer_loss", "LoTA.distill", "LoTA.monitor",
-                         "LoTA.trainer"],
+    "models in memory": ["LoTA.layer", "LoTA.adapter", "LoTA.answer_loss", "LoTA.distill", "LoTA.sequences",
+                         "LoTA.monitor", "LoTA.trainer"],
     "other engines": ["LoTA.export.shared", "LoTA.export.gptq", "LoTA.export.peft_adapter", "LoTA.export.dense",
                       "LoTA.export.gguf", "LoTA.export.run", "LoTA.export.__main__", "LoTA.check"],
     "scripts": ["t_signSGD", "data_print_save", "evalGSV", "gptq_quantize", "LoTA_QAF_main"]}
