@@ -7,7 +7,7 @@ there is less padding. The positions begin at 0 with each row. transformers take
 the attention across it, or tells flash attention where rows begin. So the loss of a batch and its gradients stay what
 they are without packing, to rounding.
 
-A model that ignores the positions, or carries a state from token to token, would mix the rows. check_packing() tries
+A model that ignores the positions, or hands on a state from token to token, would mix the rows. check_packing() tries
 each model before it trains.
 
 Symbols: k, the sequences of a batch; W, their width in tokens.
@@ -148,9 +148,10 @@ def check_packing(model: torch.nn.Module) -> None:
     if not has_plain_loss(inner):
         raise UserError(f"--packing needs a model whose loss is the cross entropy alone, and that of {name} has more "
                         f"terms: {remedy}, or look at output_router_logits in its config.json")
-    if inner._is_stateful:
-        raise UserError(f"--packing would mix the rows, because {name} carries a state from each token to the next: "
-                        f"{remedy}")
+    # A short convolution reaches back over two or three tokens only, which is too little for the trial below to notice.
+    if inner._is_stateful or any(isinstance(module, torch.nn.Conv1d) for module in inner.modules()):
+        raise UserError(f"--packing would mix the rows, because {name} hands on a state or a convolution from token to "
+                        f"token: {remedy}")
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         raise UserError(f"--packing needs positions that begin anew with each row, and {name} takes none: {remedy}")
     training = model.training
