@@ -30,6 +30,7 @@ FLAGS = ("--mode", 1, "--quantized_model_dir", OLD / "gptq", "--pretrained", "ba
          "--save_total_limit", 6, "--logging_steps", 2, "--prompt_layout", "system")
 METHODS = {**{name: ALL_METHODS[name] for name in ("published", "full", "lrqat", "qalora")},
            "lrqat remainder": ("--method", "lrqat", "--recipe", "remainder", "--learning_rate", 1e-2),
+           "qalora packed": (*ALL_METHODS["qalora"], "--packing", True),
            "lora": ("--method", "lora", "--learning_rate", 1e-2)}
 EVALUATE = ("--mode", 2, "--data_dir", OLD / "data", "--ft_dataset_name", "viggo", "--dtype", "float32",
             "--prompt_layout", "system", "--max_new_tokens", 20, "--eval_batch_size", 5, "--answer_loss",
