@@ -42,12 +42,11 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     if training.max_steps > 0 and training.num_train_epochs > 0:
         print(f"--max_steps {training.max_steps} decides; --num_train_epochs {training.num_train_epochs} has no effect")
 
-    from transformers import DataCollatorForSeq2Seq
-
     from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
     from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable, config_of_checkpoint
     from LoTA.distill import load_distillation
+    from LoTA.sequences import make_collator
     from LoTA.trainer import (
         GridTrainer,
         LotaTrainer,
@@ -88,7 +87,7 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         model.print_trainable_parameters()
         common = {"model": model, "train_dataset": data, "args": arguments, "config": config,
                   "distillation": distillation,
-                  "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)}
+                  "data_collator": make_collator(training.packing, tokenizer, model, distillation)}
         if base.method == "lota":
             trainer = LotaTrainer(ternary_optimizer(model, base, training), **common)
         elif base.method == "lrqat":

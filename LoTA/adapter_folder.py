@@ -273,6 +273,7 @@ MAY_DIFFER = {
     "save_strategy", "save_number", "save_total_limit", "loss_guard",
     "max_steps", "num_train_epochs",                                                                # how long it is
     "device_map", "flash_attn", "gradient_checkpointing", "trust_remote_code",                      # the device
+    "packing",                              # how a batch is computed: its rows are the same, its gradients to rounding
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
     "quantized_model_dir", "pretrained", "distill_model", "data_dir", "sym",
     "template_date"}                        # a resumed run takes the checkpoint's

@@ -40,16 +40,19 @@ class Distillation:
     weight: float
     tokens: Literal["answers", "all"]
 
-    def selected(self, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs) -> torch.Tensor:
+    def selected(self, labels: torch.Tensor, attention_mask: torch.Tensor | None = None,
+                 position_ids: torch.Tensor | None = None, **inputs) -> torch.Tensor:
         """Whose distributions are compared: bool [batch, S].
 
         labels: [batch, S], the input's tokens, or IGNORE_INDEX. attention_mask: [batch, S], 0 for padding; None: there
-        is none. The other inputs have no effect.
+        is none. position_ids: [batch, S], where rows share a sequence (LoTA/sequences.py); the positions of a row count
+        on, so the last token of a row and the padding predict nothing. The other inputs have no effect.
         """
         if self.tokens == "answers":
             return next_tokens(labels) != IGNORE_INDEX
         there = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        return there & (next_tokens(torch.where(there, 1, IGNORE_INDEX)) != IGNORE_INDEX)
+        predicts = there & (next_tokens(torch.where(there, 1, IGNORE_INDEX)) != IGNORE_INDEX)
+        return predicts if position_ids is None else predicts & (next_tokens(position_ids) == position_ids + 1)
 
     def count(self, batches: Iterable[dict]) -> torch.Tensor | int:
         """How many tokens of these batches are compared."""

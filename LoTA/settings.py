@@ -172,6 +172,9 @@ class trainingConfig:
     max_steps: int = setting("data", -1, "optimizer steps; they override the epochs")
     train_batch_size: int = setting("data", 64, "rows of one forward pass on one device")
     gradient_accumulation_steps: int = setting("data", 1, "forward passes whose gradients make one optimizer step")
+    packing: bool = setting(
+        "data", False, "let the rows of a forward pass share sequences, none of which sees another, so that there is "
+        "less padding; losses and gradients stay the same to rounding")
     source_max_len: int = setting(
         "data", 1024, "tokens of a prompt at most; a longer one loses the beginning of its question")
     target_max_len: int = setting(

@@ -10,9 +10,10 @@ from random_gptq import write_gptq
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-# The three small ones are no real model's.
-SHAPES = {"tiny": Shape("random", 192, 512, 4, 6, 6, 1500), "60M": Shape("random", 512, 1408, 16, 8, 8, 8000),
-          "200M": Shape("random", 1024, 2816, 16, 16, 16, 8000), "1B": MODELS["1B"], "8B": MODELS["8B"]}
+# The five small ones are no real model's. "wide" has one layer, as wide as those of 1B.
+SHAPES = {"tiny": Shape("random", 192, 512, 4, 6, 6, 1500), "15M": Shape("random", 512, 1408, 4, 8, 8, 8000),
+          "60M": Shape("random", 512, 1408, 16, 8, 8, 8000), "200M": Shape("random", 1024, 2816, 16, 16, 16, 8000),
+          "wide": Shape("random", 2048, 5632, 1, 32, 8, 8000), "1B": MODELS["1B"], "8B": MODELS["8B"]}
 
 
 def write_gptq_llama(folder: Path, shape: Shape, bits: int, group_size: int) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from common import peak_extra_memory, print_table, save, time_interleaved
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from random_model import SHAPES, write_gptq_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -46,16 +46,20 @@ def constant_batch(rows: int, length: int, vocabulary: int) -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
-def viggo_batch(rows: int, vocabulary: int, data_dir: str) -> Batch:
-    """Random tokens in the lengths of ViGGO's training rows around the median. Each tensor is [rows, longest]."""
+def train_tokenizer(data_name: str, vocabulary: int, data_dir: str | Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with at most so many tokens, of the training rows of a data set."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     texts = [(messages[-1]["content"], answer) for messages, answer in
-             (read_messages("viggo", row) for row in load_rows("viggo", "train", data_dir))]
+             (read_messages(data_name, row) for row in load_rows(data_name, "train", data_dir))]
     bpe.train_from_iterator((text for pair in texts for text in pair), trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False))
-    data = prepare_dataset("viggo", PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"), data_dir=data_dir)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def viggo_batch(rows: int, vocabulary: int, data_dir: str) -> Batch:
+    """Random tokens in the lengths of ViGGO's training rows around the median. Each tensor is [rows, longest]."""
+    data = prepare_dataset("viggo", train_tokenizer("viggo", vocabulary, data_dir), data_dir=data_dir)
     data = data.sort("length").select(range((len(data) - rows) // 2, (len(data) + rows) // 2))
     width = -(-max(data["length"]) // 8) * 8             # as DataCollatorForSeq2Seq pads
     ids = torch.randint(10, vocabulary, (rows, width))
@@ -67,12 +71,9 @@ def viggo_batch(rows: int, vocabulary: int, data_dir: str) -> Batch:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def make_steps(folder: Path, method: str, dtype: torch.dtype, batch: Batch,
-               checkpointing: bool) -> dict[str, Callable[[], None]]:
-    """One training step of `method`, LoRA, QA-LoRA or LoTA, as a function for each loss: {"whole" or "answers": it}.
-
-    Both train the same model.
-    """
+def make_model(folder: Path, method: str, dtype: torch.dtype,
+               checkpointing: bool) -> tuple[PeftModel, torch.optim.Optimizer]:
+    """A GPTQ model with adapters of `method`, LoRA, QA-LoRA or LoTA, and the method's optimizer."""
     model = load_gptq(folder, dtype=dtype, backend="gptq_torch").model
     model.config.use_cache = False
     extra = {"use_qalora": True, "qalora_group_size": GROUP} if method == "QA-LoRA" else {}
@@ -93,14 +94,24 @@ def make_steps(folder: Path, method: str, dtype: torch.dtype, batch: Batch,
         optimizer = tSignSGD(trained)
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    return model, optimizer
 
-    def step(forward: Callable):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = forward(**batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"whole": partial(step, model), "answers": partial(step, partial(answer_loss, model))}
+
+def take_step(forward: Callable, optimizer: torch.optim.Optimizer, batch: Batch, autocast: bool) -> None:
+    """A training step. forward: a function (a batch's tensors) -> {"loss": ...}. autocast: compute in bfloat16."""
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
+        loss = forward(**batch)["loss"]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def make_steps(folder: Path, method: str, dtype: torch.dtype, batch: Batch,
+               checkpointing: bool) -> dict[str, Callable[[], None]]:
+    """One training step of `method` as a function for each loss: {"whole" or "answers": it}. Both train one model."""
+    model, optimizer = make_model(folder, method, dtype, checkpointing)
+    return {name: partial(take_step, forward, optimizer, batch, dtype == torch.bfloat16)
+            for name, forward in (("whole", model), ("answers", partial(answer_loss, model)))}
 
 
 def main():

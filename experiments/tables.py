@@ -410,6 +410,26 @@ def answers_table(measured: dict) -> str:
     return f"{table.rstrip()} Of {row['tokens']:,} tokens {row['answer tokens']:,} are answers.\n"
 
 
+def packing_table(measured: dict) -> str:
+    """Training on rows that share sequences, beside padded rows."""
+    table = benchmark_table(measured, {
+        "rows": ("data", ""), "order": ("order", ""), "dtype": ("dtype", ""), "batch": ("way", ""),
+        "sequences": ("sequences", ".1f"), "width": ("width", ".0f"), "tokens / s": ("tokens / s", ".0f"),
+        "speed / padded": ("speed / padded", ".2f"), "lowest": ("lowest", ".2f"), "highest": ("highest", ".2f")},
+        what="timed")
+    row = next(row for row in measured["rows"] if row["what"] == "timed")
+    return (f"{table.rstrip()} Batches have {row['batch']} rows; each figure is of {row['batches']} batches: the speed "
+            "is the median of the ratios, and the lowest and the highest stand beside it.\n")
+
+
+def padding_table(measured: dict) -> str:
+    """The padding of an epoch, with and without packing."""
+    return benchmark_table(measured, {
+        "rows": ("data", ""), "order": ("order", ""), "batch": ("batch", ""), "hidden": ("hidden", ","),
+        "padding, padded, %": ("padding padded, %", ".1f"), "padding, packed, %": ("padding packed, %", ".1f"),
+        "speed / padded, by the estimate": ("estimated speed / padded", ".2f")}, what="counted")
+
+
 def optimizer_table(measured: dict) -> str:
     """A step of t-SignSGD beside the same with torch.quantile, and beside AdamW."""
     return benchmark_table(measured, {
@@ -587,6 +607,10 @@ TABLES = {
     "speed_train_step_viggo": Table(
         "a training step on ViGGO's lengths", ("benchmarks/results/train_step_viggo_cpu.json",), answers_table,
         "python benchmarks/train_step.py --bits 4 --data_dir DATA --output train_step_viggo"),
+    "speed_packing": Table("training with --packing", ("benchmarks/results/sequences_cpu.json",), packing_table,
+                           "python benchmarks/sequences.py --data_dir DATA"),
+    "speed_padding": Table("what padding --packing removes", ("benchmarks/results/sequences_cpu.json",), padding_table,
+                           "python benchmarks/sequences.py --data_dir DATA"),
     "speed_optimizer": Table("a step of the optimizer", ("benchmarks/results/optimizer_cpu.json",), optimizer_table,
                              "python benchmarks/optimizer.py"),
     "speed_generate": Table("generation", ("benchmarks/results/generate_cpu.json",), generate_table,

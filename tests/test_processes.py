@@ -30,6 +30,7 @@ FLAGS = ("--mode", 1, "--quantized_model_dir", OLD / "gptq", "--pretrained", "ba
          "--save_total_limit", 6, "--logging_steps", 2, "--prompt_layout", "system")
 METHODS = {**{name: ALL_METHODS[name] for name in ("published", "full", "lrqat", "qalora")},
            "lrqat remainder": ("--method", "lrqat", "--recipe", "remainder", "--learning_rate", 1e-2),
+           "qalora packed": (*ALL_METHODS["qalora"], "--packing", True),
            "lora": ("--method", "lora", "--learning_rate", 1e-2)}
 # In two processes, and in one. Gradients are formed again in the backward, and two batches make a step.
 SMALLER = (("--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--gradient_checkpointing", True),
