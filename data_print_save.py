@@ -266,6 +266,7 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None, form: Row
     and raises UserError where it is of no use.
     Raises UserError with what to do, and with the file and the row where one cannot be read.
     """
+    from datasets import Dataset
     task = find_task(data_name)
     if data_name in TASKS:
         form = PLAIN
@@ -300,7 +301,7 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None, form: Row
     if wanted == "all" and not (split == "train" and data_name in TASKS and task.score is None):
         if len(rows) == 1 and is_text(data_name, rows[0]):
             print(f"{source} holds a single text: its end, about a fifth of it, tests")
-            return rows.map(lambda row: {"text": own_rows.cut_text(row["text"])[split]}, keep_in_memory=True)
+            return Dataset.from_list([{"text": own_rows.cut_text(rows[0]["text"])[split]}])
         if len(rows) < 2:
             raise UserError(f"{source} has one row only: too few to be cut into train and test")
         test_size = LARGE_SET_TEST_ROWS if len(rows) > 10 * LARGE_SET_TEST_ROWS else TEST_SHARE
