@@ -711,9 +711,10 @@ def _label_answers(tokenizer: "PreTrainedTokenizerBase", messages: Messages,
     """(the token ids of a prompt, their labels as in fit_dialogue()). The ids are those of encode_prompt()."""
     text = render_prompt(tokenizer, messages, date)
     roles = [message["role"] for message in messages]
-    # An answer before the first question is no answer, and templates refuse an empty dialogue.
+    # An answer before the first question is no answer, and templates refuse an empty dialogue. A blank one would train
+    # to say nothing.
     spans = [_find_answer(tokenizer, messages[:i + 1], text, date) for i, role in enumerate(roles)
-             if role == "assistant" and "user" in roles[:i]]
+             if role == "assistant" and "user" in roles[:i] and messages[i]["content"].strip()]
     if not spans:
         ids = encode_prompt(tokenizer, text)
         return ids, [IGNORE_INDEX] * len(ids)
@@ -820,6 +821,7 @@ def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_
     if not 0 < train_ratio <= 1:
         raise UserError(f"--train_ratio must be in (0, 1], not {train_ratio}")
     sets = own_rows.parse_sets(data_name, data_dir)
+    own_rows.check_flags(sets, form)
     form = replace(form, partly=len(sets) > 1)
 
     def kept(rows: "Dataset") -> "Dataset":

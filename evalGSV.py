@@ -34,7 +34,7 @@ from data_print_save import (
 )
 from LoTA import UserError, processes
 from LoTA.answer_loss import sum_answer_losses
-from LoTA.own_rows import folder_name
+from LoTA.own_rows import check_flags, folder_name
 from LoTA.scores import Score, check_labels, find_score
 from LoTA.settings import MAX_NEW_TOKENS, TEXT_WINDOW, baseConfig, evalConfig, own_row_form, split_names
 
@@ -51,7 +51,14 @@ def find_scorers(eval_args: evalConfig, base_args: baseConfig) -> dict[str, Scor
         score_of(eval_args)                             # a name that does not exist is refused before rows are read
         rows = read_test_rows(eval_args, base_args)
         rows = rows.select(range(min(eval_args.limit or len(rows), len(rows))))
-        prepare = prepare_perplexity if holds_texts(find_measured(data_name).name, rows) else prepare_evalgsv
+        texts = holds_texts(find_measured(data_name).name, rows)
+        idle = next((flag for flag, value, of_texts in (("--score", eval_args.score, False),
+                                                        ("--text_window", eval_args.text_window, True))
+                     if value is not None and of_texts != texts), None)
+        if idle:
+            raise UserError(f"{idle} is without effect on {data_name}, whose rows are "
+                            f"{'texts' if texts else 'no texts'}: leave it out")
+        prepare = prepare_perplexity if texts else prepare_evalgsv
         scorers[data_name] = folder_name(data_name), partial(prepare, eval_args, rows)
     tasks = find_lm_eval_tasks(eval_args)
     if tasks:
@@ -61,8 +68,9 @@ def find_scorers(eval_args: evalConfig, base_args: baseConfig) -> dict[str, Scor
 
 def read_test_rows(eval_args: evalConfig, base_args: baseConfig):
     """The test rows of --ft_dataset_name, a Dataset. Raises UserError where they cannot be read."""
-    one = find_measured(eval_args.ft_dataset_name, base_args.data_dir)
-    return load_rows(one.name, "test", one.place, own_row_form(base_args))
+    one, form = find_measured(eval_args.ft_dataset_name, base_args.data_dir), own_row_form(base_args)
+    check_flags([one], form)
+    return load_rows(one.name, "test", one.place, form)
 
 
 def is_correct(pred: str, label: str, dataset_name: str) -> bool:

@@ -87,6 +87,18 @@ def folder_name(text: str) -> str:
     return "+".join(re.sub("[^A-Za-z0-9.-]+", "-", one.name.rpartition("/")[2]) for one in parse_sets(text))
 
 
+def check_flags(sets: Sequence[DataSet], form: "RowForm") -> None:
+    """Raises UserError where a flag for own rows, or for the hub, would be without effect on all of these sets."""
+    names = ", ".join(one.name for one in sets)
+    hub = [one for one in sets if HUB_NAME.fullmatch(one.name)]
+    if form.changes and not hub and not any(one.name in (CHAT, TEXT) for one in sets):
+        raise UserError(f"--data_columns and --prompt_template are for own rows, and {names} has columns of its own: "
+                        f"write {CHAT}, {TEXT} or OWNER/NAME")
+    if (form.split or form.config) and not any(one.place is None for one in hub):
+        raise UserError(f"--data_split and --data_config choose a part of OWNER/NAME on the hub, and {names} is read "
+                        "elsewhere: leave them out")
+
+
 def draw_mixture(sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> list[tuple[int, int]]:
     """The rows of a mixture in their order, each as (number of its set, number of its row), both from 0.
 

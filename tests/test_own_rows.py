@@ -426,6 +426,12 @@ def test_an_answer_before_the_first_question_is_not_trained():
                                    "<|assistant\n")
 
 
+def test_a_blank_answer_is_not_trained():
+    ids, labels, _ = fit_dialogue(char_tokenizer(chat_template=CHATML), turns("Hi", " ", "Hi?", "Yes", "Bye"), 999)
+    assert marked(ids, labels) == ("<|user\nHi$\n<|assistant\n $\n<|user\nHi?$\n<|assistant\n{{Yes$}}\n"
+                                   "<|user\nBye$\n<|assistant\n")
+
+
 def test_a_token_that_begins_in_the_prompt_is_not_trained():
     """Nothing generates it. The next one is trained."""
     words = ["u:Hi", "a:Well", "then", "<eos>", "u:Bye", "a:", "<unk>"]
@@ -485,7 +491,7 @@ def test_every_token_of_a_text_is_trained(tmp_path, capsys):
     data = prepare_dataset("text", tokenizer, 1.0, 6, 4, data_dir=str(tmp_path))
     assert [row["input_ids"] for row in data] == [whole[i:i + 10] for i in (0, 9, 18, 27)]
     assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in data)
-    assert data["length"][:] == [10, 10, 10, 9]
+    assert data["length"][:] == [10, 10, 10, 10]
     assert [label for row in data for label in row["labels"] if label != -100] == whole[1:]
     assert "text: 1 texts are 4 rows of at most 10 tokens" in capsys.readouterr().out
     assert len(prepare_dataset("text", tokenizer, 0.5, 6, 4, data_dir=str(tmp_path))) == 2
@@ -745,6 +751,25 @@ def test_a_label_without_a_number(tmp_path):
     assert label == "chat"
     with pytest.raises(UserError, match="--score number: the answer of row 2 has no number: 'one'"):
         prepare(char_tokenizer(chat_template=TURNS), str(tmp_path / "model"), PromptStyle(), False)
+
+
+@pytest.mark.parametrize("name, flags, message", [
+    ("text", ("--score", "exact"), "--score is without effect on text, whose rows are texts: leave it out"),
+    ("chat", ("--text_window", 8), "--text_window is without effect on chat, whose rows are no texts"),
+    ("chat", ("--data_split", "test"), "--data_split and --data_config choose a part of OWNER/NAME on the hub, and c"),
+    ("me/set", ("--data_config", "a"), "--data_split and --data_config choose a part of OWNER/NAME on the hub, "),
+    ("gsm8k", ("--data_columns", "prompt=a"), "--data_columns and --prompt_template are for own rows, and gsm8k has")])
+def test_flags_without_effect(tmp_path, name, flags, message):
+    """They are refused, because the user meant something by them."""
+    row = {"text": "Once."} if name == "text" else GOOD
+    write_rows(tmp_path / "test.jsonl", [row])
+    base, evaluation = measured(tmp_path, name, "--data_dir", tmp_path, *flags)
+    with pytest.raises(UserError, match=message):
+        find_scorers(evaluation, base)
+    if flags[0].startswith("--data"):
+        form = row_form(base.data_columns, None, base.data_split, base.data_config)
+        with pytest.raises(UserError, match=message):
+            prepare_dataset(name, char_tokenizer(), data_dir=str(tmp_path), form=form)
 
 
 def test_one_set_at_a_time():
