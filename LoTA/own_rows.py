@@ -41,7 +41,7 @@ class DataSet:
 
 
 def parse_sets(text: str, data_dir: str | None = None) -> list[DataSet]:
-    """The sets that NAME[:PLACE][=WEIGHT], with commas between several, means.
+    """The sets that a flag means by NAME[:PLACE][=WEIGHT], with commas between several.
 
     data_dir: the place of a single set that names none. Raises UserError where the text cannot be read so.
     """
@@ -51,15 +51,14 @@ def parse_sets(text: str, data_dir: str | None = None) -> list[DataSet]:
         weight = _number(number) if mark else None
         name, _, place = (part.strip() if weight is None else head).partition(":")
         if not name:
-            raise UserError(f"--training_data_name {text} names a set with no name: write NAME, NAME:PLACE or "
+            raise UserError(f"'{text}' names a set with no name: write NAME, NAME:PLACE or "
                             "NAME:PLACE=WEIGHT, with commas between several")
         if weight is not None and not 0 < weight < math.inf:
-            raise UserError(f"--training_data_name {text}: the weight {number} is not positive")
+            raise UserError(f"'{text}': the weight {number} is not positive")
         sets.append(DataSet(name, place or None, weight))
     weighted = [one for one in sets if one.weight is not None]
     if weighted and (len(sets) == 1 or len(weighted) < len(sets)):
-        raise UserError(f"--training_data_name {text}: a weight is a share of a mixture, so give one to each of "
-                        "several sets, or to none")
+        raise UserError(f"'{text}': a weight is a share of a mixture, so give one to each of several sets, or to none")
     if data_dir is None:
         return sets
     if len(sets) > 1 or sets[0].place:
@@ -177,6 +176,8 @@ def read_dialogue(row: dict) -> tuple[Messages, str] | None:
         raise ValueError("tools are not supported")
     messages = [system_turn(text_of(row["system"]))] if row.get("system") else []
     for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {number} is no record with a role and a content")
         role = turn.get("role") or turn.get("from")
         if role not in ROLES or turn.get("tool_calls") or turn.get("function_call"):
             raise ValueError(f"turn {number} of '{role}' is or calls a tool, which is not supported"

@@ -13,8 +13,10 @@ from LoTA import UserError
 
 Score = Callable[[str, str], bool]          # (prediction, label) -> whether the prediction is right
 
-# A sign behind a digit is a minus between two numbers.
-NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+# A sign behind a digit is a minus between two numbers. An exponent has 4 digits at most, because Decimal takes no more
+# than 18 of them and a model may write any number.
+NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)"
+                    r"(?:[eE][-+]?\d{1,4}(?!\d))?")
 
 
 def exact(prediction: str, label: str) -> bool:

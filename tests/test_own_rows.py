@@ -176,7 +176,7 @@ BAD_ROWS = [
     ("chat", {"messages": "Q"}, "the dialogue is no list of turns"),
     ("chat", {"conversations": [{"from": "gpt", "value": "A"}]}, "no turn of the user stands before the answer"),
     ("chat", {"prompt": "Q", "completion": None}, "it has the columns prompt, and a row has one of"),
-    ("chat", {"prompt": ["Q"], "completion": "A"}, "cannot be read"),
+    ("chat", {"prompt": ["Q"], "completion": "A"}, "turn 1 is no record with a role and a content"),
     ("chat", {"prompt": "Q", "completion": {"a": "b"}}, "no text but"),
     ("chat", {"instruction": "Q", "output": ["A"]}, "no question or no answer"),
     ("chat", {"text": "Once."}, "it has a text and no dialogue: the set 'text' reads it"),
@@ -670,6 +670,7 @@ def test_the_chat_template_of_the_page_trains_all_turns():
 @pytest.mark.parametrize("text, number", [
     ("5", "5"), ("It is -5.", "-5"), ("5-3", "3"), ("1,234.50", "1234.50"), ("$1,000,000.", "1000000"), ("x .5", "0.5"),
     ("1e3", "1000"), ("12,34", "34"), ("#### 7\nDone", "7"), ("007", "7"), ("1,234,56", "56"), ("no", None),
+    ("2e-1", "0.2"), ("1e" + "9" * 30, "9" * 30), ("9" * 99, "9" * 99), ("3 .", "3"),
     ("", None)])
 def test_the_last_number(text, number):
     found = last_number(text)
