@@ -13,20 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_print_save import TASKS, PromptStyle, check_cuda, load_tokenizer, params_print, scored_tasks, set_seed
+from data_print_save import check_cuda, load_tokenizer, params_print, scored_tasks, set_seed, style_of, training_sets
 from LoTA import UserError, processes, run_script, settings
 from LoTA.settings import METHODS, baseConfig, evalConfig, trainingConfig
 
 # Torch and the libraries are imported in the functions that need them, so that --help and mistakes answer at once.
 if TYPE_CHECKING:
+    from data_print_save import PromptStyle
     from evalGSV import Scorer
-    from LoTA.adapter_folder import AdapterFolder, LotaConfig
+    from LoTA.adapter_folder import AdapterFolder
     from LoTA.folders import GPTQFolder, MergedFolder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[baseConfig, trainingConfig, evalConfig]:
     """The settings that the arguments `argv` ask for. Where it is None, sys.argv is read."""
-    return settings.parse_args(__doc__, list(TASKS), scored_tasks(), argv)
+    return settings.parse_args(__doc__, training_sets(), scored_tasks(), argv)
 
 
 # --- mode 1 -------------------------------------------------------------------------------------------------------
@@ -68,15 +69,18 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
         forget_peak_memory()
         check_cuda()
         set_seed(base.seed)
-        tokenizer = load_tokenizer([base.quantized_model_dir, base.pretrained], base.trust_remote_code)
-        date = processes.agree(template_date(tokenizer, config_of_checkpoint(training.adapter_ckpt).template_date))
+        style = style_of(base, config_of_checkpoint(training.adapter_ckpt))
+        tokenizer = load_tokenizer([base.quantized_model_dir, base.pretrained], base.trust_remote_code,
+                                   style.chat_template)
+        style = replace(style, date=processes.agree(template_date(tokenizer, style.date)))
         data = prepare_dataset(training.training_data_name, tokenizer, training.train_ratio, training.source_max_len,
-                               training.target_max_len, training.debug_number, base.data_dir,
-                               PromptStyle(base.prompt_layout, date))
+                               training.target_max_len, training.debug_number, base.data_dir, style,
+                               settings.own_row_form(base), training.train_turns, base.seed)
         check_fit(base.quantized_model_dir, tokenizer, data["input_ids"], trust_remote_code=base.trust_remote_code)
         params_print(base, training)
         config = config_of_run(base, training, folder, data)
-        config = replace(config, settings={**config.settings, "template_date": date})
+        recorded = {"template_date": style.date, "chat_template": style.chat_template}
+        config = replace(config, settings={**config.settings, **recorded})
         processes.require_equal({"rows": config.training["data"], "GPTQ weights": config.fingerprint_all,
                                  "versions": config.versions})
         if training.adapter_ckpt:
@@ -134,7 +138,7 @@ class Subject:
     name: str
     load: Callable
     tokenizer: list[str | None]
-    style: PromptStyle
+    style: "PromptStyle"
     exportable: "AdapterFolder | MergedFolder | None" = None
     extra: dict = field(default_factory=dict)
 
@@ -146,7 +150,7 @@ def evaluate(base: baseConfig, evaluation: evalConfig) -> dict:
     scorers = {}
     if not settings.only_merges(evaluation):
         from evalGSV import find_scorers
-        scorers = find_scorers(evaluation, base.data_dir)
+        scorers = find_scorers(evaluation, base)
     which, source = find_model(base, evaluation)
     from LoTA.storage import temporary_folder
     processes.connect(evaluation.device or base.device_map)
@@ -165,7 +169,7 @@ def measure(subject: Subject, evaluation: evalConfig, scorers: "dict[str, Scorer
     """Loads a model and runs every scorer on it. scorers: as find_scorers() in evalGSV.py returns them."""
     check_cuda()
     set_seed(subject.base.seed)
-    tokenizer = load_tokenizer(subject.tokenizer, subject.base.trust_remote_code)
+    tokenizer = load_tokenizer(subject.tokenizer, subject.base.trust_remote_code, subject.style.chat_template)
     params_print(subject.base, evaluation, *filter(None, [subject.extra.get("adapter")]))
     ready = {key: (label, prepare(tokenizer, subject.tokenizer[0], subject.style, subject.base.trust_remote_code))
              for key, (label, prepare) in scorers.items()}
@@ -207,7 +211,7 @@ def subject_16bit(base: baseConfig, evaluation: evalConfig, source: None, tempor
         from LoTA.adapter import load_16bit
         return load_16bit(base.pretrained, **loading(base, evaluation))
     return Subject(replace(base, quantized_model_dir=None), f"{Path(base.pretrained).name}_16bit", load,
-                   [base.pretrained], PromptStyle(base.prompt_layout or "published"))
+                   [base.pretrained], style_of(base))
 
 
 def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, temporary: Path) -> Subject:
@@ -219,7 +223,7 @@ def subject_gptq(base: baseConfig, evaluation: evalConfig, source: None, tempora
         from LoTA.adapter import load_base
         return load_base(folder, backend=evaluation.backend, **loading(base, evaluation)).model
     return Subject(settings.complete_base(base, folder), f"{folder.path.name}_gptq", load,
-                   [str(folder.path), base.pretrained], PromptStyle(base.prompt_layout or "published"))
+                   [str(folder.path), base.pretrained], style_of(base))
 
 
 def subject_live(base: baseConfig, evaluation: evalConfig, adapter: "AdapterFolder", temporary: Path) -> Subject:
@@ -263,11 +267,6 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
 
 
 SUBJECTS = {"16bit": subject_16bit, "gptq": subject_gptq, "live": subject_live, "merged": subject_merged}
-
-
-def style_of(base: baseConfig, trained: "LotaConfig") -> PromptStyle:
-    """How the prompts of an adapter's model are written: as in its training, except for what a flag says."""
-    return PromptStyle(base.prompt_layout or trained.prompt_layout, trained.template_date)
 
 
 def base_of(adapter: "AdapterFolder", base: baseConfig) -> tuple[baseConfig, "GPTQFolder"]:

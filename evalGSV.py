@@ -1,4 +1,5 @@
-"""Evaluation on GSM8K, SQL, ViGGO ("GSV") and any other scored data set by generation, and on lm-eval's tasks.
+"""Evaluation on GSM8K, SQL, ViGGO ("GSV") and any other scored data set by generation, of texts by their perplexity,
+and on lm-eval's tasks.
 
 Touches a transformers model, data through data_print_save, and writes JSON files.
 """
@@ -15,21 +16,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_print_save import (
     IGNORE_INDEX,
     PUBLISHED,
-    TASKS,
     PromptStyle,
     check_fit,
     encode_answer,
     encode_prompt,
+    encode_text,
+    find_measured,
+    find_task,
+    holds_texts,
     load_rows,
     prepare_tokenizer,
     read_messages,
     render_prompt,
     save_results,
     template_date,
+    text_windows,
 )
 from LoTA import UserError, processes
 from LoTA.answer_loss import sum_answer_losses
-from LoTA.settings import MAX_NEW_TOKENS, baseConfig, evalConfig, split_names
+from LoTA.own_rows import check_flags, folder_name
+from LoTA.scores import Score, check_labels, find_score
+from LoTA.settings import MAX_NEW_TOKENS, TEXT_WINDOW, baseConfig, evalConfig, own_row_form, split_names
 
 # What find_scorers() finds: (part of the file's name, a function (tokenizer, place, style, trust_remote_code) -> the
 # function that measures a model). place: the model's folder or hub name. style: as in ask(). The first function checks
@@ -37,28 +44,54 @@ from LoTA.settings import MAX_NEW_TOKENS, baseConfig, evalConfig, split_names
 Scorer = tuple[str, Callable[..., Callable[..., dict]]]
 
 
-def find_scorers(eval_args: evalConfig, data_dir: str | None) -> dict[str, Scorer]:
+def find_scorers(eval_args: evalConfig, base_args: baseConfig) -> dict[str, Scorer]:
     """What is measured: {data set or "lm_eval": its Scorer}. Reads the test rows and looks up lm-eval's tasks."""
     scorers, data_name = {}, eval_args.ft_dataset_name
     if data_name != "none":
-        rows = load_rows(data_name, "test", data_dir)
+        score_of(eval_args)                             # a name that does not exist is refused before rows are read
+        rows = read_test_rows(eval_args, base_args)
         rows = rows.select(range(min(eval_args.limit or len(rows), len(rows))))
-        scorers[data_name] = data_name, partial(prepare_evalgsv, eval_args, rows)
+        texts = holds_texts(find_measured(data_name).name, rows)
+        idle = next((flag for flag, value, of_texts in (("--score", eval_args.score, False),
+                                                        ("--text_window", eval_args.text_window, True))
+                     if value is not None and of_texts != texts), None)
+        if idle:
+            raise UserError(f"{idle} is without effect on {data_name}, whose rows are "
+                            f"{'texts' if texts else 'no texts'}: leave it out")
+        prepare = prepare_perplexity if texts else prepare_evalgsv
+        scorers[data_name] = folder_name(data_name), partial(prepare, eval_args, rows)
     tasks = find_lm_eval_tasks(eval_args)
     if tasks:
         scorers["lm_eval"] = "_".join(tasks.names)[:80], lambda *_: partial(eval_lm_harness, tasks=tasks)
     return scorers
 
 
+def read_test_rows(eval_args: evalConfig, base_args: baseConfig):
+    """The test rows of --ft_dataset_name, a Dataset. Raises UserError where they cannot be read."""
+    one, form = find_measured(eval_args.ft_dataset_name, base_args.data_dir), own_row_form(base_args)
+    check_flags([one], form)
+    return load_rows(one.name, "test", one.place, form)
+
+
 def is_correct(pred: str, label: str, dataset_name: str) -> bool:
-    """Whether the generated text `pred` answers `label`, by the score of the data set's entry in TASKS.
+    """Whether the generated text `pred` answers `label`, by the score of the data set's own.
 
     Raises ValueError where the data set has no score.
     """
-    task = TASKS.get(dataset_name)
-    if task is None or task.score is None:
+    try:
+        score = find_task(dataset_name).score
+    except UserError:
+        score = None
+    if score is None:
         raise ValueError(f"no scoring for data set '{dataset_name}'")
-    return task.score(pred, label)
+    return score(pred, label)
+
+
+def score_of(eval_args: evalConfig) -> Score:
+    """The score that --score names, else that of the data set. Raises UserError where there is no such score."""
+    if eval_args.score:
+        return find_score(eval_args.score)
+    return partial(is_correct, dataset_name=find_measured(eval_args.ft_dataset_name).name)
 
 
 def confidence_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -114,7 +147,6 @@ def own_batches(rows: list, batch_size: int) -> list[list]:
     return batches[processes.rank()::processes.count()]
 
 
-@torch.inference_mode()
 def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], labels: list[str],
                 batch_size: int) -> float:
     """The mean cross entropy of the labels' tokens and their end token after the prompts, in nats.
@@ -123,7 +155,14 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     """
     pairs = [(encode_prompt(tokenizer, prompt), encode_answer(tokenizer, label))
              for prompt, label in zip(prompts, labels, strict=True)]
-    pairs.sort(key=lambda pair: -len(pair[0] + pair[1]))
+    return loss_of_pairs(model, tokenizer, pairs, batch_size)
+
+
+@torch.inference_mode()
+def loss_of_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]],
+                  batch_size: int) -> float:
+    """The mean cross entropy, in nats, of the second ids of each pair after the first ones. No ids are empty."""
+    pairs = sorted(pairs, key=lambda pair: -len(pair[0] + pair[1]))
     losses = []                                             # (the sum over a batch, its tokens)
     for batch in own_batches(pairs, batch_size):
         width = max(len(prompt + answer) for prompt, answer in batch)
@@ -173,10 +212,10 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
     prompts, their date where the chat template writes one, and with eval_args.answer_loss the loss of the labels.
     Without eval_args.generate they have neither accuracy nor predictions.
     """
-    data_name = eval_args.ft_dataset_name
+    data_name, score = find_measured(eval_args.ft_dataset_name).name, score_of(eval_args)
     prepare_tokenizer(tokenizer)
     if questions is None:
-        rows = load_rows(data_name, "test", base_args.data_dir) if rows is None else rows
+        rows = read_test_rows(eval_args, base_args) if rows is None else rows
         questions = ask(tokenizer, data_name, rows.select(range(min(subsample or len(rows), len(rows)))))
     prompts, labels = questions.prompts, questions.labels
     model.eval()
@@ -188,7 +227,7 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
                 print(f"{data_name}: answers have at most {questions.room} tokens: the longest prompt leaves no more")
         predictions = generate(model, tokenizer, prompts, eval_args.eval_batch_size, eval_args.max_new_tokens)
         items = [{"prompt": prompt, "label": label, "prediction": prediction,
-                  "correct": is_correct(prediction, label, data_name)}
+                  "correct": score(prediction, label)}
                  for prompt, label, prediction in zip(prompts, labels, predictions, strict=True)]
         correct = sum(item["correct"] for item in items)
         low, high = confidence_interval(correct, len(items))
@@ -201,7 +240,7 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
     if eval_args.answer_loss:
         results["loss"] = answer_loss(model, tokenizer, prompts, labels, eval_args.eval_batch_size)
         print(f"{data_name}: mean loss of the answers' tokens {results['loss']:.4f}")
-    save_results(eval_args.output_path, name or data_name, results, base_args, eval_args)
+    save_results(eval_args.output_path, name or folder_name(data_name), results, base_args, eval_args)
     return results
 
 
@@ -209,9 +248,11 @@ def prepare_evalgsv(eval_args: evalConfig, rows, tokenizer: PreTrainedTokenizerB
                     style: PromptStyle = PUBLISHED, trust_remote_code: bool = False) -> Callable[..., dict]:
     """evalgsv() of these test rows, rendered. See Scorer.
 
-    Raises UserError where a prompt with --max_new_tokens, or with its label for --answer_loss, does not fit the model.
+    Raises UserError where a prompt with --max_new_tokens, or with its label for --answer_loss, does not fit the model,
+    and where --score can count no answer to a row as right.
     """
-    questions = ask(tokenizer, eval_args.ft_dataset_name, rows, style)
+    questions = ask(tokenizer, find_measured(eval_args.ft_dataset_name).name, rows, style)
+    check_labels(eval_args.score, questions.labels)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in questions.prompts]
     new_tokens = (eval_args.max_new_tokens or 1) if eval_args.generate else 0
     room = check_fit(place, tokenizer, prompts, new_tokens, trust_remote_code)
@@ -219,6 +260,44 @@ def prepare_evalgsv(eval_args: evalConfig, rows, tokenizer: PreTrainedTokenizerB
         answered = [ids + encode_answer(tokenizer, label) for ids, label in zip(prompts, questions.labels, strict=True)]
         check_fit(place, tokenizer, answered, trust_remote_code=trust_remote_code)
     return partial(evalgsv, questions=replace(questions, room=room))
+
+
+def prepare_perplexity(eval_args: evalConfig, rows, tokenizer: PreTrainedTokenizerBase, place: str,
+                       style: PromptStyle = PUBLISHED, trust_remote_code: bool = False) -> Callable[..., dict]:
+    """eval_perplexity() of these texts, cut into windows. See Scorer.
+
+    Raises UserError where --text_window is longer than the model takes, and for a token that it has no embedding for.
+    """
+    name = find_measured(eval_args.ft_dataset_name).name
+    texts = [encode_text(tokenizer, read_messages(name, row)[1]) for row in rows]
+    room = check_fit(place, tokenizer, [[tokenizer.eos_token_id]], trust_remote_code=trust_remote_code)
+    longest = math.inf if room is None else room + 1
+    if eval_args.text_window is not None and eval_args.text_window > longest:
+        raise UserError(f"--text_window {eval_args.text_window} is too long: {place} takes {longest} tokens "
+                        "(max_position_embeddings)")
+    length = eval_args.text_window or min(TEXT_WINDOW, longest)
+    windows = [window for ids in texts for window in text_windows(ids, length)]
+    check_fit(place, tokenizer, windows, trust_remote_code=trust_remote_code)
+    return partial(eval_perplexity, texts=len(texts), windows=windows, length=length)
+
+
+def eval_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: int, windows: list[list[int]],
+                    length: int, base_args: baseConfig, eval_args: evalConfig, name: str,
+                    extra: dict | None = None) -> dict:
+    """The perplexity of texts: the exponential of the mean cross entropy of their tokens. Saves the results as JSON.
+
+    texts: how many they are. windows: their tokens as text_windows() gives them, at most `length` a window. Every token
+    but the first of a text counts once, and so does the end token. name: of the JSON file. extra: more entries for it.
+    """
+    model.eval()
+    data_name = find_measured(eval_args.ft_dataset_name).name
+    loss = loss_of_pairs(model, tokenizer, [(window[:1], window[1:]) for window in windows], eval_args.eval_batch_size)
+    results = {"data_set": data_name, "rows": texts, "windows": len(windows), "window": length,
+               "tokens": sum(len(window) - 1 for window in windows), "loss": loss, "perplexity": math.exp(loss),
+               **(extra or {})}
+    print(f"{data_name}: perplexity {results['perplexity']:.4f} of {results['tokens']} tokens in windows of {length}")
+    save_results(eval_args.output_path, name, results, base_args, eval_args)
+    return results
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -14,6 +15,7 @@ from pydantic import Field
 from safetensors import safe_open
 
 from LoTA import OLD_RECIPE_NAMES, UserError
+from LoTA.own_rows import without_places
 from LoTA.steps import Rounding, Rule, Threshold, layer_seed, power_of_two
 from LoTA.storage import (
     checksums,
@@ -111,6 +113,11 @@ class LotaConfig:
     def template_date(self) -> str | None:
         """The day that the chat template wrote into the prompts, such as 2026-07-31. None: it wrote none."""
         return self.settings.get("template_date")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of --chat_template. None: the tokenizer's own template wrote the prompts."""
+        return self.settings.get("chat_template")
 
     @property
     def prompt_layout(self) -> str:
@@ -275,7 +282,7 @@ MAY_DIFFER = {
     "device_map", "flash_attn", "gradient_checkpointing", "trust_remote_code",                      # the device
     "packing",                              # how a batch is computed: its rows are the same, its gradients to rounding
     # Where the files are. What is in them is compared: by the fingerprints of the weights and of the tokenized rows.
-    "quantized_model_dir", "pretrained", "distill_model", "data_dir", "sym",
+    "quantized_model_dir", "pretrained", "distill_model", "data_dir", "prompt_template", "sym",
     "template_date"}                        # a resumed run takes the checkpoint's
 
 
@@ -299,10 +306,10 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
                         "biases are others (fingerprints differ)")
     # What older versions did where they record nothing. inf is no limit either.
     unlimited = config.settings.get("flip_limit") and math.inf
-    before = {"distill": "none", "flip_limit": unlimited, "warm_up": 0.0, **saved.settings}
+    before = {"distill": "none", "flip_limit": unlimited, "warm_up": 0.0, **_comparable(saved.settings)}
     if "recipe" in before:
         before["recipe"] = OLD_RECIPE_NAMES.get(before["recipe"], before["recipe"])
-    different = [f"its --{name} is {before[name]}, not {value}" for name, value in config.settings.items()
+    different = [f"its --{name} is {before[name]}, not {value}" for name, value in _comparable(config.settings).items()
                  if name not in MAY_DIFFER and name in before and before[name] != value]
     processes = config.training.get("processes")
     if saved.training.get("processes", processes) != processes:
@@ -321,6 +328,16 @@ def check_resumable(checkpoint: str | Path, config: LotaConfig) -> None:
     require_unchanged(checkpoint, saved.sha256, "copy the folder again, or take an earlier checkpoint")
     saved.warn_of_other_files(config.base_files, config.quantized_model_dir)
     AdapterFolder(checkpoint).check_values()
+
+
+def _comparable(settings: dict) -> dict:
+    """Settings without what may differ inside of one, and with a chat template as a short text.
+
+    The places of rows may differ, as --data_dir may.
+    """
+    short = {"training_data_name": without_places,
+             "chat_template": lambda text: text and f"one with SHA-256 {sha256(text.encode()).hexdigest()[:12]}"}
+    return {name: short[name](value) if name in short else value for name, value in settings.items()}
 
 
 def config_of_checkpoint(checkpoint: str | Path | None) -> LotaConfig:

@@ -1,5 +1,7 @@
 """Files with rows become lists of dicts: csv, tsv, json, jsonl and parquet, each also with .gz, in any case.
 
+A plain text, .txt, is one row with the column text.
+
 Touches files (reading) and knows nothing of tasks. A value is text, None, or a list or dict of such values, because the
 same row must be the same whatever its format: a number is the text that stands in the file. Nothing that a file holds
 is left out in silence. What cannot be read raises UserError with the file and the row, counted from 1.
@@ -25,6 +27,11 @@ def kind_of(file: str | Path) -> str | None:
     return kind if kind in KINDS else None
 
 
+def is_plain_text(file: str | Path) -> bool:
+    """Whether a file's name says that it is a plain text, packed or not."""
+    return Path(file).name.lower().removesuffix(".gz").endswith(".txt")
+
+
 def row_name(file: str | Path, number: int) -> str:
     """How a message names a row. number: counted from 1."""
     header = " (the header is not counted)" if kind_of(file) in ("csv", "tsv") else ""
@@ -37,6 +44,8 @@ def read_rows(file: str | Path) -> list[dict]:
     Raises UserError where the file holds no rows, or cannot be read whole.
     """
     kind = kind_of(file)
+    if is_plain_text(file):
+        return [{"text": read_text(file)}]
     if kind is None:
         raise UserError(f"{file} is not {READABLE}")
     if kind == "parquet":

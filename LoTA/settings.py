@@ -18,6 +18,7 @@ from types import NoneType
 
 from LoTA import OLD_RECIPE_NAMES, UserError
 from LoTA.export import FORMATS
+from LoTA.own_rows import RowForm, row_form
 
 if typing.TYPE_CHECKING:
     from LoTA.folders import GPTQFolder
@@ -28,6 +29,7 @@ ALL_LAYERS = "all"          # the value of --lora_target_modules that means ever
 PROMPT_LAYOUTS = ("published", "system")
 METHODS = {"lota": "LoTA", "lrqat": "LR-QAT", "lora": "LoRA", "qalora": "QA-LoRA"}      # {as a flag: as a name}
 IN_GRID = ("lota", "lrqat")             # those whose adapters are steps on the grid
+TEXT_WINDOW = 2048          # tokens in which a perplexity is measured, as papers on GPTQ do
 MAX_NEW_TOKENS = 512        # of an answer, where --max_new_tokens is not given and the model has room for them
 LARGE_MODEL = 30e9          # from here on the paper uses rank 32 instead of 64
 
@@ -110,6 +112,19 @@ class baseConfig:
     data_dir: str | None = setting(
         "both", None, "the data on disk: a save_to_disk folder, one csv, json or jsonl file, or a folder with such "
         "files named after their split", shown="the hub")
+    data_columns: str | None = setting(
+        "both", None, "own rows: OURS=THEIRS for columns of other names, such as prompt=question,completion=answer",
+        shown="the columns as they are")
+    data_split: str | None = setting(
+        "both", None, "OWNER/NAME: the split on the hub, such as train[:10%]; it is taken whole",
+        shown="mode 1: train; mode 2: test, or else validation; a single split is cut")
+    data_config: str | None = setting("both", None, "OWNER/NAME: the configuration on the hub", shown="its default")
+    prompt_template: str | None = setting(
+        "both", None, "own rows: a text file that makes the user's turn, with the columns of a row in it as {question}",
+        shown="the prompt of the row")
+    chat_template: str | None = setting(
+        "both", None, "a Jinja file that writes the turns, in place of the tokenizer's chat template",
+        shown="that of the checkpoint or adapter, else the tokenizer's")
     prompt_layout: str | None = setting(
         "both", None, "where the instruction of gsm8k and viggo is. published: as in the published scripts, at the "
         "head of viggo's user turn and nowhere in gsm8k's. system: in a system turn, as this project once had it",
@@ -165,7 +180,12 @@ class baseConfig:
 @dataclass(frozen=True)
 class trainingConfig:
     """Settings of mode 1."""
-    training_data_name: str = setting("data", "alpaca", "the data set")
+    training_data_name: str = setting(
+        "data", "alpaca", "the data set, NAME or NAME:PLACE; several with commas are a mixture, of all their rows or, "
+        "with NAME:PLACE=WEIGHT, in these shares. The names")
+    train_turns: str = setting(
+        "data", "all", "own dialogues: train all answers, or the last one, as in published sets",
+        choices=["all", "last"])
     train_ratio: float = setting("data", 1.0, "the share of the training rows to use, in (0, 1]")
     debug_number: int = setting("data", -1, "use at most so many training rows; -1 uses all")
     num_train_epochs: float = setting("data", 0, "epochs; or give --max_steps")
@@ -269,7 +289,15 @@ class evalConfig:
         "model", "auto", "GPTQModel's kernel, a value of its BACKEND such as gptq_torch; float32 and live adapters of "
         "LoTA and LR-QAT always take gptq_torch")
     device: str | None = setting("model", None, "device of the evaluation", shown="--device_map's")
-    ft_dataset_name: str = setting("measure", "none", "generate and score on this data set")
+    ft_dataset_name: str = setting(
+        "measure", "none", "generate and score on this data set, NAME or NAME:PLACE; of texts, measure the perplexity. "
+        "The names")
+    score: str | None = setting(
+        "measure", None, "when an answer is right. exact: it is the reference. number: its last number is. "
+        "MODULE:FUNCTION: a function of yours (prediction, reference) -> bool",
+        shown="that of the data set; of own rows exact")
+    text_window: int | None = setting(
+        "measure", None, "texts: tokens of a window at most", shown=f"{TEXT_WINDOW}, or the model's length")
     generate: bool = setting(
         "measure", True, "with --ft_dataset_name: generate answers and score them",
         off="measure --answer_loss alone, because generating takes most of the time")
@@ -364,6 +392,11 @@ def default_recipe(method: str | None) -> str:
     return next(iter(recipes_of(method)))
 
 
+def own_row_form(base: baseConfig) -> RowForm:
+    """How own rows are read. Raises UserError where the flags say it wrongly."""
+    return row_form(base.data_columns, base.prompt_template, base.data_split, base.data_config)
+
+
 def split_names(text: str | None) -> list[str]:
     """The names in "a,b" or "a b"."""
     return [name for name in re.split(r"[,\s]+", text or "") if name]
@@ -374,8 +407,9 @@ def _build_parser(description: str, training_sets: Sequence[str],
     parser = argparse.ArgumentParser(description=description, prog="LoTA_QAF_main.py", formatter_class=_HelpFormatter,
                                      usage="LoTA_QAF_main.py --mode {1,2} [flags]")
     groups = {name: parser.add_argument_group(*titles) for name, titles in GROUPS.items()}
-    choices = {"ft_dataset_name": ["none", *scored_sets], "export": list(FORMATS)}
-    more_help = {"training_data_name": f": {', '.join(training_sets)}"}
+    choices = {"export": list(FORMATS)}
+    more_help = {"training_data_name": f": {', '.join(training_sets)}",
+                 "ft_dataset_name": f": {', '.join(scored_sets)}"}
     for config in (baseConfig, trainingConfig, evalConfig):
         types = typing.get_type_hints(config)
         for f in fields(config):
@@ -551,6 +585,7 @@ def check_training(base: baseConfig, training: trainingConfig, folder: "GPTQFold
         raise UserError("training in float16 is not supported, its gradients overflow: use bfloat16 or float32")
     if training.optimizer_type == "paged_adamw_32bit" and not find_spec("bitsandbytes"):
         raise UserError("--optimizer_type paged_adamw_32bit needs bitsandbytes: pip install bitsandbytes")
+    own_row_form(base)
     _check_distillation(training)
     if base.method == "qalora" and folder.group_size < 1:
         raise UserError(f"--method qalora needs a GPTQ model with groups, and {folder.path} has none")
@@ -631,6 +666,9 @@ def check_evaluation(evaluation: evalConfig) -> None:
         raise UserError("--export writes a merged model: name it, or its adapter, with --load_adapter")
     if not evaluation.generate and not evaluation.answer_loss:
         raise UserError("--no_generate leaves the loss alone to measure: give --answer_loss too")
+    if evaluation.text_window is not None and evaluation.text_window < 2:
+        raise UserError(f"--text_window must be at least 2, not {evaluation.text_window}: the first token of a text is "
+                        "predicted from nothing")
     if evaluation.include_path and not Path(evaluation.include_path).is_dir():
         raise UserError(f"--include_path {evaluation.include_path} is not a folder")
     new_tokens, limit = evaluation.max_new_tokens, evaluation.limit

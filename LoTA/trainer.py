@@ -37,6 +37,7 @@ from LoTA.folders import GPTQFolder
 from LoTA.layer import adapter_state
 from LoTA.lota_merge import print_moved
 from LoTA.monitor import Monitor, console_line
+from LoTA.own_rows import without_places
 from LoTA.settings import IN_GRID, METHODS, baseConfig, split_names, trainingConfig
 from LoTA.storage import write_json
 
@@ -158,7 +159,7 @@ def config_of_run(base: baseConfig, training: trainingConfig, folder: GPTQFolder
         dither=base.dither if base.method == "lrqat" else "none", bits=base.w_bits,
         group_size=base.group_size, rank=base.lora_r, pretrained=_absolute(base.pretrained),
         quantized_model_dir=_absolute(folder.path), fingerprint=fingerprint, fingerprint_all=fingerprint_all,
-        data_set=training.training_data_name, seed=base.seed, settings={**vars(base), **vars(training)},
+        data_set=without_places(training.training_data_name), seed=base.seed, settings={**vars(base), **vars(training)},
         versions={package: version(package) for package in ("torch", "transformers", "peft", "gptqmodel")},
         base_files=folder.file_checksums(),
         training={"processes": processes.count(), **({} if data is None else {"data": data_fingerprint(data)})})

@@ -36,8 +36,9 @@ SIGMA = 1 - 2**-53          # the largest number below 1
 STILL = {"method": "lota", "recipe": "scales", "lora_r": RANK, "interval_point": RANK - 0.5, "filter_ratio": SIGMA,
          "min_grad": SIGMA, "filter_upper": SIGMA}
 # What the tuning of scales takes from the training of the adapter, where --tune_scales does not say it.
-AS_TRAINED = ("pretrained", "data_dir", "prompt_layout", "dtype", "device_map", "flash_attn", "trust_remote_code",
-              "seed", "lora_target_modules", "training_data_name", "train_ratio", "debug_number", "num_train_epochs",
+AS_TRAINED = ("pretrained", "data_dir", "data_columns", "data_split", "data_config", "prompt_template",
+              "prompt_layout", "dtype", "device_map", "flash_attn", "trust_remote_code", "seed", "lora_target_modules",
+              "training_data_name", "train_turns", "train_ratio", "debug_number", "num_train_epochs",
               "max_steps", "train_batch_size", "gradient_accumulation_steps", "source_max_len", "target_max_len",
               "distill", "distill_weight", "distill_model", "gradient_checkpointing", "logging_steps", "save_strategy")
 
@@ -84,6 +85,10 @@ def tune_scales(gptq: Path, trained: LotaConfig, output: Path, flags: list[str])
     Raises RuntimeError where an integer moved, because then more than the scales would have been tuned.
     """
     settings = {name: value for name, value in trained.settings.items() if name in AS_TRAINED}
+    if trained.chat_template is not None:               # the record has the text, and the flag wants a file
+        output.mkdir(parents=True, exist_ok=True)
+        settings["chat_template"] = output / "chat_template.jinja"
+        settings["chat_template"].write_text(trained.chat_template, encoding="utf-8")
     base, training, _ = LoTA_QAF_main.parse_args([
         "--mode", "1", *flags_of({**settings, **STILL}), *flags, "--quantized_model_dir", str(gptq), "--adapter_path",
         str(output / "scales")])

@@ -15,7 +15,7 @@ from test_eval import Stub
 
 import gptq_quantize
 import LoTA.export.__main__ as export_command
-from data_print_save import TASKS, Task, load_rows, prepare_dataset, read_messages, scored_tasks
+from data_print_save import TASKS, Task, find_measured, load_rows, prepare_dataset, read_messages
 from evalGSV import evalgsv, is_correct
 from LoTA import SUPPORTED_BITS, UserError, kernels
 from LoTA.adapter_folder import PREFIX, LotaConfig
@@ -59,8 +59,8 @@ def weather(monkeypatch, tmp_path):
 def test_a_new_data_set_is_offered(weather, capsys, monkeypatch):
     """--help of both scripts lists it. Mode 1, mode 2 and the calibration take its name."""
     text = help_of(lambda: parse("--help"), capsys)
-    assert "the data set: alpaca, gsm8k, sql, viggo, weather [alpaca]" in text
-    assert "--ft_dataset_name {none,gsm8k,sql,viggo,weather}" in text and scored_tasks()[-1] == "weather"
+    assert "The names: alpaca, gsm8k, sql, viggo, weather, chat, text, OWNER/NAME [alpaca]" in text
+    assert "The names: gsm8k, sql, viggo, weather, chat, text, OWNER/NAME [none]" in text
     assert "viggo, weather" in help_of(lambda: run_main(gptq_quantize, "--help"), capsys)
     _, training, evaluation = parse("--training_data_name", "weather", "--ft_dataset_name", "weather")
     assert (training.training_data_name, evaluation.ft_dataset_name) == ("weather", "weather")
@@ -90,8 +90,8 @@ def test_a_new_data_set_without_score_is_for_training_only(weather, monkeypatch)
     monkeypatch.setitem(TASKS, "weather", Task(hub=("somebody/weather", None, None), splits={"train": "train"},
                                                read=read_weather))
     assert parse("--training_data_name", "weather")[1].training_data_name == "weather"
-    with pytest.raises(SystemExit):
-        parse("--ft_dataset_name", "weather")
+    with pytest.raises(UserError, match="'weather' is for training only; choose from gsm8k, sql, viggo, chat, text"):
+        find_measured("weather")
     with pytest.raises(ValueError, match="no scoring for data set 'weather'"):
         is_correct("rain", "rain", "weather")
 

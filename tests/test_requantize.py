@@ -10,7 +10,8 @@ from conftest import run_main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_print_save import prepare_dataset
+import LoTA_QAF_main
+from data_print_save import prepare_dataset, read_chat_template
 from LoTA import UserError
 from LoTA.adapter import load_gptq, load_live
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
@@ -185,3 +186,16 @@ def test_scales_alone_or_an_error(again, adapter, tmp_path):
     with pytest.raises(RuntimeError, match="of the integers, and the scales alone were to be tuned"):
         requantize.tune_scales(again.path, LotaConfig.load(adapter), tmp_path,
                                ["--lora_r", "8", "--interval_point", "1", "--filter_ratio", "0.9", "--max_steps", "6"])
+
+
+def test_scales_are_tuned_on_own_rows_as_the_adapter_was(tmp_path, monkeypatch):
+    """How they are read comes from the record, which has the text of the chat template and not its file."""
+    def train(base, training):
+        raise RuntimeError(f"{base.data_columns} {training.training_data_name} {training.train_turns} "
+                           f"{read_chat_template(base.chat_template)}")
+    monkeypatch.setattr(LoTA_QAF_main, "train", train)
+    trained = LotaConfig(settings={"training_data_name": "chat:a=1,text:b=2", "data_columns": "prompt=ask",
+                                   "train_turns": "last", "chat_template": "{{ messages }}\u00e9", "max_steps": 3})
+    with pytest.raises(RuntimeError) as asked:
+        requantize.tune_scales(tmp_path / "gptq", trained, tmp_path / "out", [])
+    assert str(asked.value) == "prompt=ask chat:a=1,text:b=2 last {{ messages }}\u00e9"

@@ -16,7 +16,7 @@ from conftest import LAYERS, ROOT, parse
 from random_gptq import write_gptq, write_lota_adapter
 
 import LoTA_QAF_main
-from data_print_save import TASKS
+from data_print_save import TASKS, find_measured
 from LoTA import UserError, run_script
 from LoTA.export import FORMATS
 from LoTA.folders import GPTQFolder
@@ -96,16 +96,18 @@ def test_each_no_flag_says_what_it_does(shown):
 
 def test_help_derives_its_choices(shown):
     """Data sets come from TASKS and export formats from FORMATS. The symbols are the paper's."""
-    assert shown["--training_data_name"][1] == f"the data set: {', '.join(TASKS)} [alpaca]"
+    own = "chat, text, OWNER/NAME"
+    assert shown["--training_data_name"][1].endswith(f"The names: {', '.join(TASKS)}, {own} [alpaca]")
     out = " ".join(text for _, text in shown.values())
     for symbol in ("omega", "sigma", "mu", "Eq. 4", "the rank r", "kappa"):
         assert symbol in out
     scored = [name for name, task in TASKS.items() if task.score]
-    for name in ("none", *scored):
-        assert parse("--ft_dataset_name", name)[2].ft_dataset_name == name
+    assert shown["--ft_dataset_name"][1].endswith(f"The names: {', '.join(scored)}, {own} [none]")
+    with pytest.raises(UserError, match=f"'alpaca' is for training only; choose from {', '.join(scored)}, {own}$"):
+        find_measured("alpaca")
     for name in FORMATS:
         assert parse("--export", name)[2].export == name
-    for flags in (("--ft_dataset_name", "alpaca"), ("--export", "zip"), ("--recipe", "secret"), ("--mode", 3)):
+    for flags in (("--export", "zip"), ("--recipe", "secret"), ("--mode", 3)):
         with pytest.raises(SystemExit) as stopped:
             parse(*flags)
         assert stopped.value.code == 2
@@ -167,7 +169,7 @@ def test_every_flag_reaches_its_field():
         for f in fields(config):
             if f.name in ("mode", "recipe"):
                 continue
-            derived = {"ft_dataset_name": ["none", "viggo"], "export": list(FORMATS)}
+            derived = {"export": list(FORMATS)}
             choices = f.metadata["choices"] or derived.get(f.name)
             kind = next(k for k in (bool, int, float, str) if k.__name__ in str(f.type))
             value = ["a_proj", "b_proj"] if f.name == "lora_target_modules" else (
@@ -501,6 +503,11 @@ REFUSED = [
     (("--mode", 2, "--export", "gguf"), "go together"),
     (("--mode", 2, "--export", "gguf", "--export_path", "out"), "--load_adapter"),
     (("--mode", 2, "--tasks", "mmlu", "--eval_batch_size", 0), "must be at least 1"),
+    (("--mode", 2, "--tasks", "mmlu", "--text_window", 1), "--text_window must be at least 2, not 1"),
+    (("--mode", 2, "--ft_dataset_name", "alpaca"), "'alpaca' is for training only; choose from gsm8k"),
+    (("--mode", 2, "--ft_dataset_name", "squad"), "unknown data set 'squad'; choose from alpaca"),
+    (("--mode", 2, "--ft_dataset_name", "viggo", "--score", "bleu"), "--score bleu is none of exact, number"),
+    (("--quantized_model_dir", "{gptq}", "--data_columns", "question=q"), "--data_columns question=q: write OURS"),
     (("--mode", 2, "--tasks", "mmlu", "--max_new_tokens", 0), "must be at least 1"),
     (("--mode", 2, "--tasks", "mmlu", "--include_path", "nowhere"), "--include_path nowhere is not a folder"),
     (("--mode", 2, "--ft_dataset_name", "viggo"), "--quantized_model_dir is missing"),
@@ -557,7 +564,7 @@ def test_paged_adamw_needs_bitsandbytes(gptq, monkeypatch):
 # From the bottom to the top. A module may import those that stand before it, and no others of this project.
 ROOMS = {
     "names and mistakes": ["LoTA", "LoTA.export"],                  # LoTA.export itself is only the list of formats
-    "files and processes": ["LoTA.processes", "LoTA.storage", "LoTA.row_files"],
+    "files and processes": ["LoTA.processes", "LoTA.storage", "LoTA.row_files", "LoTA.own_rows", "LoTA.scores"],
     "the method": ["LoTA.packing", "LoTA.packed", "LoTA.steps", "LoTA.ternary", "LoTA.kernels"],
     "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.export.card", "LoTA.regroup",
                 "LoTA.lota_merge"],
@@ -602,7 +609,7 @@ def test_imports_run_down_only():
     # The rule finds what it looks for.
     assert imported_by(files["LoTA_QAF_main"], files) >= {"LoTA.folders", "LoTA.trainer", "t_signSGD", "LoTA.settings"}
     assert imported_by(files["LoTA.settings"], files) == {"LoTA", "LoTA.adapter_folder", "LoTA.export", "LoTA.folders",
-                                                          "LoTA.steps"}
+                                                          "LoTA.own_rows", "LoTA.steps"}
 
 
 def test_the_main_script_is_short():
