@@ -609,6 +609,10 @@ TABLES = {
         "python benchmarks/train_step.py --bits 4 --data_dir DATA --output train_step_viggo"),
     "speed_packing": Table("training with --packing", ("benchmarks/results/sequences_cpu.json",), packing_table,
                            "python benchmarks/sequences.py --data_dir DATA"),
+    "speed_packing_wide": Table(
+        "the same at a width of 2,048", ("benchmarks/results/sequences_wide_cpu.json",), packing_table,
+        "python benchmarks/sequences.py --data_dir DATA --shape wide --dtypes bfloat16 --rounds 4 "
+        "--output sequences_wide"),
     "speed_padding": Table("what padding --packing removes", ("benchmarks/results/sequences_cpu.json",), padding_table,
                            "python benchmarks/sequences.py --data_dir DATA"),
     "speed_optimizer": Table("a step of the optimizer", ("benchmarks/results/optimizer_cpu.json",), optimizer_table,
