@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_print_save import (
     PromptStyle,
+    encode_prompt,
     encode_text,
     find_measured,
     fit_dialogue,
@@ -27,6 +28,7 @@ from data_print_save import (
     prepare_dataset,
     read_chat_template,
     read_messages,
+    render_prompt,
     text_windows,
 )
 from evalGSV import evalgsv, find_scorers
@@ -447,6 +449,20 @@ def test_a_token_that_begins_in_the_prompt_is_not_trained():
                              "apply_chat_template": tokenizer.apply_chat_template})()
     with pytest.raises(UserError, match="give --train_turns last"):
         fit_dialogue(slow, turns("Hi", "Well then", "Bye"), 99)
+
+
+def test_answers_of_many_bytes_are_trained_whole(tmp_path):
+    """In a byte-level vocabulary, where a character is several tokens. The ids are those that evaluation reads."""
+    from tiny_base import train_tokenizer
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.csv", [{"mr": f"inform(a[{i}])", "ref": f"Doom {i}."} for i in range(9)])
+    tokenizer = train_tokenizer("viggo", str(tmp_path), 300)
+    tokenizer.chat_template = CHATML.replace("<eos>", "{{ eos_token }}")
+    messages = turns("Hi \U0001f600?", "Zo\u00eb \U0001f600\n\n  42 \u65e5\u672c", "Bye")
+    ids, labels, _ = fit_dialogue(tokenizer, messages, 999)
+    assert ids == encode_prompt(tokenizer, render_prompt(tokenizer, messages)) and len(ids) > 40
+    trained = [label for label in labels if label != -100]
+    assert tokenizer.decode(trained) == f"{messages[1]['content']}{tokenizer.eos_token}"
 
 
 def test_a_long_dialogue_loses_its_oldest_turns(tmp_path, capsys):
