@@ -5,6 +5,7 @@ LoTA/row_files.py reads the files, and LoTA/own_rows.py people's own rows.
 A published data set is one entry of TASKS. Heavy libraries are imported where they are used, because the command line
 needs the names of the data sets for --help.
 """
+import itertools
 import random
 import re
 import string
@@ -943,6 +944,12 @@ def get_Ada_path(size: str, bits: int, method: str, first: float, second: float,
     if runtime is not None:
         parts += [f"{runtime:.0f}s", f"{peak_mb:.0f}MB"]
     return "_".join([*parts, when or datetime.now().strftime("%d_%H%M%S")])
+
+
+def free_name(output_path: str | Path, name: str) -> str:
+    """`name`, with a number behind it where `output_path` has results of that name, from the same second."""
+    numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(one for one in numbered if not (Path(output_path) / f"{one}.json").exists())
 
 
 def save_results(output_path: str | Path, name: str, results: dict, *settings) -> Path:

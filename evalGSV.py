@@ -23,6 +23,7 @@ from data_print_save import (
     encode_text,
     find_measured,
     find_task,
+    free_name,
     holds_texts,
     load_rows,
     prepare_tokenizer,
@@ -240,7 +241,8 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
     if eval_args.answer_loss:
         results["loss"] = answer_loss(model, tokenizer, prompts, labels, eval_args.eval_batch_size)
         print(f"{data_name}: mean loss of the answers' tokens {results['loss']:.4f}")
-    save_results(eval_args.output_path, name or folder_name(data_name), results, base_args, eval_args)
+    name = folder_name(data_name) if name is None else free_name(eval_args.output_path, name)
+    save_results(eval_args.output_path, name, results, base_args, eval_args)
     return results
 
 
@@ -296,7 +298,7 @@ def eval_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                "tokens": sum(len(window) - 1 for window in windows), "loss": loss, "perplexity": math.exp(loss),
                **(extra or {})}
     print(f"{data_name}: perplexity {results['perplexity']:.4f} of {results['tokens']} tokens in windows of {length}")
-    save_results(eval_args.output_path, name, results, base_args, eval_args)
+    save_results(eval_args.output_path, free_name(eval_args.output_path, name), results, base_args, eval_args)
     return results
 
 
@@ -354,5 +356,6 @@ def eval_lm_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if results.get("groups"):
         print(make_table(results, "groups"))
     kept = {k: results[k] for k in ("results", "groups", "versions", "n-shot", "n-samples") if k in results}
-    save_results(eval_args.output_path, name, {**(extra or {}), **kept}, base_args, eval_args)
+    save_results(eval_args.output_path, free_name(eval_args.output_path, name), {**(extra or {}), **kept}, base_args,
+                 eval_args)
     return results

@@ -28,7 +28,6 @@ from LoTA.own_rows import CHAT
 from LoTA.row_files import kind_of, lines_of, read_rows, read_text, row_name
 
 PROVENANCE = "lota_quantize.json"       # says what made the folder, and that it is ours to replace
-DIALOGUES = (*TASKS, CHAT)              # the data sets whose prompts and answers calibrate
 C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)        # those that GPTQModel takes
 SHORT_SAMPLE = 10       # GPTQModel drops a sample of so many tokens or fewer
@@ -62,6 +61,11 @@ class quantizeConfig:
                 raise UserError(f"--{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
 
 
+def dialogues() -> tuple[str, ...]:
+    """The data sets whose prompts and answers calibrate."""
+    return (*TASKS, CHAT)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> quantizeConfig:
     """The settings that the arguments `argv` ask for. Where it is None, sys.argv is read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> quantizeConfig:
     parser.add_argument("--calibration", default="c4",
                         help="c4 (from the hub); a .txt file with a sample in each line; a .jsonl, .json, .csv or "
                              ".parquet file with the field 'text'; or the train split of a data set with its prompts: "
-                             f"{', '.join(DIALOGUES)} [c4]")
+                             f"{', '.join(dialogues())} [c4]")
     parser.add_argument("--data_dir", default=None, help="where the data set of --calibration is [the hub]")
     parser.add_argument("--samples", type=int, default=1024, help="calibration samples [1024]")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a sample at most [2048]")
@@ -91,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> quantizeConfig:
 def calibration_texts(args: quantizeConfig, tokenizer) -> list[str]:
     """The calibration samples. Raises UserError where there are none."""
     source = args.calibration
-    if source in DIALOGUES:
+    if source in dialogues():
         prepare_tokenizer(tokenizer)
         rows = load_rows(source, "train", args.data_dir).shuffle(seed=args.seed)
         pairs = (read_messages(source, row) for row in rows.select(range(min(args.samples, len(rows)))))
@@ -108,7 +112,7 @@ def calibration_texts(args: quantizeConfig, tokenizer) -> list[str]:
     elif Path(source).is_file():
         texts = [line for line in lines_of(read_text(source)) if line.strip()]
     else:
-        raise UserError(f"--calibration {source} is neither c4, a file, nor one of {', '.join(DIALOGUES)}")
+        raise UserError(f"--calibration {source} is neither c4, a file, nor one of {', '.join(dialogues())}")
     if not texts:
         raise UserError(f"--calibration {source} holds no text")
     return texts[:args.samples]
@@ -122,7 +126,7 @@ def calibration_samples(args: quantizeConfig, tokenizer) -> tuple[list[dict], in
     """
     import torch
     texts = calibration_texts(args, tokenizer)
-    has_special_tokens = args.calibration in DIALOGUES      # the chat template wrote them
+    has_special_tokens = args.calibration in dialogues()    # the chat template wrote them
     encoded = [tokenizer(text, truncation=True, max_length=args.max_length, add_special_tokens=not has_special_tokens,
                          return_token_type_ids=False) for text in texts]
     samples = [{key: torch.tensor(value) for key, value in sample.items()}

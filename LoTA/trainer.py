@@ -400,7 +400,7 @@ class EpochSampler(LengthGroupedSampler):
         epoch = self.epoch()
         self.generator = torch.Generator().manual_seed(self.seed + epoch) if epoch else None
         order = list(super().__iter__())
-        processes.require_equal({"order of rows": xxhash.xxh3_64_hexdigest(np.asarray(order).tobytes())})
+        processes.require_equal({"order of rows": xxhash.xxh3_128(np.asarray(order).tobytes()).hexdigest()})
         return iter(order)
 
 

@@ -17,7 +17,8 @@ The table is a function of the models' shapes. It counts the tensors that stay f
 
 It does not count activations, what a layer needs while it computes, the allocator's rounding and CUDA's own context.
 The merged column is for a device with memory of its own. A model on the CPU keeps two things more, which the check
-compares too: LTA's offsets in float32, and the zero points and g_idx that GPTQModel's torch kernel unpacks once.
+compares too: LTA's offsets in float32 with their scales, and the zero points and g_idx that GPTQModel's torch kernel
+unpacks once.
 
 Everything but the check needs the standard library only.
 """
@@ -127,7 +128,8 @@ def merged_bytes_on_cpu(shape: Shape, bits: int, group_size: int) -> dict[str, i
     GPTQModel's torch kernel keeps int8 zero points and an int64 g_idx from its first call on, but not at 3 bits.
     """
     per_group, rows = _per_group(shape, group_size), sum(rows for rows, _ in shape.quantized().values())
-    return {"float32 offsets": FLOAT32 * per_group, "kernel": 0 if bits == 3 else per_group + INT64 * rows}
+    return {"float32 offsets, scales": (FLOAT32 + HALF) * per_group,
+            "kernel": 0 if bits == 3 else per_group + INT64 * rows}
 
 
 def _per_group(shape: Shape, group_size: int) -> int:

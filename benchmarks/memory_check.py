@@ -101,7 +101,7 @@ def measure_merged(gptq: Path, work: Path) -> dict[str, int]:
     layers = [m for m in model.modules() if isinstance(getattr(m, "adapter", None), LTA)]
     parts = _by_part(model) | {
         "offsets": _tensors_in([m.adapter._ready for m in layers]),
-        "float32 offsets": [m.adapter.offset for m in layers],
+        "float32 offsets, scales": [tensor for m in layers for tensor in (m.adapter.mu, m.adapter.scales)],
         "index of the groups": _tensors_in([m.adapter.groups for m in layers]),
         "kernel": _tensors_in([(m._zeros_cache, m._g_idx_long_cache) for m in layers])}
     return {part: _bytes(tensors) for part, tensors in parts.items()} | {"everything": _bytes(_alive(before))}

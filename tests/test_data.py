@@ -23,6 +23,7 @@ from data_print_save import (
     VIGGO_INSTRUCTION,
     check_cuda,
     encode_prompt,
+    free_name,
     get_Ada_path,
     load_rows,
     load_tokenizer,
@@ -628,6 +629,13 @@ def test_save_results(tmp_path, capsys):
                      "accuracy": 0.5, "text": "Zoë"}
     assert "Zoë" in path.read_text(encoding="utf-8")
     assert capsys.readouterr().out == f"results saved to {path}\n"
+
+
+def test_results_of_the_same_second_have_other_names(tmp_path):
+    assert free_name(tmp_path / "new", "r_26_120000") == "r_26_120000"
+    for name in ("r_26_120000", "r_26_120000-2"):
+        save_results(tmp_path, name, {})
+    assert free_name(tmp_path, "r_26_120000") == "r_26_120000-3"
 
 
 @pytest.mark.parametrize("broken", ["write", "rename"])
