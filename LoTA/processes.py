@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from LoTA import UserError
@@ -24,6 +25,8 @@ T = TypeVar("T")
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed ZeRO",
             "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 ODD = 0x1E3779B97F4A7C15            # an odd number with bits all over, so that no two places of a checksum weigh alike
+
+LONGEST_WAIT = timedelta(hours=12)  # while one process merges or writes a large model; a dead one is noticed at once
 
 # The group that the processes talk in: gloo, because its messages are in the CPU's memory and no GPU waits for them.
 _talk = None
@@ -116,7 +119,7 @@ def connect(device: str) -> None:
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     # accelerate hands torch the argument that Trainer's ddp_broadcast_buffers becomes, under its old name.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    _talk = dist.new_group(backend="gloo")
+    _talk = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def leave() -> None:
