@@ -247,13 +247,10 @@ def subject_merged(base: baseConfig, evaluation: evalConfig, source: "AdapterFol
     merged = source
     if isinstance(source, AdapterFolder):
         base, folder = base_of(source, base)
-        output = processes.agree(Path(evaluation.merged_path or temporary / "merged"))
+        output = Path(evaluation.merged_path or temporary / "merged")
         if processes.is_first():
             print_moved(merge_folders(source, folder, output))
-        processes.wait()
-        if not output.is_dir():
-            raise UserError(f"{output} was made by process 0 and is not there for process {processes.rank()}: give a "
-                            "--merged_path that all machines see")
+        output = processes.shared_folder(output, "--merged_path")
         if evaluation.merged_path:
             print(f"merged and verified: {output}")
         base, merged = replace(base, group_size=None), MergedFolder(output)     # its groups may be finer

@@ -952,12 +952,13 @@ def free_name(output_path: str | Path, name: str) -> str:
     return next(one for one in numbered if not (Path(output_path) / f"{one}.json").exists())
 
 
-def save_results(output_path: str | Path, name: str, results: dict, *settings) -> Path:
+def save_results(output_path: str | Path, name: str, results: dict, *settings, keep: bool = False) -> Path:
     """Saves `results` with every setting and the date as `output_path`/`name`.json. Returns the path.
 
-    Of several processes the first one saves.
+    keep: whether results of that name stay, see free_name(). Of several processes the first one saves.
     """
     from LoTA.storage import write_json
+    name = free_name(output_path, name) if keep else name
     path = Path(output_path) / f"{name}.json"
     if processes.is_first():
         write_json(path, {"date": datetime.now().isoformat(timespec="seconds"),

@@ -23,7 +23,6 @@ from data_print_save import (
     encode_text,
     find_measured,
     find_task,
-    free_name,
     holds_texts,
     load_rows,
     prepare_tokenizer,
@@ -241,8 +240,8 @@ def evalgsv(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_arg
     if eval_args.answer_loss:
         results["loss"] = answer_loss(model, tokenizer, prompts, labels, eval_args.eval_batch_size)
         print(f"{data_name}: mean loss of the answers' tokens {results['loss']:.4f}")
-    name = folder_name(data_name) if name is None else free_name(eval_args.output_path, name)
-    save_results(eval_args.output_path, name, results, base_args, eval_args)
+    save_results(eval_args.output_path, name or folder_name(data_name), results, base_args, eval_args,
+                 keep=name is not None)
     return results
 
 
@@ -298,7 +297,7 @@ def eval_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                "tokens": sum(len(window) - 1 for window in windows), "loss": loss, "perplexity": math.exp(loss),
                **(extra or {})}
     print(f"{data_name}: perplexity {results['perplexity']:.4f} of {results['tokens']} tokens in windows of {length}")
-    save_results(eval_args.output_path, free_name(eval_args.output_path, name), results, base_args, eval_args)
+    save_results(eval_args.output_path, name, results, base_args, eval_args, keep=True)
     return results
 
 
@@ -356,6 +355,5 @@ def eval_lm_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if results.get("groups"):
         print(make_table(results, "groups"))
     kept = {k: results[k] for k in ("results", "groups", "versions", "n-shot", "n-samples") if k in results}
-    save_results(eval_args.output_path, free_name(eval_args.output_path, name), {**(extra or {}), **kept}, base_args,
-                 eval_args)
+    save_results(eval_args.output_path, name, {**(extra or {}), **kept}, base_args, eval_args, keep=True)
     return results

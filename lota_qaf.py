@@ -27,7 +27,7 @@ from pathlib import Path
 import gptq_quantize
 import LoTA_QAF_main
 from LoTA import UserError, quiet_libraries
-from LoTA.settings import baseConfig, evalConfig, from_given, trainingConfig
+from LoTA.settings import baseConfig, default_of, evalConfig, from_given, trainingConfig
 
 if typing.TYPE_CHECKING:
     from LoTA.adapter_folder import LotaConfig
@@ -136,13 +136,10 @@ def merge(adapter: Place, output: Place, quantized_model_dir: Place | None = Non
     quantized_model_dir: the GPTQ model; None: the one that the adapter names.
     """
     from LoTA.adapter_folder import AdapterFolder
-    from LoTA.folders import open_base
-    from LoTA.lota_merge import merge_folders
+    from LoTA.lota_merge import base_of, merge_folders
     folder = AdapterFolder(adapter)
-    gptq = quantized_model_dir or folder.config.quantized_model_dir
-    if gptq is None:
-        raise UserError(f"{folder.path} does not name its GPTQ model: give quantized_model_dir")
-    return MergedModel(Path(output), merge_folders(folder, open_base(gptq), output))
+    base = base_of(folder, quantized_model_dir, "quantized_model_dir")
+    return MergedModel(Path(output), merge_folders(folder, base, output))
 
 
 def evaluate(model: Place, *, verbose: bool = False, **settings: object) -> Evaluation:
@@ -202,7 +199,7 @@ def _with_settings(function: Callable, *configs: type) -> None:
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     taken = {p.name for p in own} | {"mode", "load_adapter", "auto_gptq"}
     more = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name],
-                              default=f.default if f.default is not MISSING else f.default_factory())
+                              default=default_of(f))
             for config in configs for hints in [typing.get_type_hints(config)] for f in fields(config)
             if f.name not in taken and (f.default, f.default_factory) != (MISSING, MISSING)]
     function.__signature__ = inspect.Signature([*own, *more], return_annotation=function.__annotations__["return"])

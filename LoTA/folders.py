@@ -542,6 +542,16 @@ def copy_own_file(file: Path, folder: Path) -> None:
     shutil.copyfile(file, folder / file.name)
 
 
+def copy_other_files(source: GPTQFolder, folder: Path) -> None:
+    """Copies all files of a model but those of its tensors. Raises UserError as check_own_file() does, for any file."""
+    weights = set(source.file_of.values())
+    for item in sorted(file for file in source.path.iterdir() if file.is_file()):
+        if item in weights:
+            check_own_file(item)
+        else:
+            copy_own_file(item, folder)
+
+
 def set_checkpoint_format(folder: Path, checkpoint_format: str) -> None:
     """Writes `checkpoint_format`, and format, GPTQModel's newer name of it, where that is there."""
     set_quantization(folder, "checkpoint_format", checkpoint_format)

@@ -104,7 +104,6 @@ def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, 
     rounding = isinstance(rule, Rounding)
     rank_block = BLOCK_RANK if rounding else min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
     unit = divisors = dither = seed = None
-    matrices = lora_A, lora_B
     if rounding:
         factors = rule.factors(lora_A, lora_B)
         lora_A, lora_B, unit = factors.A.to(torch.int8), factors.B.to(torch.int8), factors.unit
@@ -127,7 +126,7 @@ def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, 
         return None
     # The parts are integers, so their sums are exact in any order.
     if rounding:
-        return rule.offset(rule.group_sums(*matrices, packed), sums[1].sum(1), groups.sizes)
+        return rule.offset(rule.group_sums(factors, packed), sums[1].sum(1), groups.sizes)
     return rule.offset(*sums.sum(2), groups.sizes)
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 from LoTA import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 T = TypeVar("T")
@@ -25,7 +27,6 @@ T = TypeVar("T")
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed ZeRO",
             "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 ODD = 0x1E3779B97F4A7C15            # an odd number with bits all over, so that no two places of a checksum weigh alike
-
 LONGEST_WAIT = timedelta(hours=12)  # while one process merges or writes a large model; a dead one is noticed at once
 
 # The group that the processes talk in: gloo, because its messages are in the CPU's memory and no GPU waits for them.
@@ -151,23 +152,35 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return any(gather(flag))
-
-
 def wait() -> None:
     """Waits until all processes are here."""
     gather(None)
 
 
+def shared_folder(folder: "Path | None", flag: str) -> "Path":
+    """The folder that the first process made, in all processes, which wait for it. The others' `folder` is not read.
+
+    Raises UserError where a process does not see it. flag: the one that names another place.
+    """
+    folder = agree(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder.absolute()} was made by process 0 and is not there for process {rank()}: give "
+                        f"{flag} a folder that all machines see")
+    return folder
+
+
+def first_difference(what: Mapping[str, object]) -> tuple[str, int, object, object] | None:
+    """(name, process, value of process 0, its value) of the first entry of `what` that is another one in a process."""
+    values = gather(dict(what))
+    return next(((name, process, value, theirs[name]) for process, theirs in enumerate(values)
+                 for name, value in values[0].items() if theirs[name] != value), None)
+
+
 def require_equal(what: Mapping[str, object]) -> None:
     """Raises UserError where a process has another value than the first one. what: {its name in the message: value}."""
-    for other, theirs in enumerate(values := gather(dict(what))):
-        for name, value in values[0].items():
-            if theirs[name] != value:
-                raise UserError(f"the processes have not the same {name}: process 0 has {value}, process {other} has "
-                                f"{theirs[name]}")
+    if found := first_difference(what):
+        name, process, first, other = found
+        raise UserError(f"the processes have not the same {name}: process 0 has {first}, process {process} has {other}")
 
 
 def require_same(tensors: "Mapping[str, torch.Tensor]", step: int) -> None:
@@ -178,12 +191,11 @@ def require_same(tensors: "Mapping[str, torch.Tensor]", step: int) -> None:
     if _talk is None:
         return
     import torch
-    sums = torch.stack([checksum(tensor).cpu() for tensor in tensors.values()]).tolist()
-    for other, theirs in enumerate(values := gather(sums)):
-        for name, ours, found in zip(tensors, values[0], theirs, strict=True):
-            if ours != found:
-                raise RuntimeError(f"{name} is not the same in process 0 and in process {other} at step {step}: the "
-                                   "processes train apart; resume from the checkpoint before")
+    sums = [checksum(tensor) for tensor in tensors.values()]
+    sums = torch.stack([one.to(sums[0].device) for one in sums]).tolist()       # the CPU waits for the GPUs once
+    if found := first_difference(dict(zip(tensors, sums, strict=True))):
+        raise RuntimeError(f"{found[0]} is not the same in process 0 and in process {found[1]} at step {step}: the "
+                           "processes train apart; resume from the checkpoint before")
 
 
 def checksum(tensor: "torch.Tensor") -> "torch.Tensor":

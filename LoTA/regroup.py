@@ -11,8 +11,7 @@ from tqdm import tqdm
 from LoTA import UserError
 from LoTA.folders import (
     GPTQFolder,
-    check_own_file,
-    copy_own_file,
+    copy_other_files,
     set_quantization,
 )
 from LoTA.storage import create_safetensors, overwrite_tensor
@@ -28,11 +27,7 @@ def regroup(source: GPTQFolder, size: int, folder: Path) -> GPTQFolder:
     """
     folder.mkdir()
     weights = sorted(set(source.file_of.values()))
-    for item in sorted(file for file in source.path.iterdir() if file.is_file()):
-        if item in weights:
-            check_own_file(item)
-        else:
-            copy_own_file(item, folder)
+    copy_other_files(source, folder)
     set_quantization(folder, "group_size", size)
     for file in weights:
         names = [name for name, its_file in source.file_of.items() if its_file == file]

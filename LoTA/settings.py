@@ -82,6 +82,13 @@ GROUPS = {
     "export": ("mode 2: the merged model for other engines", None)}
 
 
+def _shown_by_size(rates: tuple[float, float]) -> str:
+    """rate_by_size() as --help says it."""
+    (small, large), (first, second) = TRIED_PARAMETERS, rates
+    return (f"{first} up to {small / 1e6:g}M parameters, {second} at {large / 1e6:g}M, and beyond it by the inverse "
+            "root of the model's size")
+
+
 def setting(group: str, default, help: str, *, shown=None, choices: Sequence | None = None, off: str | None = None,
             aliases: Sequence[str] = (), several: bool = False):
     """A field of a settings group.
@@ -222,12 +229,10 @@ class trainingConfig:
         shown="no limit; other recipes 1")
     offset_lr: float | None = setting(
         "lota", None, "the largest learning rate of a learned mu, as a share of the grid's range 2**bits - 1",
-        shown=f"{OFFSET_LR[0]} up to 2.1M parameters, {OFFSET_LR[1]} at 135M, and beyond it by the inverse root of the "
-        "model's size")
+        shown=_shown_by_size(OFFSET_LR))
     scale_lr: float | None = setting(
         "lota", None, "the largest learning rate of the relative change of learned scales",
-        shown=f"{SCALE_LR[0]} up to 2.1M parameters, {SCALE_LR[1]} at 135M, and beyond it by the inverse root of the "
-        "model's size")
+        shown=_shown_by_size(SCALE_LR))
     warm_up: float = setting(
         "lota", 0.0, "LoTA: the share of the steps in which the rates of mu and of the scales rise; then they fall "
         "linearly towards 0; the recipes scales and full have 0.1")
@@ -354,7 +359,7 @@ def from_given(given: Mapping[str, object]) -> tuple[baseConfig, trainingConfig,
     if given.get("mode", 1) == 1 and idle:
         print(f"without effect with --method {method}: {', '.join(idle)}")
     recipe = given.get("recipe") or default_recipe(method)
-    values = {**{name: _default(f) for name, f in known.items()}, **(LRQAT_DEFAULTS if method == "lrqat" else {}),
+    values = {**{name: default_of(f) for name, f in known.items()}, **(LRQAT_DEFAULTS if method == "lrqat" else {}),
               **recipes_of(method).get(recipe, {}), **given}
     for name, f in known.items():
         if isinstance(values[name], os.PathLike):
@@ -366,13 +371,19 @@ def from_given(given: Mapping[str, object]) -> tuple[baseConfig, trainingConfig,
     return tuple(config(**{f.name: values[f.name] for f in fields(config)}) for config in configs)
 
 
-def _default(f: Field) -> object:
+def default_of(f: Field) -> object:
+    """The default of a dataclass's field. It must have one."""
     return f.default if f.default is not MISSING else f.default_factory()
+
+
+def _value_type(hint: object) -> type:
+    """The type of a setting's value, or of its names where it takes several, from its annotation."""
+    return next(t for t in (*typing.get_args(hint), hint) if t is not NoneType)
 
 
 def _check_value(f: Field, hint: object, value: object) -> None:
     """Raises UserError unless a value fits its setting: its type, and its choices where it has any."""
-    wanted = next(t for t in (*typing.get_args(hint), hint) if t is not NoneType)
+    wanted = _value_type(hint)
     several = f.metadata["several"] or typing.get_origin(hint) is list
     accepted = {float: (float, int), int: int, bool: bool, str: (str, os.PathLike)}.get(wanted, ())
     fits = (value is None and NoneType in typing.get_args(hint) or several and isinstance(value, str | list | tuple)
@@ -417,7 +428,7 @@ def _build_parser(description: str, training_sets: Sequence[str],
             options = {"default": argparse.SUPPRESS, "dest": f.name,
                        "help": text.replace("%", "%%"),
                        "choices": choices.get(f.name, f.metadata["choices"])}
-            value_type = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not NoneType)
+            value_type = _value_type(types[f.name])
             if value_type is bool:
                 options |= {"type": _true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
             elif typing.get_origin(types[f.name]) is list:

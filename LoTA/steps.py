@@ -76,9 +76,9 @@ class Threshold:
         """dW of any rows, float32 [rows, out], in units of the grid."""
         return factors.A[rows].float() @ factors.B.float()
 
-    def group_sums(self, lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer) -> torch.Tensor:
+    def group_sums(self, factors: Factors, packed: PackedLayer) -> torch.Tensor:
         """The sum of dW over each group, float32 [groups, out]. It is exact."""
-        return packed.groups.sum(lora_A.float()) @ lora_B.float()
+        return packed.groups.sum(factors.A.float()) @ factors.B.float()
 
     def offset(self, delta_w_sum: torch.Tensor, step_sum: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         """Eq. 4: mu = (sum dW - omega * sum W^) / (kappa * n), float32 [groups, out]. kappa must not be None.
@@ -154,12 +154,11 @@ class Rounding:
         """dW / s of any rows, float32 [rows, out]: how many steps of the grid dW is, before dither and rounding."""
         return (factors.A[rows] @ factors.B).mul_(factors.unit).div_(self.divisors(packed)[packed.groups.g_idx[rows]])
 
-    def group_sums(self, lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer) -> torch.Tensor:
+    def group_sums(self, factors: Factors, packed: PackedLayer) -> torch.Tensor:
         """The sum of dW / s over each group, float64 [groups, out].
 
         float64 holds the sums of integers exactly. The two operations after them are rounded in one way only.
         """
-        factors = self.factors(lora_A, lora_B)
         sums = packed.groups.sum(factors.A).double() @ factors.B.double()
         return sums.mul_(factors.unit).div_(self.divisors(packed))
 

@@ -309,7 +309,7 @@ def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _group_sums_of_delta_w(lora_A: torch.Tensor, lora_B: torch.Tensor, packed: PackedLayer,
                            rule: Rule) -> torch.Tensor | None:
     """The rule's group_sums() [groups, out]; None where A and B say no mu."""
-    return rule.group_sums(lora_A, lora_B, packed) if rule.has_offset else None
+    return rule.group_sums(rule.factors(lora_A, lora_B), packed) if rule.has_offset else None
 
 
 def _sparse_steps(lora_A: torch.Tensor, lora_B: torch.Tensor, rule: Rule) -> tuple[

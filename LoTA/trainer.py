@@ -72,10 +72,7 @@ class Run:
     def __enter__(self) -> "Run":
         if self.writes:
             self._claim()
-        self.folder, self.when = processes.agree((self.folder, self.when) if self.writes else None)
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder.absolute()} was made by process 0 and is not there for process "
-                            f"{processes.rank()}: give an --adapter_path that all machines see")
+        self.folder = processes.shared_folder(self.folder if self.writes else None, "--adapter_path")
         return self
 
     def _claim(self) -> None:

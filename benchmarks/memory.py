@@ -192,12 +192,12 @@ def sent_table() -> str:
     Of n processes each sends 2 (n - 1) / n times the bytes of the gradients, as a ring does. benchmarks/processes.py
     measured that. torch's default would send the buffers too, which are all but the tensors in 16 bits.
     """
-    rows, share = [row for row in _read() if row["bits"] == 4], 2 * 7 / 8
+    rows, share = _read(), 2 * 7 / 8
     names = ["model", "rank", *(f"GPTQ model at {bits} bits, GiB" for bits in BITS),
              "sent: `published`, LR-QAT, LoRA, MB", "sent: `full`, MB", "torch's default at 4 bits: MB more"]
     lines = []
-    for row in rows:
-        models = [_gib(sum(one["weights"].values())) for bits in BITS for one in _read()
+    for row in (row for row in rows if row["bits"] == 4):
+        models = [_gib(sum(one["weights"].values())) for bits in BITS for one in rows
                   if (one["model"], one["bits"]) == (row["model"], bits)]
         buffers = sum(size for part, size in row["weights"].items() if part != "16 bits")
         sent = *(share * row["training"][method]["gradients"] for method in ("published", "full")), buffers

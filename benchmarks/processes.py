@@ -38,7 +38,6 @@ def loopback_bytes() -> int | None:
 def work(folder: str, rows: int, length: int, steps: int, method: str, buffers: bool, output: str) -> None:
     """One of the processes: trains some steps and writes the seconds and bytes of each. It runs under torchrun."""
     import torch
-    import torch.distributed as dist
     from peft import LoraConfig, get_peft_model
     from torch.nn.parallel import DistributedDataParallel
 
@@ -82,14 +81,11 @@ def work(folder: str, rows: int, length: int, steps: int, method: str, buffers: 
         counts.append(None if before is None else loopback_bytes() - before)
     if processes.is_first():
         trained = sum(p.numel() for _, p in named)
-        on_gpu = ids.is_cuda
         Path(output).write_text(json.dumps({
             "trained numbers": trained, "step_s": statistics.median(times[1:]),
-            "sent_mb": None if on_gpu or counts[0] is None else statistics.median(counts[1:]) / 1e6,
+            "sent_mb": None if ids.is_cuda or counts[0] is None else statistics.median(counts[1:]) / 1e6,
             "gradients_mb": 4 * trained / 1e6}))
     processes.leave()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def measure(folder: Path, processes: int, method: str, buffers: bool, args: argparse.Namespace) -> dict:
