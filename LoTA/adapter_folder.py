@@ -56,9 +56,9 @@ class LotaConfig:
     method: Literal["LoTA", "LoRA", "QA-LoRA", "LR-QAT"] = "LoTA"
     omega: float | None = None                  # None for all but LoTA
     residual: bool = True                       # whether there is an offset mu
-    # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter. "remainder": what LR-QAT's rounding left
-    # over.
-    offset_scale: Literal["omega", "paper", "learned", "remainder"] = "omega"
+    # "omega": kappa = omega. "paper": kappa = 1. "learned": mu is a parameter. "mean": the mean of LR-QAT's dW
+    # over a group, and what the rounding left over.
+    offset_scale: Literal["omega", "paper", "learned", "mean"] = "omega"
     learned_scales: bool = False
     # LR-QAT: what is added below the rounding. "noise" is made from the layer's name, "fraction" is in the adapter.
     dither: Literal["none", "noise", "fraction"] = "none"
@@ -95,7 +95,7 @@ class LotaConfig:
 
         The baselines have none.
         """
-        return (Rounding(scaling=1.0, remainder=self.residual and self.offset_scale == "remainder")
+        return (Rounding(scaling=1.0, mean=self.residual and self.offset_scale == "mean")
                 if self.method == "LR-QAT" else
                 make_threshold(self.omega, self.residual, self.offset_scale))
 

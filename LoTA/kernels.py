@@ -103,18 +103,21 @@ def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, 
     pieces, rows_block = _pieces(groups)
     rounding = isinstance(rule, Rounding)
     rank_block = BLOCK_RANK if rounding else min(BLOCK_RANK, max(16, triton.next_power_of_2(rank)))
-    unit = divisors = dither = seed = None
+    unit = divisors = means = dither = seed = None
     if rounding:
         factors = rule.factors(lora_A, lora_B)
         lora_A, lora_B, unit = factors.A.to(torch.int8), factors.B.to(torch.int8), factors.unit
         divisors, dither, seed = rule.divisors(packed), rule.dither, rule.seed
+        if rule.has_offset:
+            delta_w_sum = rule.group_sums(factors, packed)
+            means = rule.means(delta_w_sum, groups.sizes)
     omega_floor = 0.0 if rounding else float(math.floor(rule.omega))
     # The sums of dW and of W^, for each piece of a group. Triton needs a tensor, so `out` stands in where it is unread.
     sums = torch.empty(2, groups.count, pieces, cols, device=out.device) if rule.has_offset else out
     with torch.cuda.device_of(out):
         _step_kernel[groups.count * pieces, triton.cdiv(cols, BLOCK_COLS)](
             out, sums, lora_A, lora_B, packed.qweight, packed.qzeros, packed.scales, _order(groups), groups.starts,
-            *(out if tensor is None else tensor for tensor in (unit, divisors, dither)), *lora_A.stride(),
+            *(out if tensor is None else tensor for tensor in (unit, divisors, means, dither)), *lora_A.stride(),
             *lora_B.stride(), packed.qweight.stride(0), packed.qzeros.stride(0), cols, rank,
             groups.count * pieces * cols, omega_floor, as_int32(seed or 0), BITS=packed.bits,
             ONE_LESS=packed.checkpoint_format == "gptq", OFFSET=rule.has_offset, ROUNDING=rounding,
@@ -126,7 +129,7 @@ def _launch_step(out: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, 
         return None
     # The parts are integers, so their sums are exact in any order.
     if rounding:
-        return rule.offset(rule.group_sums(factors, packed), sums[1].sum(1), groups.sizes)
+        return rule.offset(delta_w_sum, sums[1].sum(1), groups.sizes)
     return rule.offset(*sums.sum(2), groups.sizes)
 
 
@@ -189,10 +192,10 @@ def _noise(seed, place):
 
 
 @triton.jit
-def _rounded(product, unit, divisor, dither, DITHERED: tl.constexpr):
-    """Rounding.step() of LoTA.steps: round(dW / s + u), float32. dither: u in steps of 1/256."""
+def _rounded(product, unit, divisor, mean, dither, DITHERED: tl.constexpr):
+    """Rounding.step() of LoTA.steps: round(dW / s - m + u), float32. dither: u in steps of 1/256."""
     # Triton's own division is approximate. div_rn rounds as IEEE says, and as torch does.
-    value = tl.math.div_rn(product.to(tl.float32) * tl.load(unit), divisor)
+    value = tl.math.div_rn(product.to(tl.float32) * tl.load(unit), divisor) - mean
     if DITHERED:
         value += (dither.to(tl.float32) + 0.5) * 0.00390625
     value = tl.minimum(tl.maximum(value, -256.0), 256.0)
@@ -201,12 +204,12 @@ def _rounded(product, unit, divisor, dither, DITHERED: tl.constexpr):
 
 
 @triton.jit
-def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, starts, unit, divisors, dithers, a_row,
-                 a_rank, b_rank, b_col, q_row, z_row, width, rank, sums_size, omega_floor, seed, BITS: tl.constexpr,
-                 ONE_LESS: tl.constexpr, OFFSET: tl.constexpr, ROUNDING: tl.constexpr, NOISE: tl.constexpr,
-                 DITHER: tl.constexpr, SHUFFLED: tl.constexpr, WIDE: tl.constexpr, COUNTING: tl.constexpr,
-                 PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
-                 RANK_PIECES: tl.constexpr):
+def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, starts, unit, divisors, means, dithers,
+                 a_row, a_rank, b_rank, b_col, q_row, z_row, width, rank, sums_size, omega_floor, seed,
+                 BITS: tl.constexpr, ONE_LESS: tl.constexpr, OFFSET: tl.constexpr, ROUNDING: tl.constexpr,
+                 NOISE: tl.constexpr, DITHER: tl.constexpr, SHUFFLED: tl.constexpr, WIDE: tl.constexpr,
+                 COUNTING: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                 RANK: tl.constexpr, RANK_PIECES: tl.constexpr):
     """The steps of one piece of a group and COLS outputs: writes W, or when COUNTING only how many steps it takes.
 
     When OFFSET, the sums of dW and of W^ over the piece go to sums [2, groups * PIECES, width]; when ROUNDING, too, the
@@ -240,7 +243,11 @@ def _step_kernel(out, sums, lora_A, lora_B, qweight, qzeros, scales, order, star
         if DITHER:
             dither = tl.load(dithers + places, mask=tile, other=0)
         divisor = tl.load(divisors + group * width + cols, mask=inside, other=1.0)
-        step = _rounded(delta_w, unit, divisor[None, :], dither, NOISE or DITHER)
+        mean = 0.0
+        if OFFSET:
+            mean = tl.load(means + group * width + cols, mask=inside, other=0)[None, :]
+            mean = tl.where(there[:, None], mean, 0.0)          # rows that do not exist take no step
+        step = _rounded(delta_w, unit, divisor[None, :], mean, dither, NOISE or DITHER)
     else:
         step = tl.where(delta_w > omega_floor, 1.0, tl.where(delta_w < -omega_floor, -1.0, 0.0))
     stepped = tl.minimum(tl.maximum(integers + step, 0.0), (1 << BITS) - 1.0)

@@ -42,11 +42,11 @@ RECIPES = {
 # The same for --method lrqat.
 LRQAT_RECIPES = {
     "integers": {"residual": False},
-    "remainder": {"offset_scale": "remainder"},
+    "mean": {"offset_scale": "mean"},
     "scales": {"residual": False, "learned_scales": True},
     "full": {"offset_scale": "learned", "learned_scales": True}}
 # Defaults of --method lrqat for the flags that are not given: see experiments/LOG.md.
-LRQAT_DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "max_grad_norm": 0.0}
+LRQAT_DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
 # For each bit width a recipe's omega, as a share of the rank, and its sigma at the start, chosen in experiments/LOG.md.
 # A finer grid gets a smaller omega, because more ternary steps are worth taking there. 8 bits take the row of 4.
 OMEGA_AND_SIGMA = {
@@ -176,8 +176,9 @@ class baseConfig:
         "lota_config.json only", off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
     offset_scale: str = setting(
         "method", "omega", "kappa, the divisor in Eq. 4. omega: kappa = omega, as in the published scripts. "
-        "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used. remainder: LR-QAT, what the "
-        "rounding left over, as the mean of each group", choices=["omega", "paper", "learned", "remainder"])
+        "paper: kappa = 1, as printed. learned: mu is a parameter, and Eq. 4 is not used. mean: LR-QAT, the mean "
+        "of dW / s over a group, so that only what the rows of a group do not have in common is rounded",
+        choices=["omega", "paper", "learned", "mean"])
     learned_scales: bool = setting(
         "method", False, "LoTA, LR-QAT: also train the scales of the groups; the merged model has them as its own "
         "scales")
@@ -246,7 +247,7 @@ class trainingConfig:
         "baseline", 0.03, "share of the steps in which the learning rate rises; the constant schedule has none")
     weight_decay: float = setting("baseline", 0.0, "weight decay")
     max_grad_norm: float = setting(
-        "baseline", 0.3, "gradients are clipped to this norm; LoTA never clips, and LR-QAT only where it is given")
+        "baseline", 0.3, "gradients are clipped to this norm; LoTA never clips")
     distill: str = setting(
         "distill", "none", "learn from the distributions of the 16-bit model too. answers: at the tokens of the "
         "answers. all: at those of the prompts as well", choices=["none", "answers", "all"])
@@ -624,8 +625,8 @@ def _check_steps(base: baseConfig, folder: "GPTQFolder") -> None:
 
 def _check_lrqat(base: baseConfig, folder: "GPTQFolder") -> None:
     from LoTA.steps import Rounding
-    if base.residual and base.offset_scale not in ("learned", "remainder"):
-        raise UserError(f"--offset_scale {base.offset_scale} is a mu of --method lota: give learned or remainder with "
+    if base.residual and base.offset_scale not in ("learned", "mean"):
+        raise UserError(f"--offset_scale {base.offset_scale} is a mu of --method lota: give learned or mean with "
                         "lrqat, or --residual False")
     if base.dither == "fraction" and base.pretrained is None:
         raise UserError("--dither fraction is what GPTQ rounded away: name the 16-bit model with --pretrained")
@@ -651,8 +652,8 @@ def _check_distillation(training: trainingConfig) -> None:
 
 def _check_lota(base: baseConfig, training: trainingConfig, folder: "GPTQFolder") -> None:
     from LoTA.steps import Threshold
-    if base.residual and base.offset_scale == "remainder":
-        raise UserError("--offset_scale remainder is a mu of --method lrqat: give omega, paper or learned with lota")
+    if base.residual and base.offset_scale == "mean":
+        raise UserError("--offset_scale mean is a mu of --method lrqat: give omega, paper or learned with lota")
     for flag in ("filter_ratio", "min_grad", "filter_upper"):
         if not 0 < getattr(training, flag) < 1:
             raise UserError(f"--{flag} must lie in (0, 1), not {getattr(training, flag)}")

@@ -68,8 +68,12 @@ class Threshold:
         dtype = product_dtype(lora_B.shape[0], lora_B.device)
         return Factors(lora_A.to(dtype), lora_B.to(dtype))
 
-    def step(self, factors: Factors, rows: Rows, first: int, last: int, packed: PackedLayer) -> torch.Tensor:
-        """The steps of some rows before the clamp to the grid, float32 [rows, out]."""
+    def step(self, factors: Factors, rows: Rows, first: int, last: int, packed: PackedLayer,
+             delta_w_sum: torch.Tensor | None) -> torch.Tensor:
+        """The steps of the rows of groups first ... last - 1 before the clamp to the grid, float32 [rows, out].
+
+        delta_w_sum: group_sums(). This rule does not read it.
+        """
         return ternary_step(factors.A[rows] @ factors.B, self.omega)
 
     def grid_steps(self, factors: Factors, rows: torch.Tensor, packed: PackedLayer) -> torch.Tensor:
@@ -108,25 +112,30 @@ class Rounding:
     below the rounding. Where dW is 0 it rounds to 0, so the first forward is the quantized model exactly. As soon as dW
     moves, the weights nearest to a border step first, and over many weights the mean step is dW / s.
 
-    The remainder may go into mu, as Eq. 4 has it with omega and kappa of 1: mu = (sum dW / s - sum W^) / n over the n
-    rows of a group. Then the mean of each group moves by that of dW exactly, whatever the rounding and the grid's ends
-    do to its weights. With steps of 0 alone this is QA-LoRA, whose product says the mean of a group.
+    The mean over a group may go into mu. With m = (sum dW / s) / n over the n rows of the group:
+
+        W^ = round(dW / s - m + u)
+        mu = (sum dW / s - sum W^) / n
+
+    So what the rows of a group have in common moves no integer, and is exact, as in QA-LoRA, whose product is m alone.
+    Only where the rows differ are there steps, with the noise that rounding brings. mu takes up what the rounding and
+    the grid's ends left over too, so that the mean of each group moves by that of dW, exactly.
 
     scaling: alpha / r. seed: the dither is pseudo-random noise, from this number and the place of the weight; None: it
     is not. dither: int8 [in, out], the dither in steps of 1/256, see dither_value(); it takes the place of the noise.
-    remainder: whether mu is the remainder.
+    mean: whether the mean goes into mu.
     """
     scaling: float
     seed: int | None = None
     dither: torch.Tensor | None = field(default=None, repr=False)
-    remainder: bool = False
+    mean: bool = False
 
     kappa = None                        # the gradients pass W^ + mu as a whole, and mu has no part of its own
 
     @property
     def has_offset(self) -> bool:
         """Whether A and B say mu too."""
-        return self.remainder
+        return self.mean
 
     def check(self, rank: int, largest_group: int) -> None:
         """Raises UserError where the rank leaves the range in which the rule is exact. largest_group: unused."""
@@ -141,10 +150,17 @@ class Rounding:
         (A, of_A), (B, of_B) = fixed_point(lora_A), fixed_point(lora_B)
         return Factors(A, B, power_of_two(of_A) * power_of_two(of_B) * self.scaling)
 
-    def step(self, factors: Factors, rows: Rows, first: int, last: int, packed: PackedLayer) -> torch.Tensor:
-        """The steps of some rows before the clamp to the grid, float32 [rows, out]."""
+    def step(self, factors: Factors, rows: Rows, first: int, last: int, packed: PackedLayer,
+             delta_w_sum: torch.Tensor | None) -> torch.Tensor:
+        """The steps of the rows of groups first ... last - 1 before the clamp to the grid, float32 [rows, out].
+
+        delta_w_sum: group_sums() of all groups, or None where the mean does not go into mu.
+        """
         step = (factors.A[rows] @ factors.B).mul_(factors.unit)
-        step.view(last - first, -1, step.shape[1]).div_(self.divisors(packed)[first:last, None])
+        by_group = step.view(last - first, -1, step.shape[1])
+        by_group.div_(self.divisors(packed)[first:last, None])
+        if delta_w_sum is not None:
+            by_group.sub_(self.means(delta_w_sum[first:last], packed.groups.sizes[first:last])[:, None])
         dither = self.dither_of(rows, packed)
         if dither is not None:
             step += dither_value(dither)
@@ -163,11 +179,16 @@ class Rounding:
         return sums.mul_(factors.unit).div_(self.divisors(packed))
 
     def offset(self, delta_w_sum: torch.Tensor, step_sum: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """The remainder, mu = (sum dW / s - sum W^) / n, float32 [groups, out].
+        """mu = (sum dW / s - sum W^) / n, float32 [groups, out].
 
         delta_w_sum: group_sums(). step_sum: of the steps that were taken, exact integers. sizes: n of each group.
         """
-        return ((delta_w_sum - step_sum) / sizes[:, None]).float()
+        return self.means(delta_w_sum - step_sum, sizes)
+
+    @staticmethod
+    def means(sums: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """float64 sums [groups, out] over the rows of a group as means, float32. sizes: the rows n of each group."""
+        return (sums / sizes[:, None]).float()
 
     def divisors(self, packed: PackedLayer) -> torch.Tensor:
         """The scales that dW is divided by, float32 [groups, out]. A group whose weights are all 0 may have scale 0."""

@@ -364,7 +364,7 @@ def _adapted_blocks(lora_A: torch.Tensor, lora_B: torch.Tensor, delta_w_sum: tor
         # All in float32, because torch's operators that mix uint8 and float32 are ten times slower on a CPU.
         integers = packed.integers(rows).view(last - first, size, -1)
         # Clamping the sum is Eq. 3's boundary check: a step ends at the grid's end.
-        step = rule.step(factors, rows, first, last, packed)
+        step = rule.step(factors, rows, first, last, packed, delta_w_sum)
         stepped = step.view_as(integers).add_(integers).clamp_(0, packed.maxq)
         taken, offset = torch.sub(stepped, integers, out=integers), None
         if delta_w_sum is not None:

@@ -36,7 +36,7 @@ SCRIPT = "experiments/tables.py"
 # {method: its colour}, in the order of the tables. A run's method begins with one of these names.
 METHODS = {"GPTQ": "#c9c9c9", "LoRA": "#7fb069", "QA-LoRA": "#e6b450", "LoTA, published": "#a6c8e6",
            "LoTA, ternary": "#b79fd6", "LoTA, scales": "#5b9bd5", "LoTA, full": "#1f4e8c",
-           "LR-QAT, integers": "#e08e8e", "LR-QAT, remainder": "#d0504f", "LR-QAT, full": "#8c1020"}
+           "LR-QAT, integers": "#e08e8e", "LR-QAT, mean": "#d0504f", "LR-QAT, full": "#8c1020"}
 BASE = "16-bit base"
 LABELS = {BASE: "the base", "LoRA": "LoRA, its adapter kept"}         # where a table says more than the name
 SETTINGS = {"recovery": "recovery: the base knows the task",
@@ -237,7 +237,7 @@ SMOLLM2_METHODS = {     # {method: (its label, what the merged model is where no
     KEPT: ("LoRA, its adapter kept", "cannot merge"),
     REQUANTIZED: ("LoRA, merged and quantized anew", "plain GPTQ"),
     **{name: (name, "") for name in ("QA-LoRA", "LoTA, published", "LoTA, scales", "LoTA, full", "LR-QAT, integers",
-                                     "LR-QAT, remainder", "LR-QAT, full")}}
+                                     "LR-QAT, mean", "LR-QAT, full")}}
 LEAST_LOSS_GAP = 0.01       # nats: a gap in the loss that is smaller has no share reported
 
 

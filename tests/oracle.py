@@ -132,34 +132,37 @@ def noise(seed, row, col, width):
     return (x >> 24) - 256 * (x >= 2**31)
 
 
-def rounded_step(A, B, scaling, scales, g_idx, dither):
-    """The step of each weight, int64 [in, out], before the clamp: round(dW / s + u), in float32 as IEEE rounds it.
+def rounded_step(A, B, scaling, scales, g_idx, dither, mean=False):
+    """The step of each weight, int64 [in, out], before the clamp: round(dW / s - m + u), in float32 as IEEE rounds it.
 
-    dither: [[int]] in steps of 1/256, or None.
+    dither: [[int]] in steps of 1/256, or None. mean: whether m is the mean of dW / s over the group; else it is 0.
     """
     (a, of_a), (b, of_b) = fixed_point(A), fixed_point(B)
     unit, steps = np.float32(2.0**of_a) * np.float32(2.0**of_b) * np.float32(scaling), []
+    means = mean_of_group(A, B, scaling, scales, g_idx) if mean else None
     for i, row in enumerate(a):
         steps.append([])
         for j in range(len(b[0])):
             product = sum(x * b[k][j] for k, x in enumerate(row))
             value = np.float32(product) * unit / np.float32(scales[g_idx[i], j].item())
+            if mean:
+                value -= np.float32(means[g_idx[i], j].item())
             if dither is not None:
                 value += np.float32((dither[i][j] + 0.5) / 256)
             steps[-1].append(round(float(value)))
     return torch.tensor(steps)
 
 
-def rounded_merge(A, B, scaling, weight_int, scales, g_idx, bits, dither):
+def rounded_merge(A, B, scaling, weight_int, scales, g_idx, bits, dither, mean=False):
     """W_int + W^, on the grid: int64 [in, out]."""
-    return (weight_int.long() + rounded_step(A, B, scaling, scales, g_idx, dither)).clamp(0, 2**bits - 1)
+    return (weight_int.long() + rounded_step(A, B, scaling, scales, g_idx, dither, mean)).clamp(0, 2**bits - 1)
 
 
-def remainder(A, B, scaling, weight_int, merged, scales, g_idx):
-    """What the rounding left over, the mean of dW / s - W^ over each group: float32 [groups, out].
+def mean_of_group(A, B, scaling, scales, g_idx, moved=None):
+    """The mean of dW / s over each group, less that of the steps `moved` [in, out] if given: float32 [groups, out].
 
-    The sum of a group's products is exact. It goes times the unit and by the scale, less the sum of the steps that were
-    taken, and by the rows: four operations, each of them rounded to float64.
+    The sum of a group's products is exact. It goes times the unit and by the scale, less the sum of the steps, and by
+    the rows: four operations, each of them rounded to float64, and the result to float32.
     """
     (a, of_a), (b, of_b) = fixed_point(A), fixed_point(B)
     unit, means = float(np.float32(2.0**of_a) * np.float32(2.0**of_b) * np.float32(scaling)), []
@@ -168,13 +171,13 @@ def remainder(A, B, scaling, weight_int, merged, scales, g_idx):
         means.append([])
         for j in range(len(b[0])):
             product = sum(x * b[k][j] for i in rows for k, x in enumerate(a[i]))
-            taken = sum(int(merged[i, j]) - int(weight_int[i, j]) for i in rows)
+            taken = 0 if moved is None else sum(int(moved[i, j]) for i in rows)
             means[-1].append((float(product) * unit / scales[group, j].item() - taken) / len(rows))
     return torch.tensor(means, dtype=torch.float64).float()
 
 
 def rounded_forward_and_gradients(x, grad_output, A, B, change, mu, scaling, weight_int, scales, zeros, g_idx, bits,
-                                  dither):
+                                  dither, mean=False):
     """y and the gradients of x, A, B, change and mu, by autograd: straight through every rounding and the clamp.
 
     change, mu: [groups, out]. The learned scales are scales * (1 + change), here without rounding to float16.
@@ -187,7 +190,7 @@ def rounded_forward_and_gradients(x, grad_output, A, B, change, mu, scaling, wei
     rows = g_idx.long()
     steps = scaling * fixed[0] @ fixed[1] / scales.double()[rows]
     taken = rounded_merge(A.detach().float(), B.detach().float(), scaling, weight_int, scales, g_idx, bits,
-                          dither) - weight_int.long()
+                          dither, mean) - weight_int.long()
     steps = steps + (taken - steps).detach()
     weight = (scales.double() * (1 + change))[rows] * (weight_int.double() - zeros.double()[rows] + steps + mu[rows])
     y = x @ weight

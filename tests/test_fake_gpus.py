@@ -100,7 +100,7 @@ def test_forward_and_backward_of_a_layer(fake, launches, monkeypatch, layout, dt
     with fake:
         packed = on(real, fake, device)
         for rule, learned in ((Threshold(3.0, 3.0), False), (Threshold(3.0, None), True), (Rounding(2.0, 7), True),
-                              (Rounding(2.0, remainder=True), False)):
+                              (Rounding(2.0, mean=True), False)):
             context = Context()
             context.needs_input_grad = [True] * 3 + [False] * 3 + [learned] * 2 + [False]
             x = torch.empty(2, 5, ROWS, device=device, dtype=dtype)

@@ -17,7 +17,7 @@ from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import CustomLoraLinear, adapter_state, register
 from LoTA.lota_merge import merge_folders
 from LoTA.packed import Groups
-from LoTA.steps import Threshold
+from LoTA.steps import Rounding, Threshold
 
 RANK, OMEGA = 8, 2.0
 MODELS = [(2,), (3, "--desc_act"), (4, "--sym"), (8,)]
@@ -79,6 +79,20 @@ def test_the_first_forward_is_the_quantized_model(gptq):
     A = next(iter(layers(fresh).values())).lora_A["default"].weight
     assert set(A.unique().tolist()) == {-1.0, 0.0, 1.0} and 0.3 < A.abs().mean() < 0.8
     torch.testing.assert_close(logits(fresh), logits(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_A_begin_equal_in_a_group_where_the_mean_goes_into_mu(gptq):
+    """Else they are random, each by itself. Both kinds are uniform up to 1 / sqrt(in)."""
+    for mean in (True, False):
+        torch.manual_seed(0)
+        config = LoraConfig(r=RANK, target_modules=["q_proj", "down_proj"])
+        for layer in layers(get_peft_model(load(gptq), register(config, Rounding(1.0, mean=mean)))).values():
+            (A, B), g_idx = layer.adapter_pair(), layer.groups().g_idx
+            groups = [A[g_idx == group].unique(dim=0) for group in range(layer.groups().count)]
+            assert [len(rows) for rows in groups] == ([1] * len(groups) if mean else layer.groups().sizes.tolist())
+            assert len(A.unique(dim=0)) == (len(groups) if mean else len(A)) and not B.any()
+            bound = layer.in_features**-0.5
+            assert 0.8 * bound < A.abs().max() <= bound and abs(A.mean()) < 0.2 * bound
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)

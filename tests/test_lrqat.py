@@ -24,7 +24,7 @@ from LoTA.ternary import GridLinear
 
 LRQAT = ("--lota_qaf", False, "--method", "lrqat", "--learning_rate", 2e-2)
 RECIPES = {"integers": (), "scales": ("--dither", "none"), "full": ("--dither", "fraction"),
-           "remainder": ("--learned_scales", True)}
+           "mean": ("--learned_scales", True)}
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def test_live_is_merged_bit_for_bit(adapters, quantize, tmp_path, recipe, dtype)
 
 def test_what_the_run_records(adapters, quantize):
     """The report's share of moved integers is the merge's, and the record says how to read the adapter."""
-    for recipe, dither in (("integers", "noise"), ("scales", "none"), ("full", "fraction"), ("remainder", "noise")):
+    for recipe, dither in (("integers", "noise"), ("scales", "none"), ("full", "fraction"), ("mean", "noise")):
         folder = adapters(recipe)
         config = LotaConfig.load(folder)
         assert (config.method, config.dither, config.omega) == ("LR-QAT", dither, None)
-        assert config.learned_offset == (recipe == "full") and config.residual == (recipe in ("full", "remainder"))
+        assert config.learned_offset == (recipe == "full") and config.residual == (recipe in ("full", "mean"))
         assert config.learned_scales == (recipe != "integers")
         assert config.settings["recipe"] == recipe and config.settings["lr_scheduler_type"] == "linear"
         rows = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
@@ -170,7 +170,7 @@ def test_half_an_adapter_is_refused(adapters, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--recipe", "ternary"), "--recipe ternary is none of --method lrqat's: integers, remainder, scales, full"),
+    (("--recipe", "ternary"), "--recipe ternary is none of --method lrqat's: integers, mean, scales, full"),
     (("--recipe", "published"), "--recipe published is none of --method lrqat's"),
     (("--residual", True), "--offset_scale omega is a mu of --method lota"),
     (("--offset_scale", "learned"), "trains the offset that --residual False leaves out"),
@@ -194,7 +194,7 @@ def test_a_recipe_of_the_other_method_is_refused():
 def test_defaults_go_by_the_method():
     """A flag that is given wins over the method's and the recipe's defaults."""
     _, training, _ = parse("--method", "lrqat")
-    assert (training.learning_rate, training.lr_scheduler_type, training.max_grad_norm) == (1e-3, "linear", 0.0)
+    assert (training.learning_rate, training.lr_scheduler_type, training.max_grad_norm) == (1e-3, "linear", 0.3)
     base, training, _ = parse("--method", "lrqat", "--recipe", "full", "--learning_rate", 5, "--residual", False)
     assert training.learning_rate == 5 and base.learned_scales and not base.residual
     _, training, _ = parse("--method", "lora")

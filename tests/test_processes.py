@@ -29,7 +29,7 @@ FLAGS = ("--mode", 1, "--quantized_model_dir", OLD / "gptq", "--pretrained", "ba
          "float32", "--device_map", "cpu", "--gradient_checkpointing", False, "--max_steps", 6, "--save_number", 6,
          "--save_total_limit", 6, "--logging_steps", 2, "--prompt_layout", "system")
 METHODS = {**{name: ALL_METHODS[name] for name in ("published", "full", "lrqat", "qalora")},
-           "lrqat remainder": ("--method", "lrqat", "--recipe", "remainder", "--learning_rate", 1e-2),
+           "lrqat mean": ("--method", "lrqat", "--recipe", "mean", "--learning_rate", 1e-2),
            "qalora packed": (*ALL_METHODS["qalora"], "--packing", True),
            "lora": ("--method", "lora", "--learning_rate", 1e-2)}
 # In two processes, and in one. Gradients are formed again in the backward, and two batches make a step.
@@ -262,7 +262,7 @@ def test_two_processes_answer_what_one_does(folder, two, tmp_path):
         "doc_to_choice: choices\nmetric_list: [{metric: acc}]\n")
     lm_eval = ["--tasks", "words", "--include_path", tmp_path / "tasks", "--num_fewshot", 0]
     kinds = {"live": [*EVALUATE, "--load_adapter", two["full"], "--merge", False],
-             "merged": [*EVALUATE, *lm_eval, "--load_adapter", two["lrqat remainder"]],
+             "merged": [*EVALUATE, *lm_eval, "--load_adapter", two["lrqat mean"]],
              "gptq": [*EVALUATE, "--quantized_model_dir", OLD / "gptq", "--pretrained", "base"]}
     both = in_two(folder / "evaluate", *(("evaluate", [*argv, "--output_path", folder / "results" / kind])
                                          for kind, argv in kinds.items()))

@@ -29,7 +29,7 @@ class RealCase(Case):
     """A random layer with real A and B whose steps go from -4 to 4 and beyond the grid's ends."""
 
     def __init__(self, bits=4, layout="even", form="gptq", dither="noise", rank=RANK, cols=40, seed=0,
-                 remainder=False):
+                 mean=False):
         super().__init__(bits, layout, form, rank, cols, seed)
         generator = torch.Generator().manual_seed(seed)
         self.A = torch.randn(self.A.shape, generator=generator)
@@ -37,13 +37,13 @@ class RealCase(Case):
         shape = rows, _ = self.weight_int.shape
         fraction = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
         self.rule = Rounding(SCALING, SEED if dither == "noise" else None,
-                             fraction.to(DEVICE) if dither == "fraction" else None, remainder)
+                             fraction.to(DEVICE) if dither == "fraction" else None, mean)
         self.dither = {"none": None, "fraction": fraction.tolist(), "noise": [
             [oracle.noise(SEED, i, j, cols) for j in range(cols)] for i in range(rows)]}[dither]
         self.want = oracle.rounded_merge(self.A, self.B, SCALING, self.weight_int, self.scales, self.g_idx, bits,
-                                         self.dither)
-        self.want_mu = oracle.remainder(self.A, self.B, SCALING, self.weight_int, self.want, self.scales,
-                                        self.g_idx) if remainder else None
+                                         self.dither, mean)
+        self.want_mu = oracle.mean_of_group(self.A, self.B, SCALING, self.scales, self.g_idx,
+                                            self.want - self.weight_int) if mean else None
 
     def arguments(self):
         return *self.adapter(), self.packed, self.rule
@@ -99,19 +99,19 @@ def same_mu(got, want):
     return got is None if want is None else got.dtype == torch.float32 and torch.equal(got.cpu(), want)
 
 
-@pytest.mark.parametrize("bits, layout, form, dither, remainder, backend", pairwise(
-    bits=SUPPORTED_BITS, layout=LAYOUTS, form=("gptq", "gptq_v2"), dither=DITHERS, remainder=(False, True),
+@pytest.mark.parametrize("bits, layout, form, dither, mean, backend", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, form=("gptq", "gptq_v2"), dither=DITHERS, mean=(False, True),
     backend=BACKENDS))
-def test_the_integers_are_the_oracles(bits, layout, form, dither, remainder, backend):
+def test_the_integers_are_the_oracles(bits, layout, form, dither, mean, backend):
     """Merge, live weight, count and verification, each by itself, against arithmetic written out. So is mu."""
-    case, module = RealCase(bits, layout, form, dither, remainder=remainder), BACKENDS[backend]
+    case, module = RealCase(bits, layout, form, dither, mean=mean), BACKENDS[backend]
     moved = case.want != case.weight_int
     assert moved.float().mean() > 0.2 and (case.want - case.weight_int).abs().max() >= min(3, 2**bits - 1)
     merged, mu = merge(*case.arguments())
     assert same_mu(mu, case.want_mu) and torch.equal(merged.weight_int.cpu().long(), case.want)
     assert is_merge(*case.arguments()[:3], merged, mu, case.rule)
     assert not is_merge(*case.arguments()[:3], case.packed, mu, case.rule)
-    assert not is_merge(*case.arguments()[:3], merged, mu * (1 + 2**-23) if remainder else torch.zeros(1), case.rule)
+    assert not is_merge(*case.arguments()[:3], merged, mu * (1 + 2**-23) if mean else torch.zeros(1), case.rule)
     count, mu = module.count_steps(*case.arguments())
     assert count == moved.sum() and same_mu(mu, case.want_mu)
     weight, mu = module.adapted_weight(*case.arguments())
@@ -120,10 +120,10 @@ def test_the_integers_are_the_oracles(bits, layout, form, dither, remainder, bac
     assert torch.equal(weight.cpu(), (case.want - zeros) * scales)
 
 
-@pytest.mark.parametrize("dither, backend", pairwise(dither=DITHERS, backend=BACKENDS))
-def test_without_a_step_the_model_is_the_quantized_one(dither, backend):
+@pytest.mark.parametrize("dither, mean, backend", pairwise(dither=DITHERS, mean=(False, True), backend=BACKENDS))
+def test_without_a_step_the_model_is_the_quantized_one(dither, mean, backend):
     """Where B is 0 no dither moves an integer."""
-    case = RealCase(dither=dither)
+    case = RealCase(dither=dither, mean=mean)
     A, B, layer, rule = case.arguments()
     weight, _ = BACKENDS[backend].adapted_weight(A, torch.zeros_like(B), layer, rule)
     assert torch.equal(weight, ternary.dequantize(layer))
@@ -194,9 +194,9 @@ def test_ties_round_to_even_on_every_road():
         torch.set_num_threads(threads)
 
 
-def test_the_remainder_keeps_the_mean_of_a_group():
+def test_mu_keeps_the_mean_of_a_group():
     """Whatever the rounding, the dither and the grid's ends do, W + s mu moves the mean of a group by that of dW."""
-    case = RealCase(2, "short last", remainder=True)
+    case = RealCase(2, "short last", mean=True)
     (a, of_a), (b, of_b) = fixed_point(case.A), fixed_point(case.B)
     delta_w = SCALING * 2.0**(int(of_a) + int(of_b)) * (a.double() @ b.double())
     cut = (case.want - case.weight_int - delta_w / case.scales[case.g_idx.long()]).abs() > 1
@@ -208,9 +208,20 @@ def test_the_remainder_keeps_the_mean_of_a_group():
     assert torch.allclose(*means, rtol=0, atol=1e-6)
 
 
-def test_a_remainder_of_a_wide_group_is_exact():
+@pytest.mark.parametrize("layout, dither, backend", pairwise(layout=LAYOUTS, dither=DITHERS, backend=BACKENDS))
+def test_what_a_group_has_in_common_moves_no_integer(layout, dither, backend):
+    """Where the rows of A are equal in each group, mu is dW / s and no weight steps, however large dW is."""
+    case = RealCase(4, layout, dither=dither, mean=True)
+    case.A = case.A[case.g_idx.long()]
+    count, mu = BACKENDS[backend].count_steps(*case.arguments())
+    first = [case.g_idx.tolist().index(group) for group in range(len(case.scales))]
+    want = case.rule.grid_steps(case.rule.factors(*case.adapter()), torch.tensor(first, device=DEVICE), case.packed)
+    assert count == 0 and mu.abs().max() > 2 and torch.allclose(mu, want, rtol=1e-6, atol=0)
+
+
+def test_the_mean_of_a_wide_group_is_exact():
     """The sums of a group pass 2**24 by far, beyond which float32 would round them."""
-    case = RealCase(4, "in pieces", rank=64, dither="none", remainder=True)
+    case = RealCase(4, "in pieces", rank=64, dither="none", mean=True)
     case.A[:], case.B[:] = 127 / 64, 127 / 128
     case.A[0, 0] -= 1 / 64
     sums = (case.rule.group_sums(case.rule.factors(*case.adapter()), case.packed).cpu() * case.scales.double())[0]
@@ -235,31 +246,31 @@ def test_a_group_of_scale_zero():
         assert bool(weight.isfinite().all()) and not weight.cpu()[case.g_idx == 0].any()
 
 
-@pytest.mark.parametrize("bits, layout, dither, remainder, dtype, backend", pairwise(
-    bits=SUPPORTED_BITS, layout=LAYOUTS, dither=DITHERS, remainder=(False, True), dtype=TOLERANCE, backend=BACKENDS))
-def test_forward_and_gradients_are_the_oracles(bits, layout, dither, remainder, dtype, backend):
+@pytest.mark.parametrize("bits, layout, dither, mean, dtype, backend", pairwise(
+    bits=SUPPORTED_BITS, layout=LAYOUTS, dither=DITHERS, mean=(False, True), dtype=TOLERANCE, backend=BACKENDS))
+def test_forward_and_gradients_are_the_oracles(bits, layout, dither, mean, dtype, backend):
     """y and the gradients of x, A, B, mu and scale_change against float64 autograd, straight through the rounding.
 
-    A remainder is a constant there, because W^ + mu as a whole stands for dW / s. It has no gradient of its own.
+    A mu that is the mean is a constant there, because W^ + mu as a whole stands for dW / s. It has no gradient.
     The learned scales are rounded to float16, which the oracle leaves out: half an ulp more.
     """
-    case, generator = RealCase(bits, layout, dither=dither, remainder=remainder), torch.Generator().manual_seed(5)
+    case, generator = RealCase(bits, layout, dither=dither, mean=mean), torch.Generator().manual_seed(5)
     if dtype == torch.float32:          # as a model in float32 has them
         case.packed.scales = case.packed.base_scales = case.packed.scales.float()
     change = 0.1 * torch.randn(case.scales.shape, generator=generator)
-    mu = case.want_mu if remainder else torch.randn(case.scales.shape, generator=generator)
+    mu = case.want_mu if mean else torch.randn(case.scales.shape, generator=generator)
     x, grad = (torch.randn(6, n, generator=generator).to(dtype) for n in case.packed.shape)
     leaves = [t.detach().to(DEVICE).requires_grad_() for t in (x, *case.adapter(), mu, change)]
     y = GridLinear.apply(*leaves[:3], lambda: case.packed.rescaled(change.to(DEVICE)), case.rule, BACKENDS[backend],
-                         None if remainder else leaves[3], leaves[4])
+                         None if mean else leaves[3], leaves[4])
     y.backward(grad.to(DEVICE))
     want = oracle.rounded_forward_and_gradients(x, grad, case.A, case.B, change, mu, SCALING, case.weight_int,
-                                                case.scales, case.zeros, case.g_idx, bits, case.dither)
+                                                case.scales, case.zeros, case.g_idx, bits, case.dither, mean)
     got = [y, *(leaves[i].grad for i in (0, 1, 2, 4, 3))]
     bound = TOLERANCE[dtype] * (2 if cut_off(dtype) else 1) + 2.0**-11
     assert torch.equal(case.packed.scales.cpu().half(), case.scales)
     for a, b in zip(got, want, strict=True):
         if a is None:
-            assert remainder and b is want[-1]
+            assert mean and b is want[-1]
         else:
             assert (a.detach().double().cpu() - b).abs().max() <= bound * b.abs().max()
