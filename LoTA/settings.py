@@ -42,9 +42,9 @@ RECIPES = {
 # The same for --method lrqat.
 LRQAT_RECIPES = {
     "integers": {"residual": False},
-    "mean": {"offset_scale": "mean"},
     "scales": {"residual": False, "learned_scales": True},
-    "full": {"offset_scale": "learned", "learned_scales": True}}
+    "mean": {"offset_scale": "mean"},
+    "full": {"offset_scale": "mean", "learned_scales": True}}
 # Defaults of --method lrqat for the flags that are not given: see experiments/LOG.md.
 LRQAT_DEFAULTS = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
 # For each bit width a recipe's omega, as a share of the rank, and its sigma at the start, chosen in experiments/LOG.md.
@@ -209,9 +209,9 @@ class trainingConfig:
         "data", 256, "tokens of an answer at most; a longer one loses its end and its end token")
     recipe: str | None = setting(
         "method", None, "LoTA, LR-QAT: defaults for the flags that are not given. published: the paper's. ternary: an "
-        "average of gradients decides, and there is no mu. integers: LR-QAT's A and B alone. scales: as ternary or "
-        "integers, and the scales are trained. full: as scales, and mu is trained. ternary, integers and scales merge "
-        "into a plain GPTQ model", choices=list(RECIPES | LRQAT_RECIPES),
+        "average of gradients decides, and there is no mu. integers: LR-QAT's A and B alone. mean: the mean of their "
+        "product over a group is mu. scales: as ternary or integers, and the scales are trained. full: as scales, and "
+        "mu is trained, with LR-QAT as in mean. ternary, integers and scales merge into a plain GPTQ model", choices=list(RECIPES | LRQAT_RECIPES),
         shown="published; with --method lrqat integers")
     interval_point: float | None = setting(
         "lota", None, "the threshold omega, in (0, r)",

@@ -65,8 +65,8 @@ METHODS_TRIED: dict[str, tuple[dict, list[dict]]] = {
     "LoTA, full": (recipe("full"), [{"offset_lr": rate, "scale_lr": 4 * rate} for rate in (0.0003, 0.001, 0.003)]),
     "LR-QAT, integers": (lrqat("integers"), rates("learning_rate", 3e-4, 1e-3, 3e-3)),
     "LR-QAT, mean": (lrqat("mean"), rates("learning_rate", 5e-4, 1e-3, 2e-3)),
-    "LR-QAT, full": (lrqat("full"), [{"learning_rate": 1e-3, "offset_lr": 0.0002, "scale_lr": 0.001},
-                                     {"learning_rate": 1e-3}, {"learning_rate": 3e-3}])}
+    "LR-QAT, full": (lrqat("full"), [{"learning_rate": rate, "scale_lr": scales} for rate, scales in (
+        (1e-3, 0.0005), (1e-3, 0.001), (2e-3, 0.001))])}
 REQUANTIZED = "LoRA, requantized"       # LoRA's chosen setting; nothing of it is chosen anew
 TUNED_16 = "16-bit, tuned"              # LoRA on the 16-bit model
 TUNED_16_TRIED = METHODS_TRIED["LoRA"]

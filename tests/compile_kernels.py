@@ -17,7 +17,7 @@ from LoTA import kernels
 
 TYPES = {"lora_A": "*fp32", "lora_B": "*fp32", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16",
          "order": "*i64", "sums": "*fp32", "starts": "*i32", "omega_floor": "fp32", "unit": "*fp32",
-         "divisors": "*fp32", "dithers": "*i8"}
+         "divisors": "*fp32", "means": "*fp32", "dithers": "*i8"}
 TERNARY = {"ROUNDING": False, "NOISE": False, "DITHER": False}
 # {rows of a group: (rows of a piece, its pieces, whether the rows are shuffled)}. -1: one group of 4,096 rows.
 GROUPS = {32: (32, 1, False), 64: (64, 1, False), 128: (64, 2, True), -1: (64, 64, False)}
@@ -63,12 +63,13 @@ def main():
             rows.append(compile_for(capability, kernels._step_kernel, types, {
                 "BITS": bits, "ONE_LESS": True, "OFFSET": True, "COUNTING": counting, "RANK": 32, "RANK_PIECES": 2,
                 **TERNARY, **common}))
-        if bits in (3, 4):          # --method lrqat, with every dither
-            for dither in ({"NOISE": True}, {"DITHER": True}, {}) if bits == 4 else ({"NOISE": True},):
+        if bits in (3, 4):          # --method lrqat, with every dither, and with the mean in mu
+            dithered = {"NOISE": True}
+            for own in (dithered, {"DITHER": True}, {}, {**dithered, "OFFSET": True}) if bits == 4 else (dithered,):
                 rows.append(compile_for(capability, kernels._step_kernel, {
                     "out": "*bf16", "lora_A": "*i8", "lora_B": "*i8"}, {
                         "BITS": bits, "ONE_LESS": True, "OFFSET": False, "COUNTING": False, "RANK": 32,
-                        "RANK_PIECES": 2, **TERNARY, "ROUNDING": True, **dither, **common}))
+                        "RANK_PIECES": 2, **TERNARY, "ROUNDING": True, **own, **common}))
         if bits == 4:               # the other kernel does not know the bits
             types = {"gradient": "*bf16", "weight": "*bf16"}
             rows.append(compile_for(capability, kernels._gradient_kernel, types, {**common, "WEIGHTED": True}))

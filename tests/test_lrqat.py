@@ -19,12 +19,13 @@ from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import CustomLoraLinear, adapter_state
 from LoTA.monitor import SAMPLE_ROWS, Monitor
 from LoTA.packing import count_different
+from LoTA.settings import LRQAT_RECIPES
 from LoTA.steps import dither_value, fixed_point, layer_seed
 from LoTA.ternary import GridLinear
 
 LRQAT = ("--lota_qaf", False, "--method", "lrqat", "--learning_rate", 2e-2)
-RECIPES = {"integers": (), "scales": ("--dither", "none"), "full": ("--dither", "fraction"),
-           "mean": ("--learned_scales", True)}
+RECIPES = {"integers": (), "scales": ("--dither", "none"), "mean": (), "full": ("--dither", "fraction"),
+           "learned": ("--recipe", "full", "--offset_scale", "learned")}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def adapters(tmp_path_factory, train, quantize):
 
     def adapters(recipe):
         if recipe not in made:
-            made[recipe] = train(tmp_path_factory.mktemp(recipe), *LRQAT, "--recipe", recipe, *RECIPES[recipe],
+            named = ("--recipe", recipe) if recipe in LRQAT_RECIPES else ()
+            made[recipe] = train(tmp_path_factory.mktemp(recipe), *LRQAT, *named, *RECIPES[recipe],
                                  "--quantized_model_dir", quantize(4))
         return made[recipe]
     return adapters
@@ -54,17 +56,20 @@ def test_live_is_merged_bit_for_bit(adapters, quantize, tmp_path, recipe, dtype)
 
 def test_what_the_run_records(adapters, quantize):
     """The report's share of moved integers is the merge's, and the record says how to read the adapter."""
-    for recipe, dither in (("integers", "noise"), ("scales", "none"), ("full", "fraction"), ("mean", "noise")):
+    for recipe, dither, learned_scales, mu in (
+            ("integers", "noise", False, None), ("scales", "none", True, None), ("mean", "noise", False, "mean"),
+            ("full", "fraction", True, "mean"), ("learned", "noise", True, "learned")):
         folder = adapters(recipe)
         config = LotaConfig.load(folder)
         assert (config.method, config.dither, config.omega) == ("LR-QAT", dither, None)
-        assert config.learned_offset == (recipe == "full") and config.residual == (recipe in ("full", "mean"))
-        assert config.learned_scales == (recipe != "integers")
-        assert config.settings["recipe"] == recipe and config.settings["lr_scheduler_type"] == "linear"
+        assert config.learned_offset == (mu == "learned") and config.residual == (mu is not None)
+        assert config.learned_scales == learned_scales and config.rule.has_offset == (mu == "mean")
+        assert config.settings["recipe"] == (recipe if recipe != "learned" else "full")
+        assert config.settings["lr_scheduler_type"] == "linear"
         rows = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
         assert rows[-1]["moved"] == config.training["moved"]["all"] > 0
         assert rows[0]["learning_rate"] > rows[-1]["learning_rate"] and "sigma" not in rows[0]
-        assert (rows[-1]["scales"] > 0) == (recipe != "integers") and (rows[-1]["mu"] > 0) == config.residual
+        assert (rows[-1]["scales"] > 0) == learned_scales and (rows[-1]["mu"] > 0) == config.residual
         report = (folder / "report.md").read_text()
         assert "in grid steps" in report and "omega" not in report and (folder / "report.png").exists()
         assert "_LR-QAT_0.02_8_16_viggo_" in folder.name
