@@ -109,8 +109,7 @@ def choose(args: argparse.Namespace, place: Path) -> Iterator[dict]:
                           "data_dir": str(place / "data" / data_set / "choose")})
         for bits in (16, *args.bits):
             for method in [TUNED_16] if bits == 16 else METHODS_TRIED:
-                # A run that diverges goes on to its end, so that its loss has a line and it is not tried again.
-                yield from (trained(args, place, data_set, bits, method, name, {**settings, "loss_guard": False}, 1,
+                yield from (trained(args, place, data_set, bits, method, name, settings, 1,
                                     {"evaluate": evaluate, "live_rows": 0})
                             for name, settings in tries_of(method).items())
 
@@ -159,9 +158,13 @@ def untrained(args: argparse.Namespace, place: Path, data_set: str, scored: dict
 
 def trained(args: argparse.Namespace, place: Path, data_set: str, bits: int, method: str, name: str, settings: dict,
             seed: int, scored: dict) -> dict:
-    """A run that tunes. name: that of its try."""
+    """A run that tunes. name: that of its try.
+
+    Both stages train with the same flags, so stage test takes the adapter of stage choose where the seed is the same.
+    A run that diverges goes on to its end, so that its loss has a line and it is not tried again.
+    """
     settings = {"training_data_name": data_set, **TRAIN, "train_batch_size": SETS[data_set], "max_steps": args.steps,
-                **settings, "data_dir": str(place / "data" / data_set / "tune")}
+                **settings, "loss_guard": False, "data_dir": str(place / "data" / data_set / "tune")}
     base = str(Path(args.work).resolve() / MODEL)
     model = {"base": base} if bits == 16 else {"gptq": gptq_folder(place, data_set, bits)}
     return {"name": f"{data_set}, {bits} bits, {name if method != REQUANTIZED else f'{REQUANTIZED}, {name}'}",

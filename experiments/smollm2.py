@@ -25,7 +25,7 @@ from LoTA.storage import read_json, whole_folder, write_json
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 PROVENANCE = "smollm2.json"             # says what made the folder
 # {data set: (rows for choosing, test rows at most)}. All other rows of the train split are for tuning.
-CUT = {"sql": (100, 200), "viggo": (100, 240)}
+CUT = {"sql": (100, 200), "viggo": (100, 100)}
 # Rows of a data set that nothing is tuned on. Its answers' loss shows what tuning on another set made worse.
 OTHER = {"gsm8k": 100}
 TEXT_TASK = "python_docs"               # lm-eval's name of the text that nothing is tuned on
