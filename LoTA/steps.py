@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from LoTA import UserError
-from LoTA.packed import SMALLEST_SCALE, PackedLayer, Rows
+from LoTA.packed import SMALLEST_SCALE, Groups, PackedLayer, Rows
 
 EXACT_IN_FLOAT32 = 2**24            # integers up to here are exact in float32 ...
 EXACT_IN_BFLOAT16 = 2**8            # ... and in bfloat16
@@ -99,6 +99,10 @@ class Threshold:
     def gradient_scales(self, packed: PackedLayer) -> torch.Tensor:
         """What dL/dW is multiplied by in dL/d(dW), float32 [groups, out]: s, because dW is in units of the grid."""
         return packed.scales.float()
+
+    def gradient_of_A(self, grad_A: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """What the optimizer gets of dL/dA [in, r]: all of it."""
+        return grad_A
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +223,20 @@ class Rounding:
         W = s' * (W_int - z + dW / s), straight through the rounding and the clamp. s' are the learned scales.
         """
         return (packed.scales.float() / self.divisors(packed)).mul_(self.scaling)
+
+    def gradient_of_A(self, grad_A: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """What the optimizer gets of dL/dA [in, r], float32.
+
+        Where the mean goes into mu, the mean over a group of n rows stays, and what differs from it is divided by
+        sqrt(n). Random gradients of n rows are sqrt(n) times as large as their mean, so that AdamW, which takes steps of
+        equal size whatever the gradient's, would hardly see the mean. But the mean acts on the output exactly, and
+        differences by way of the rounding.
+        """
+        if not self.mean:
+            return grad_A
+        sizes = groups.sizes[:, None]
+        mean = (groups.sum(grad_A) / sizes)[groups.g_idx]
+        return mean + (grad_A - mean) / sizes.sqrt()[groups.g_idx]
 
 
 Rule = Threshold | Rounding

@@ -216,7 +216,7 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
 
     With Rounding dW is in units of the weights, so that H = G. A and B are the fixed-point ones.
 
-        dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)
+        dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)              of dL/dA as the rule's gradient_of_A() has it
         dL/d(scale_change) = ((sum of G * W over the group) / s + P * mu) * s_base
 
     The last one needs `weight`, W [in, out], and `offset`, all of mu where there is one. It is None without `weight`.
@@ -226,6 +226,7 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
     lora_A, lora_B = rule.values(lora_A, lora_B)
     grad_A, grad_B, weight_sum = backend.step_gradients(x, grad_output, lora_A, lora_B, rule.gradient_scales(packed),
                                                         groups, weight)
+    grad_A = rule.gradient_of_A(grad_A, groups)
     if learned_offset or rule.has_offset or weight is not None and offset is not None:
         group_product = float_product(groups.sum_columns(x).t(), grad_output)
         grad_offset = group_product * scales

@@ -175,7 +175,7 @@ def test_half_an_adapter_is_refused(adapters, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--recipe", "ternary"), "--recipe ternary is none of --method lrqat's: integers, mean, scales, full"),
+    (("--recipe", "ternary"), "--recipe ternary is none of --method lrqat's: integers, scales, mean, full"),
     (("--recipe", "published"), "--recipe published is none of --method lrqat's"),
     (("--residual", True), "--offset_scale omega is a mu of --method lota"),
     (("--offset_scale", "learned"), "trains the offset that --residual False leaves out"),
