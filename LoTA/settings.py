@@ -167,10 +167,11 @@ class baseConfig:
     lora_alpha: int | None = setting("method", None, "alpha: LR-QAT and the baselines multiply A B by alpha / r; LoTA "
                                      "only records it", shown="2 r")
     lora_dropout: float = setting("method", 0.0, "dropout of LoRA and QA-LoRA; LoTA and LR-QAT have none")
-    dither: str = setting(
-        "method", "noise", "LR-QAT: what is added below the rounding. noise: fixed pseudo-random numbers in "
+    dither: str | None = setting(
+        "method", None, "LR-QAT: what is added below the rounding. noise: fixed pseudo-random numbers in "
         "(-1/2, 1/2), so that steps begin with the first update. fraction: what GPTQ rounded away, from the 16-bit "
-        "--pretrained; the adapter then has a byte a weight. none: nothing", choices=["none", "noise", "fraction"])
+        "--pretrained; the adapter then has a byte a weight. none: nothing", choices=["none", "noise", "fraction"],
+        shown="noise; none at 2 bits, unless A and B train alone and say no mu")
     residual: bool = setting(
         "method", True, "LoTA, LR-QAT: keep the offset factor mu (Eq. 4); mode 2 uses this flag for adapters without "
         "lota_config.json only", off="leave the offset factor out; the merged model is then a plain GPTQ checkpoint")
@@ -211,7 +212,8 @@ class trainingConfig:
         "method", None, "LoTA, LR-QAT: defaults for the flags that are not given. published: the paper's. ternary: an "
         "average of gradients decides, and there is no mu. integers: LR-QAT's A and B alone. mean: the mean of their "
         "product over a group is mu. scales: as ternary or integers, and the scales are trained. full: as scales, and "
-        "mu is trained, with LR-QAT as in mean. ternary, integers and scales merge into a plain GPTQ model", choices=list(RECIPES | LRQAT_RECIPES),
+        "mu is trained, with LR-QAT as in mean. ternary, integers and scales merge into a plain GPTQ model",
+        choices=list(RECIPES | LRQAT_RECIPES),
         shown="published; with --method lrqat integers")
     interval_point: float | None = setting(
         "lota", None, "the threshold omega, in (0, r)",
@@ -527,7 +529,8 @@ def complete_training(base: baseConfig, training: trainingConfig,
         targets = [name for name in layer_names(folder.modules) if name != "lm_head"]
     layout = base.prompt_layout or config_of_checkpoint(training.adapter_ckpt).prompt_layout
     base = replace(base, method=method, lota_qaf=method == "lota", lora_target_modules=targets, lora_r=rank,
-                   lora_alpha=alpha, prompt_layout=layout)
+                   lora_alpha=alpha, prompt_layout=layout,
+                   dither=base.dither or default_dither(method, base, folder.bits))
     training = replace(training, recipe=training.recipe or default_recipe(method))
     if training.distill != "none":
         training = replace(training, distill_model=training.distill_model or base.pretrained)
@@ -542,6 +545,15 @@ def complete_training(base: baseConfig, training: trainingConfig,
     return base, replace(training, **{
         name: rate_by_size(rate, parameters) if used else rate[0] for name, (rate, used) in rates.items()
         if getattr(training, name) is None})
+
+
+def default_dither(method: str, base: baseConfig, bits: int) -> str:
+    """What --dither is where it is not given. LR-QAT alone reads it.
+
+    At 2 bits a step is so large that its noise costs more than steps gain. Integers alone need the noise there too,
+    because without it no integer moves for long (experiments/LOG.md).
+    """
+    return "none" if method == "lrqat" and bits == 2 and (base.residual or base.learned_scales) else "noise"
 
 
 def omega_and_sigma(recipe: str, bits: int) -> tuple[float, float]:

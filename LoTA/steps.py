@@ -228,9 +228,9 @@ class Rounding:
         """What the optimizer gets of dL/dA [in, r], float32.
 
         Where the mean goes into mu, the mean over a group of n rows stays, and what differs from it is divided by
-        sqrt(n). Random gradients of n rows are sqrt(n) times as large as their mean, so that AdamW, which takes steps of
-        equal size whatever the gradient's, would hardly see the mean. But the mean acts on the output exactly, and
-        differences by way of the rounding.
+        sqrt(n). Random gradients of n rows are sqrt(n) times as large as their mean. AdamW's steps have one size,
+        whatever the gradient's, so it would hardly see the mean. But the mean acts on the output exactly, and
+        differences act by way of the rounding.
         """
         if not self.mean:
             return grad_A

@@ -284,6 +284,16 @@ def test_every_recipe_has_omega_and_sigma_at_all_bits():
         assert omega_and_sigma(recipe, 8) == omega_and_sigma(recipe, 4)
 
 
+@pytest.mark.parametrize("flags, at_2_bits", [
+    ((), "noise"), (("--recipe", "scales"), "none"), (("--recipe", "mean"), "none"), (("--recipe", "full"), "none"),
+    (("--recipe", "full", "--dither", "fraction"), "fraction"), (("--dither", "none"), "none")])
+def test_at_2_bits_only_integers_alone_are_dithered(flags, at_2_bits):
+    """At more bits noise is the default of every recipe. A flag that is given wins."""
+    base, training, _ = parse("--method", "lrqat", *flags)
+    dither = {bits: complete_training(base, training, model(bits))[0].dither for bits in (2, 3, 4, 8)}
+    assert dither == {2: at_2_bits, **dict.fromkeys((3, 4, 8), base.dither or "noise")}
+
+
 @pytest.mark.parametrize("flags, parameters, want", [
     ((), 8e9, {"method": "lora", "lota_qaf": False, "lora_r": 64, "lora_alpha": 128}),
     (("--lota_qaf",), 8e9, {"method": "lota", "lota_qaf": True, "lora_r": 64, "lora_alpha": 128}),
