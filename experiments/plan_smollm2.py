@@ -26,7 +26,7 @@ SEEDS, BITS = (1, 2, 3), (4, 3, 2)
 SETS = {"sql": 8, "viggo": 8}       # {data set: rows of a step}
 MODEL = "SmolLM2-135M"
 RANK = 32
-TRIES = 3
+TRIES = 4
 TRAIN = {"lora_r": RANK, "max_steps": 40, "dtype": "bfloat16", "logging_steps": 5,
          "save_strategy": "no", "gradient_checkpointing": False}
 SCORE = {"eval_batch_size": 40, "dtype": "bfloat16", "answer_loss": True}
@@ -56,17 +56,19 @@ def lrqat(name: str) -> dict:
 
 
 BASELINE = {"lr_scheduler_type": "linear"}          # as the recipes' rates fall, too
+RATES = rates("learning_rate", 3e-4, 1e-3, 2e-3, 4e-3)
 # {method: (the settings that every try has, TRIES settings to choose from)}. The order is that of the table.
 METHODS_TRIED: dict[str, tuple[dict, list[dict]]] = {
-    "LoRA": ({**LORA, **BASELINE}, rates("learning_rate", 3e-4, 1e-3, 3e-3)),
-    "QA-LoRA": ({**QALORA, **BASELINE}, rates("learning_rate", 3e-4, 1e-3, 3e-3)),
-    "LoTA, published": (recipe("published"), rates("filter_ratio", 0.95, 0.98, 0.99)),
-    "LoTA, scales": (recipe("scales"), rates("scale_lr", 0.001, 0.004, 0.016)),
-    "LoTA, full": (recipe("full"), [{"offset_lr": rate, "scale_lr": 4 * rate} for rate in (0.0003, 0.001, 0.003)]),
-    "LR-QAT, integers": (lrqat("integers"), rates("learning_rate", 3e-4, 1e-3, 3e-3)),
-    "LR-QAT, mean": (lrqat("mean"), rates("learning_rate", 5e-4, 1e-3, 2e-3)),
+    "LoRA": ({**LORA, **BASELINE}, RATES),
+    "QA-LoRA": ({**QALORA, **BASELINE}, RATES),
+    "LoTA, published": (recipe("published"), rates("filter_ratio", 0.9, 0.95, 0.98, 0.99)),
+    "LoTA, scales": (recipe("scales"), rates("scale_lr", 0.00025, 0.001, 0.004, 0.016)),
+    "LoTA, full": (recipe("full"), [{"offset_lr": rate, "scale_lr": 4 * rate}
+                                      for rate in (0.0001, 0.0003, 0.001, 0.003)]),
+    "LR-QAT, integers": (lrqat("integers"), RATES),
+    "LR-QAT, mean": (lrqat("mean"), RATES),
     "LR-QAT, full": (lrqat("full"), [{"learning_rate": rate, "scale_lr": scales} for rate, scales in (
-        (1e-3, 0.0005), (1e-3, 0.001), (2e-3, 0.001))])}
+        (3e-4, 0.001), (1e-3, 0.001), (2e-3, 0.001), (4e-3, 0.002))])}
 REQUANTIZED = "LoRA, requantized"       # LoRA's chosen setting; nothing of it is chosen anew
 TUNED_16 = "16-bit, tuned"              # LoRA on the 16-bit model
 TUNED_16_TRIED = METHODS_TRIED["LoRA"]

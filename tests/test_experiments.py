@@ -606,8 +606,8 @@ def test_the_lowest_loss_is_what_is_tested_on_smollm2(plan_of, tmp_path):
     assert {(one["bits"], one["try"]) for one in tuned if one["method"] == "LoRA"} == {
         (4, "LoRA, learning_rate 0.001"), (2, "LoRA, learning_rate 0.001")}
     full = next(one for one in tuned if one["method"] == "LoTA, full")
-    assert full["try"] == "LoTA, full, offset_lr 0.0003, scale_lr 0.0012" and full["live_rows"] == 20
-    assert run.parse(1, full["train"])[1].offset_lr == 0.0003
+    assert full["try"] == "LoTA, full, offset_lr 0.0001, scale_lr 0.0004" and full["live_rows"] == 20
+    assert run.parse(1, full["train"])[1].offset_lr == 0.0001
     # 2 sets: the base and GPTQ at 2 numbers of bits once; LoRA, LoRA requantized and both methods' full at both, and
     # the tuned base, with 3 seeds.
     assert len(chosen) == 2 * (1 + 2) + 2 * 3 * (2 * 4 + 1)
