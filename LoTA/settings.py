@@ -640,6 +640,9 @@ def _check_lrqat(base: baseConfig, folder: "GPTQFolder") -> None:
     if base.residual and base.offset_scale not in ("learned", "mean"):
         raise UserError(f"--offset_scale {base.offset_scale} is a mu of --method lota: give learned or mean with "
                         "lrqat, or --residual False")
+    if base.residual and base.offset_scale == "mean" and folder.group_size < 1:
+        raise UserError(f"--offset_scale mean needs a GPTQ model with groups, and {folder.path} has none: give "
+                        "--recipe integers or scales")
     if base.dither == "fraction" and base.pretrained is None:
         raise UserError("--dither fraction is what GPTQ rounded away: name the 16-bit model with --pretrained")
     if base.dither == "fraction" and folder.history():

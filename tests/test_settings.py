@@ -506,6 +506,8 @@ REFUSED = [
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--learned_scales", True), "beside steps on the grid"),
     (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "qalora"),
      "needs a GPTQ model with groups"),
+    (("--quantized_model_dir", "{one_group}", "--lota_qaf", False, "--method", "lrqat", "--recipe", "full"),
+     "has none: give --recipe integers or scales"),
     (("--quantized_model_dir", "{gptq}", "--method", "lora"), "--lota_qaf True contradicts --method lora"),
     (("--quantized_model_dir", "{gptq}", "--lota_qaf", False, "--recipe", "full"), "--recipe full is for steps"),
     (("--lota_qaf", False, "--method", "qalora", "--recipe", "learned"), "--recipe full is for steps"),
