@@ -644,7 +644,7 @@ def test_a_dry_run_only_counts(tmp_path, capsys):
              "--step_s", 3600, "--steps", 2, "--sets", "sql", "--bits", 4, "--only", "QA-LoRA")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == plan_smollm2.TRIES + 1 and said[0].endswith("QA-LoRA, learning_rate 0.0003, seed 1")
-    assert "3 runs, about 6." in said[-1] and not (tmp_path / "runs.json").exists()
+    assert "4 runs, about 8." in said[-1] and not (tmp_path / "runs.json").exists()
 
 
 def test_runs_that_measure_the_loss_alone_and_other_things_too(quantize, demo_data, base_model, tmp_path):
