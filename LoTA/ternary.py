@@ -216,7 +216,7 @@ def layer_gradients(x: torch.Tensor, grad_output: torch.Tensor, lora_A: torch.Te
 
     With Rounding dW is in units of the weights, so that H = G. A and B are the fixed-point ones.
 
-        dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)              of dL/dA as the rule's gradient_of_A() has it
+        dL/dA = dL/d(dW) @ B^T,  dL/dB = A^T @ dL/d(dW)            gradient_of_A() then changes dL/dA
         dL/d(scale_change) = ((sum of G * W over the group) / s + P * mu) * s_base
 
     The last one needs `weight`, W [in, out], and `offset`, all of mu where there is one. It is None without `weight`.
