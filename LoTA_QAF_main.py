@@ -13,16 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_print_save import check_cuda, load_tokenizer, params_print, scored_tasks, set_seed, style_of, training_sets
+from data_print_save import check_cuda, params_print, scored_tasks, set_seed, training_sets
 from LoTA import UserError, processes, run_script, settings
+from LoTA.prompts import load_tokenizer, style_of
 from LoTA.settings import METHODS, baseConfig, evalConfig, trainingConfig
 
 # Torch and the libraries are imported in the functions that need them, so that --help and mistakes answer at once.
 if TYPE_CHECKING:
-    from data_print_save import PromptStyle
     from evalGSV import Scorer
     from LoTA.adapter_folder import AdapterFolder
     from LoTA.folders import GPTQFolder, MergedFolder
+    from LoTA.prompts import PromptStyle
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[baseConfig, trainingConfig, evalConfig]:
@@ -43,10 +44,11 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     if training.max_steps > 0 and training.num_train_epochs > 0:
         print(f"--max_steps {training.max_steps} decides; --num_train_epochs {training.num_train_epochs} has no effect")
 
-    from data_print_save import check_fit, get_Ada_path, prepare_dataset, template_date
+    from data_print_save import get_Ada_path, prepare_dataset
     from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable, config_of_checkpoint
     from LoTA.distill import load_distillation
+    from LoTA.prompts import check_fit, template_date
     from LoTA.sequences import make_collator
     from LoTA.trainer import (
         GridTrainer,

@@ -1,39 +1,40 @@
-"""Data sets, prompts and tokens; printing of settings, names of runs, saving of results.
+"""Data sets and their rows, and what training reads of them; printing of settings, names of runs, saving of results.
 
-Touches data files and the Hugging Face hub (reading), the console, and result files (writing). Knows nothing of models.
-LoTA/row_files.py reads the files, and LoTA/own_rows.py people's own rows.
+Touches the Hugging Face hub (reading), the console, and result files (writing). Knows nothing of models.
+LoTA/splits.py finds the train and test rows, LoTA/row_files.py reads files, LoTA/own_rows.py people's own rows, and
+LoTA/prompts.py makes prompts and tokens of them.
 A published data set is one entry of TASKS. Heavy libraries are imported where they are used, because the command line
 needs the names of the data sets for --help.
 """
 import itertools
 import random
 import re
-import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import date as Date
-from datetime import datetime, time
-from functools import cache
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from LoTA import IGNORE_INDEX, UserError, own_rows, processes, scores
 from LoTA.own_rows import CHAT, HUB_NAME, TEXT, Messages, RowForm, is_text, system_turn, text_of, user_turn
-from LoTA.row_files import READABLE, is_plain_text, kind_of, read_rows, read_text, row_name
+from LoTA.prompts import (
+    PUBLISHED,
+    PromptStyle,
+    encode_answer,
+    encode_text,
+    fit_dialogue,
+    fit_prompt,
+    prepare_tokenizer,
+    text_windows,
+)
+from LoTA.row_files import read_rows, row_name
+from LoTA.splits import hub_splits, local_splits
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from LoTA.adapter_folder import LotaConfig
-    from LoTA.settings import baseConfig
-
-# The first name that is found wins.
-SPLIT_NAMES = {"train": ("train", "training"),
-               "test": ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")}
-# Files beside rows that say something about them.
-ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # A set without a test split is cut. A large one gets the paper's number of SQL test rows, another one a share.
 LARGE_SET_TEST_ROWS = 1000
 TEST_SHARE = 0.2
@@ -52,52 +53,10 @@ VIGGO_INSTRUCTION = (
 GSM8K_INSTRUCTION = "Solve the problem step by step and end with a line '#### ' followed by the number."
 SQL_INSTRUCTION = "Write a SQL query to answer the question based on the table schema."
 
-# For a tokenizer without a chat template, such as a base model's. The headings are Alpaca's.
-FALLBACK_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ m.content }}\n\n"
-    "{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
-    "{% else %}### Response:\n{{ m.content }}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
-
-# Put before a template that writes the date: it hides transformers' own strftime_now(). transformers hands a template
-# plain data only, no function, so the date comes as {code of strftime: its text}. The newline at the end is eaten by
-# transformers' trim_blocks, so that the template still begins at the beginning of a line.
-FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{%- set written = namespace(text=format) -%}"
-    "{%- for code, text in date_codes.items() -%}{%- set written.text = written.text.replace(code, text) -%}"
-    "{%- endfor -%}{{ written.text }}{%- endmacro %}\n")
+PLAIN = RowForm()
 
 
 # --- tasks --------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class PromptStyle:
-    """How prompts are written. Training and evaluation share it, because other prompts would get other answers.
-
-    layout: where a task's instruction is. "published": where the published scripts have it, at the head of the user
-        turn or, for gsm8k, nowhere. "system": in a system turn, as in the first versions of this project.
-    date: the day that a chat template which writes a date takes for today, such as 2026-07-31. None: the real one.
-    chat_template: the text of --chat_template, for load_tokenizer(). None: the tokenizer's own.
-    """
-    layout: str = "published"
-    date: str | None = None
-    chat_template: str | None = None
-
-
-def style_of(base: "baseConfig", trained: "LotaConfig | None" = None) -> PromptStyle:
-    """How prompts are written: as a flag says, else as in the training of the adapter or checkpoint.
-
-    Raises UserError where --chat_template cannot be read.
-    """
-    layout, date, template = ((trained.prompt_layout, trained.template_date, trained.chat_template) if trained
-                              else ("published", None, None))
-    return PromptStyle(base.prompt_layout or layout, date, read_chat_template(base.chat_template) or template)
-
-
-PUBLISHED = PromptStyle()
-PLAIN = RowForm()
-
 
 @dataclass(frozen=True)
 class Task:
@@ -272,12 +231,13 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None, form: Row
     if data_name in TASKS:
         form = PLAIN
     if data_dir:
-        splits = _local_splits(data_dir, data_name == TEXT)
+        splits = local_splits(data_dir, data_name == TEXT)
     elif task.hub is None:
         raise UserError(f"the rows of '{data_name}' are your own: say where they are with --data_dir PLACE, or as "
                         f"{data_name}:PLACE")
     else:
-        splits = _hub_splits(data_name, split) if data_name in TASKS else _own_hub_splits(data_name, split, form)
+        splits = (_published_splits(data_name, split) if data_name in TASKS else
+                  hub_splits(data_name, split, form))
     source = data_dir or task.hub[0]
     wanted = "all" if set(splits) == {"all"} else split
     if wanted not in splits:
@@ -362,7 +322,8 @@ def _usable(data_name: str, rows: Iterable[dict], name: Callable[[int], str],
     return usable
 
 
-def _hub_splits(data_name: str, split: str) -> dict[str, "Dataset"]:
+def _published_splits(data_name: str, split: str) -> dict[str, "Dataset"]:
+    """The split of an entry of TASKS on the hub, as splits.local_splits() gives it."""
     from datasets import load_dataset
     task = TASKS[data_name]
     repository, config, revision = task.hub
@@ -382,426 +343,7 @@ def holds_texts(data_name: str, rows: Iterable[dict]) -> bool:
     return kinds == {True}
 
 
-def _own_hub_splits(data_name: str, split: str, form: RowForm) -> dict[str, "Dataset"]:
-    """The split of a set that no entry of TASKS describes, as _local_splits() gives it: by its name, or form.split."""
-    from datasets import get_dataset_split_names, load_dataset
-    try:
-        names = [form.split] if form.split else get_dataset_split_names(data_name, form.config)
-        if form.split:
-            ours, theirs = split, form.split
-        elif len(names) == 1 and names[0] not in ("test", "testing"):
-            ours, theirs = "all", names[0]          # a single source, which load_rows() cuts
-        else:
-            ours, theirs = split, next((name for name in SPLIT_NAMES[split] if name in names), None)
-        rows = load_dataset(data_name, form.config, split=theirs) if theirs else None
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{data_name} cannot be loaded from the hub: {' '.join(str(error).split())[:300]}; "
-                        "--data_config and --data_split choose a part, and --data_dir reads a copy on disk") from None
-    if rows is None:
-        raise UserError(f"{data_name} has no {split} split, only {', '.join(names)}: --data_split names one")
-    return {ours: rows}
-
-
-def _local_splits(data_dir: str, with_texts: bool = False) -> "dict[str, Dataset | list[Path]]":
-    """{"train": ..., "test": ...} as far as they are there, or {"all": ...} for a single source.
-
-    The values are data sets, or files that are still to be read. Prints what of a folder is not used.
-    with_texts: plain texts count too. Where none of them is named after a split, they are one source together.
-    """
-    path = Path(data_dir)
-    if not path.exists():
-        raise UserError(f"--data_dir {data_dir} does not exist")
-    there = sorted(f for f in path.iterdir() if not f.name.startswith(".")) if path.is_dir() else [path]
-    names = {f.name for f in there}
-    if path.is_dir() and ("dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names):
-        return _saved_splits(path, there)
-    files = [f for f in there if f.is_file() and f.name not in ABOUT_ROWS
-             and (kind_of(f) or with_texts and is_plain_text(f))]
-    if not files:
-        raise UserError(f"--data_dir {data_dir} holds no rows: it must be {READABLE}, a folder of such files, or a "
-                        f"save_to_disk folder{', or a plain text, .txt' * with_texts}")
-    splits = {ours: chosen for ours in SPLIT_NAMES if (chosen := _files_of(ours, files))}
-    if len(files) == 1 and not {"test", "testing"} & set(_words(files[0])):
-        splits = {"all": files}         # a lone validation file is a single source, which load_rows() cuts
-    if not splits and all(is_plain_text(f) for f in files):
-        splits = {"all": files}
-    if not splits:
-        raise UserError(f"{data_dir} holds several files and none is named train or test: "
-                        f"{', '.join(f.name for f in files)}")
-    _say_unused(path, [f for f in there if not any(f in chosen for chosen in splits.values())])
-    return splits
-
-
-def _saved_splits(path: Path, there: list[Path]) -> "dict[str, Dataset]":
-    """The splits of a save_to_disk folder, as _local_splits() gives them. there: what lies in it."""
-    from datasets import DatasetDict, load_from_disk
-    try:
-        loaded = load_from_disk(str(path))
-    except IndexError:                              # how datasets answers to splits without rows
-        raise UserError(f"the data set saved in {path} is empty") from None
-    if not isinstance(loaded, DatasetDict):
-        _say_unused(path, [f for f in there if f.name not in ABOUT_ROWS and f.suffix != ".arrow"])
-        return {"all": loaded}
-    found = {ours: next(name for name in names if name in loaded)
-             for ours, names in SPLIT_NAMES.items() if set(names) & set(loaded)}
-    if not found and len(loaded) > 1:
-        raise UserError(f"{path} holds several splits and none is named train or test: {', '.join(loaded)}")
-    found = found or {"all": next(iter(loaded))}
-    _say_unused(path, [f for f in there if f.name not in (*found.values(), *ABOUT_ROWS)])
-    return {ours: loaded[name] for ours, name in found.items()}
-
-
-def _files_of(split: str, files: list[Path]) -> list[Path]:
-    """The files that are named after a split, in their order: one file, or all shards of one. [] where there is none.
-
-    Raises UserError where it is not clear which file is meant.
-    """
-    for name in SPLIT_NAMES[split]:
-        # A name that says both, such as train_dev.csv, is held out, because held-out rows must not be trained on.
-        named = [f for f in files if name in _words(f) and (split == "test" or _split_in(f) == "train")]
-        exact = [f for f in named if f.name.lower().partition(".")[0] == name]
-        if len(named) > 1 and len(exact) == 1:
-            return exact
-        shards = [re.fullmatch(r"(.*?)-(\d+)-of-(\d+)(\..*)", f.name) for f in named]
-        if named and all(shards):
-            first = shards[0]
-            whole = [f"{first[1]}-{i:0{len(first[2])}}-of-{first[3]}{first[4]}" for i in range(int(first[3]))]
-            if [f.name for f in named] != whole:
-                raise UserError(f"{named[0].parent} must hold {len(whole)} files {whole[0]} ... {whole[-1]}, found "
-                                f"{', '.join(f.name for f in named)}")
-            return named
-        if len(named) > 1:
-            raise UserError(f"{named[0].parent} holds several files that are named {name}: "
-                            f"{', '.join(f.name for f in named)}; keep one")
-        if named:
-            return named
-    return []
-
-
-def _words(file: Path) -> list[str]:
-    """The words of a file's name, in lower case. "testset" and "TestData" say test."""
-    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", file.name)]
-    return words + [re.sub("(set|data|split|file|rows)$", "", word) for word in words]
-
-
-def _split_in(file: Path) -> str | None:
-    """The split that a file's name says: "test" where any of its words does."""
-    return next((ours for ours in ("test", "train") if set(SPLIT_NAMES[ours]) & set(_words(file))), None)
-
-
-def _say_unused(folder: Path, unused: list[Path]) -> None:
-    if unused:
-        print(f"not used of {folder}: {', '.join(f.name + '/' * f.is_dir() for f in unused)}")
-
-
-# --- prompts and tokens -------------------------------------------------------------------------------------------
-
-def load_tokenizer(places: list[str | None], trust_remote_code: bool = False,
-                   chat_template: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the first place that is a hub name, or a folder that has one.
-
-    Its chat template is `chat_template`. Where that is None and it has none of its own, it gets that of the next place
-    that has one. prepare_tokenizer() adds what is still missing. Raises UserError where no place has a tokenizer, and
-    where a file of it is damaged.
-    """
-    found = [place for place in dict.fromkeys(filter(None, places))
-             if (Path(place) / "tokenizer_config.json").exists() or not Path(place).is_dir()]
-    if not found:
-        raise UserError(f"no tokenizer in {places[0]}; name the 16-bit model with --pretrained")
-    tokenizer = read_tokenizer(found[0], trust_remote_code)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    for place in found[1:]:
-        if tokenizer.chat_template is None:
-            _take_template(tokenizer, found[0], place, trust_remote_code)
-    return prepare_tokenizer(tokenizer)
-
-
-def read_tokenizer(place: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """AutoTokenizer's, with a UserError that names the file where one is damaged."""
-    from tokenizers import Tokenizer
-    from transformers import AutoConfig, AutoTokenizer
-
-    from LoTA.folders import reading
-    with reading(place, "tokenizer_config.json"):
-        try:
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-        except Exception as error:                      # tokenizers raises Exception itself
-            file = Path(place) / "tokenizer.json"
-            if file.exists():
-                with reading(place, "tokenizer.json"):
-                    Tokenizer.from_file(str(file))
-            if (Path(place) / "config.json").exists():
-                with reading(place, "config.json"):
-                    AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-            raise error
-
-
-def _take_template(tokenizer: "PreTrainedTokenizerBase", its_place: str, place: str, trust_remote_code: bool) -> None:
-    """Gives `tokenizer` the chat template of the tokenizer at `place`, where that has one, and says so.
-
-    A template that writes added tokens which `tokenizer` lacks is not taken, because they would fall to pieces.
-    """
-    try:
-        other = read_tokenizer(place, trust_remote_code)
-    except (OSError, UserError) as error:
-        if Path(place).is_dir():
-            raise
-        # A hub name may be there only to say the model's size, on a machine that does not reach the hub.
-        print(f"the chat template of {place} could not be read: {(str(error).splitlines() or ['no reason given'])[0]}")
-        return
-    if other.chat_template is None:
-        return
-    vocabulary, template = tokenizer.get_vocab(), other.get_chat_template()
-    lacking = [token for token in other.get_added_vocab() if token in template and token not in vocabulary]
-    if lacking:
-        print(f"the chat template of {place} is not used: {its_place} has no token {lacking[0]}")
-    else:
-        tokenizer.chat_template = other.chat_template
-        print(f"{its_place} has no chat template: that of {place} is used")
-
-
-def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Gives a tokenizer what it lacks: a pad token (its eos token) and a chat template (FALLBACK_CHAT_TEMPLATE).
-
-    Changes it in place, says it where the fallback is used, and returns it. Raises UserError where it has no eos token.
-    """
-    if tokenizer.eos_token is None:
-        place = tokenizer.name_or_path
-        raise UserError(f"the tokenizer{' of ' * bool(place)}{place} has no eos token, which ends every answer; its "
-                        "tokenizer_config.json says it")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
-        print("the tokenizer has no chat template: prompts have the headings '### Instruction:' and '### Response:'")
-    return tokenizer
-
-
-def template_date(tokenizer: "PreTrainedTokenizerBase", recorded: str | None = None) -> str | None:
-    """The date that prompts are rendered with, such as 2026-07-31: `recorded`, else today's.
-
-    None where the chat template writes no date.
-    """
-    if "strftime_now" not in tokenizer.get_chat_template():
-        return None
-    return recorded or Date.today().isoformat()
-
-
-@cache
-def _date_codes(date: str) -> dict[str, str]:
-    """{code of strftime, such as "%d" or "%-d": its text at the beginning of that day}."""
-    day = datetime.combine(Date.fromisoformat(date), time.min)
-    codes = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in string.ascii_letters]
-    texts = {code: day.strftime(code) for code in codes}
-    known = {code: text for code, text in texts.items() if text != code}
-    return {"%%": "\0", **known, "\0": "%"}            # replaced in this order, so "%%d" is "%d" and no day
-
-
-def read_chat_template(file: str | None) -> str | None:
-    """The text of --chat_template. Raises UserError where it is no file, or no template in Jinja."""
-    if file is None:
-        return None
-    from jinja2 import Environment, TemplateError
-    if not Path(file).is_file():
-        raise UserError(f"--chat_template {file} is not a file")
-    text = read_text(file)
-    try:
-        # The extension knows break and continue, and the tag is transformers' own. Neither is run here.
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text))
-    except TemplateError as error:
-        raise UserError(f"--chat_template {file} is no Jinja template: {error}") from None
-    if "messages" not in text:
-        raise UserError(f"--chat_template {file} does not use 'messages', which holds the turns: docs/data.md has an "
-                        "example")
-    return text
-
-
-def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, date: str | None = None,
-                  answered: bool = False) -> str:
-    """The text before the answer. Training and evaluation both call this, so their prompts never differ.
-
-    answered: the last turn is an answer, so that nothing asks for another one.
-    date: the day that a template which writes a date takes for today, such as 2026-07-31. None: the real one.
-    A template that knows no system turn gets its text at the head of the user turn. Raises UserError where the template
-    refuses the prompt.
-    """
-    options, date = {}, template_date(tokenizer, date)
-    if date:
-        options = {"chat_template": FIXED_DATE + tokenizer.get_chat_template(), "date_codes": _date_codes(date)}
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered, **options)
-    except Exception as refused:
-        if len(messages) < 2 or messages[0]["role"] != "system":
-            raise UserError(f"the tokenizer's chat template refuses the prompt: {refused}") from refused
-        user = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        return render_prompt(tokenizer, [user, *messages[2:]], date, answered)
-
-
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_len: int | None = None) -> list[int]:
-    """The token ids of a rendered prompt. With `max_len` the last so many of them; fit_prompt() cuts with more care.
-
-    No special tokens are added, because the template wrote them.
-    """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return ids[-max_len:] if max_len else ids
-
-
-def fit_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, max_len: int,
-               date: str | None = None) -> tuple[list[int], bool]:
-    """(the token ids of the prompt, at most `max_len`; whether text was cut). date: as in render_prompt().
-
-    A prompt that is too long stays well formed: what the template writes and the system turns are kept. The text of the
-    other turns loses its beginning, never the end that asks for the answer. Raises UserError where `max_len` has no
-    room for what must be kept.
-    """
-    def encode(kept: int) -> list[int]:
-        """The prompt with the last `kept` characters of those texts."""
-        turns = []
-        for message in reversed(messages):
-            text = message["content"]
-            if message["role"] != "system":
-                text = text[max(0, len(text) - kept):]
-                kept -= len(text)
-            turns.insert(0, {**message, "content": text})
-        return encode_prompt(tokenizer, render_prompt(tokenizer, turns, date))
-
-    ids = encode_prompt(tokenizer, render_prompt(tokenizer, messages, date))
-    if len(ids) <= max_len:
-        return ids, False
-    most = encode(0)
-    if len(most) > max_len:
-        raise UserError(f"--source_max_len {max_len} has no room for a question: the chat template and the system turn "
-                        f"take {len(most)} tokens of every prompt")
-    fits, too_many = 0, sum(len(m["content"]) for m in messages if m["role"] != "system")
-    while too_many - fits > 1:                          # bisection: the number of characters that just fits
-        middle = (fits + too_many) // 2
-        ids = encode(middle)
-        fits, too_many, most = (middle, too_many, ids) if len(ids) <= max_len else (fits, middle, most)
-    return most, True
-
-
-def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
-    """The token ids of an answer with its end token."""
-    return tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-
-
-def fit_dialogue(tokenizer: "PreTrainedTokenizerBase", messages: Messages, max_len: int,
-                 date: str | None = None) -> tuple[list[int], list[int], bool]:
-    """(the token ids of a prompt, at most `max_len`; their labels; whether turns or text were cut). date: as above.
-
-    messages: the turns before the last answer. The answers among them are trained: each has its tokens as labels, with
-    the mark behind it that ends a turn, and all other tokens have IGNORE_INDEX. A dialogue that is too long loses its
-    oldest turns whole, because half an answer would train as a whole one. Where the last question alone is too long,
-    fit_prompt() cuts it. Raises UserError where the answers cannot be found in the prompt.
-    """
-    system = [message for message in messages if message["role"] == "system"]
-    turns = [message for message in messages if message["role"] != "system"]
-    later = [i for i, message in enumerate(turns) if i and message["role"] == "user"]
-    for start in (None, *later):
-        shorter = messages if start is None else system + turns[start:]
-        ids, labels = _label_answers(tokenizer, shorter, date)
-        if len(ids) <= max_len:
-            return ids, labels, start is not None
-    ids, _ = fit_prompt(tokenizer, shorter, max_len, date)
-    return ids, [IGNORE_INDEX] * len(ids), True
-
-
-def _label_answers(tokenizer: "PreTrainedTokenizerBase", messages: Messages,
-                   date: str | None) -> tuple[list[int], list[int]]:
-    """(the token ids of a prompt, their labels as in fit_dialogue()). The ids are those of encode_prompt()."""
-    text = render_prompt(tokenizer, messages, date)
-    roles = [message["role"] for message in messages]
-    # An answer before the first question is no answer, and templates refuse an empty dialogue. A blank one would train
-    # to say nothing.
-    spans = [_find_answer(tokenizer, messages[:i + 1], text, date) for i, role in enumerate(roles)
-             if role == "assistant" and "user" in roles[:i] and messages[i]["content"].strip()]
-    if not spans:
-        ids = encode_prompt(tokenizer, text)
-        return ids, [IGNORE_INDEX] * len(ids)
-    if not tokenizer.is_fast:
-        raise UserError("this tokenizer does not say where in a text its tokens are: give --train_turns last")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded["input_ids"]
-    # A token that is partly of the prompt is not trained, because nothing generates it.
-    trained = [any(begin <= first < last <= end for begin, end in spans) for first, last in encoded["offset_mapping"]]
-    return ids, [token if train else IGNORE_INDEX for token, train in zip(ids, trained, strict=True)]
-
-
-def _find_answer(tokenizer: "PreTrainedTokenizerBase", messages: Messages, text: str,
-                 date: str | None) -> tuple[int, int]:
-    """Where in `text`, a rendered dialogue that goes on, the answer of the last of `messages` stands: (begin, end).
-
-    It begins where a prompt ends, and ends with the end token, or else with what the template writes behind an answer.
-    Raises UserError where a template writes an earlier turn otherwise once others follow.
-    """
-    before, answer = render_prompt(tokenizer, messages[:-1], date), messages[-1]["content"].strip()
-    found = text.startswith(before) and re.compile(rf"\s*{re.escape(answer)}").match(text, len(before))
-    if found:
-        end = re.compile(rf"\s*{re.escape(tokenizer.eos_token)}").match(text, found.end())
-        if end:
-            return len(before), end.end()
-        whole = render_prompt(tokenizer, messages, date, answered=True).rstrip()
-        if text.startswith(whole) and len(whole) >= found.end():
-            return len(before), len(whole)
-    number = sum(message["role"] == "assistant" for message in messages)
-    raise UserError(f"the chat template writes answer {number} of the dialogue otherwise once more turns follow, so it "
-                    "cannot be trained: give --train_turns last")
-
-
-def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The token ids of a text, with what the tokenizer puts before it, and with the end token."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-
-def text_windows(ids: list[int], length: int) -> list[list[int]]:
-    """A text's tokens in windows of at most `length`. Each begins with the last token of the one before.
-
-    So every token but the text's first is predicted once, and none twice. length: 2 at least.
-    """
-    return [ids[start:start + length] for start in range(0, len(ids) - 1, length - 1)]
-
-
-def check_fit(place: str, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[list[int]], new_tokens: int = 0,
-              trust_remote_code: bool = False) -> int | None:
-    """Checks that rows fit the model at `place`, a folder or a hub name. Reads its config only.
-
-    rows: their token ids. new_tokens: how many more may be generated after each. Returns how many new tokens fit after
-    the longest row; None where the model's config sets no limit. Raises UserError where a row does not fit.
-    A row must have a token, every id must have a row of the embeddings, and a row with its new tokens must fit
-    max_position_embeddings.
-    """
-    from transformers import AutoConfig
-
-    from LoTA.folders import reading
-    with reading(place, "config.json"):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code).get_text_config()
-    embeddings, positions = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
-    longest, its_number = 0, 0
-    for number, ids in enumerate(rows, 1):
-        if not len(ids):
-            raise UserError(f"row {number} has no token: look whether the tokenizer's chat template is whole")
-        if len(ids) > longest:
-            longest, its_number = len(ids), number
-        # Shorter rows of a batch are padded, so the pad token must be there as well.
-        for largest, where in ((max(ids, default=0), f"row {number}"), (tokenizer.pad_token_id, "the padding")):
-            if embeddings and largest >= embeddings:
-                token = tokenizer.convert_ids_to_tokens(largest)
-                raise UserError(f"{where} has token {largest} ({token!r}), but {place} has {embeddings} embeddings "
-                                "(vocab_size in config.json): it needs the tokenizer of its own model")
-    if positions and longest + new_tokens > positions:
-        if not new_tokens:
-            remedy = "shorten the row, or lower --source_max_len or --target_max_len where it trains"
-        elif longest < positions:
-            remedy = f"lower --max_new_tokens to {positions - longest} or less"
-        else:
-            remedy = "leave the row out"
-        more = f" before {new_tokens} new ones" if new_tokens else ""
-        raise UserError(f"row {its_number} has {longest} tokens{more}, but {place} takes {positions} "
-                        f"(max_position_embeddings): {remedy}")
-    return positions - longest if positions else None
-
+# --- tokens -------------------------------------------------------------------------------------------------------
 
 def prepare_dataset(data_name: str, tokenizer: "PreTrainedTokenizerBase", train_ratio: float = 1.0,
                     source_max_len: int = 1024, target_max_len: int = 256, debug_number: int = -1,

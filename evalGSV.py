@@ -1,7 +1,7 @@
 """Evaluation on GSM8K, SQL, ViGGO ("GSV") and any other scored data set by generation, of texts by their perplexity,
 and on lm-eval's tasks.
 
-Touches a transformers model, data through data_print_save, and writes JSON files.
+Touches a transformers model, data through data_print_save.py and LoTA/prompts.py, and writes JSON files.
 """
 import math
 from collections.abc import Callable
@@ -13,28 +13,22 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_print_save import (
-    IGNORE_INDEX,
+from data_print_save import IGNORE_INDEX, find_measured, find_task, holds_texts, load_rows, read_messages, save_results
+from LoTA import UserError, processes
+from LoTA.answer_loss import sum_answer_losses
+from LoTA.own_rows import check_flags, folder_name
+from LoTA.prompts import (
     PUBLISHED,
     PromptStyle,
     check_fit,
     encode_answer,
     encode_prompt,
     encode_text,
-    find_measured,
-    find_task,
-    holds_texts,
-    load_rows,
     prepare_tokenizer,
-    read_messages,
     render_prompt,
-    save_results,
     template_date,
     text_windows,
 )
-from LoTA import UserError, processes
-from LoTA.answer_loss import sum_answer_losses
-from LoTA.own_rows import check_flags, folder_name
 from LoTA.scores import Score, check_labels, find_score
 from LoTA.settings import MAX_NEW_TOKENS, TEXT_WINDOW, baseConfig, evalConfig, own_row_form, split_names
 

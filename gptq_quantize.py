@@ -13,18 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_print_save import (
-    TASKS,
-    check_cuda,
-    load_rows,
-    prepare_tokenizer,
-    read_messages,
-    read_tokenizer,
-    render_prompt,
-    set_seed,
-)
+from data_print_save import TASKS, check_cuda, load_rows, read_messages, set_seed
 from LoTA import SUPPORTED_BITS, UserError, run_script
 from LoTA.own_rows import CHAT
+from LoTA.prompts import prepare_tokenizer, read_tokenizer, render_prompt
 from LoTA.row_files import kind_of, lines_of, read_rows, read_text, row_name
 
 PROVENANCE = "lota_quantize.json"       # says what made the folder, and that it is ours to replace

@@ -121,7 +121,7 @@ class LotaConfig:
 
     @property
     def prompt_layout(self) -> str:
-        """Where the prompts of the training had the instruction: PromptStyle.layout in data_print_save.py."""
+        """Where the prompts of the training had the instruction: PromptStyle.layout in LoTA/prompts.py."""
         without_record = "system" if self.settings else "published"     # no settings: others made it
         return self.settings.get("prompt_layout") or without_record
 

@@ -1,7 +1,7 @@
 """People's own rows: which sets a name means, and how a row of any usual form becomes turns or a text.
 
-Touches the file of a prompt template (reading). LoTA/row_files.py reads the rows, and data_print_save.py finds them and
-makes tokens of them. docs/data.md has a table of all forms.
+Touches the file of a prompt template (reading). LoTA/splits.py finds the rows, LoTA/row_files.py reads them,
+and data_print_save.py makes tokens of them. docs/data.md has a table of all forms.
 """
 import math
 import random

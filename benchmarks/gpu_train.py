@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import LoTA_QAF_main
-from data_print_save import IGNORE_INDEX, encode_answer, fit_prompt, read_messages, set_seed
+from data_print_save import IGNORE_INDEX, read_messages, set_seed
 from LoTA.adapter import load_for_training, load_live, load_merged
 from LoTA.adapter_folder import AdapterFolder
 from LoTA.answer_loss import answer_loss, sum_answer_losses
@@ -30,6 +30,7 @@ from LoTA.folders import GPTQFolder, MergedFolder
 from LoTA.layer import adapter_state
 from LoTA.lota_merge import merge_folders
 from LoTA.packing import pack_rows
+from LoTA.prompts import encode_answer, fit_prompt
 from LoTA.settings import complete_training
 from LoTA.storage import write_json
 from LoTA.trainer import GridTrainer, LotaTrainer, config_of_run, peak_memory_mb, real_optimizer

@@ -17,7 +17,7 @@ from run import commit
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from data_print_save import encode_prompt, load_rows, prepare_tokenizer, read_messages, render_prompt
+from data_print_save import load_rows, read_messages
 from evalGSV import confidence_interval, generate, is_correct
 from LoTA import run_script
 from LoTA.adapter import LTA, load_gptq, load_live
@@ -26,6 +26,7 @@ from LoTA.export.gguf import GGUF_FILE
 from LoTA.export.run import export
 from LoTA.folders import GPTQFolder
 from LoTA.lota_merge import merge_folders
+from LoTA.prompts import encode_prompt, prepare_tokenizer, render_prompt
 from LoTA.storage import read_json, write_json
 
 MAX_NEW_TOKENS = 160

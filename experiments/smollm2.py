@@ -18,8 +18,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_print_save import load_rows, prepare_tokenizer, set_seed
+from data_print_save import load_rows, set_seed
 from LoTA import UserError, run_script
+from LoTA.prompts import prepare_tokenizer
 from LoTA.storage import read_json, whole_folder, write_json
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"

@@ -20,9 +20,10 @@ def tune(base: baseConfig, training: trainingConfig, output: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq
 
-    from data_print_save import load_tokenizer, prepare_dataset, set_seed
+    from data_print_save import prepare_dataset, set_seed
     from LoTA.adapter import load_16bit
     from LoTA.adapter_folder import LotaConfig
+    from LoTA.prompts import load_tokenizer
     from LoTA.storage import temporary_folder, whole_folder, write_json
     from LoTA.trainer import RunTrainer, training_arguments
     set_seed(base.seed)

@@ -18,24 +18,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_print_save import (
-    FALLBACK_CHAT_TEMPLATE,
     GSM8K_INSTRUCTION,
     VIGGO_INSTRUCTION,
     check_cuda,
-    encode_prompt,
     free_name,
     get_Ada_path,
     load_rows,
-    load_tokenizer,
     params_print,
     prepare_dataset,
-    prepare_tokenizer,
     read_messages,
-    render_prompt,
     save_results,
     set_seed,
 )
 from LoTA import UserError
+from LoTA.prompts import FALLBACK_CHAT_TEMPLATE, encode_prompt, load_tokenizer, prepare_tokenizer, render_prompt
 from LoTA.settings import baseConfig, evalConfig, trainingConfig
 
 PAD, BOS, EOS = 0, 1, 2

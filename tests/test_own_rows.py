@@ -16,21 +16,7 @@ from test_rows import encoded
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_print_save import (
-    PromptStyle,
-    encode_prompt,
-    encode_text,
-    find_measured,
-    fit_dialogue,
-    get_Ada_path,
-    holds_texts,
-    load_rows,
-    prepare_dataset,
-    read_chat_template,
-    read_messages,
-    render_prompt,
-    text_windows,
-)
+from data_print_save import find_measured, get_Ada_path, holds_texts, load_rows, prepare_dataset, read_messages
 from evalGSV import evalgsv, find_scorers
 from LoTA import UserError
 from LoTA.adapter_folder import LotaConfig
@@ -44,6 +30,15 @@ from LoTA.own_rows import (
     parse_sets,
     row_form,
     without_places,
+)
+from LoTA.prompts import (
+    PromptStyle,
+    encode_prompt,
+    encode_text,
+    fit_dialogue,
+    read_chat_template,
+    render_prompt,
+    text_windows,
 )
 from LoTA.scores import find_score, last_number
 

@@ -24,25 +24,23 @@ from test_data import (
 from test_eval import Stub, settings_of, tiny_model
 from transformers import GenerationConfig
 
-import data_print_save
 import LoTA_QAF_main
-from data_print_save import (
+from data_print_save import VIGGO_INSTRUCTION, load_rows, read_messages
+from evalGSV import ask, end_tokens, evalgsv, generate
+from LoTA import UserError
+from LoTA.adapter_folder import LotaConfig
+from LoTA.prompts import (
     FALLBACK_CHAT_TEMPLATE,
     FIXED_DATE,
-    VIGGO_INSTRUCTION,
     PromptStyle,
     check_fit,
     encode_prompt,
     fit_prompt,
     load_tokenizer,
     prepare_tokenizer,
-    read_messages,
     render_prompt,
     template_date,
 )
-from evalGSV import ask, end_tokens, evalgsv, generate
-from LoTA import UserError
-from LoTA.adapter_folder import LotaConfig
 
 EOT = ord("~")              # stands for a token such as <end_of_turn>
 DATED = ("{{ bos_token }}{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}{% endif %}|"
@@ -166,7 +164,7 @@ def today(monkeypatch):
             @classmethod
             def today(cls):
                 return Date.fromisoformat(text)
-        monkeypatch.setattr(data_print_save, "Date", Day)
+        monkeypatch.setattr("LoTA.prompts.Date", Day)
     return set_day
 
 
@@ -212,7 +210,7 @@ def test_evaluation_on_another_day(tmp_path, today):
         write_rows(tmp_path / "data" / f"{split}.jsonl", numbered(1))
     base, evaluation = settings_of(tmp_path, "gsm8k", tmp_path / "data")
     today("2026-01-02")
-    rows = data_print_save.load_rows("gsm8k", "test", str(tmp_path / "data"))
+    rows = load_rows("gsm8k", "test", str(tmp_path / "data"))
     for recorded, day in (("2026-01-01", "01"), (None, "02")):
         questions = ask(tokenizer, "gsm8k", rows, PromptStyle(date=recorded))
         stub = Stub({prompt: "x" for prompt in questions.prompts})

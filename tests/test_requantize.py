@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import LoTA_QAF_main
-from data_print_save import prepare_dataset, read_chat_template
+from data_print_save import prepare_dataset
 from LoTA import UserError
 from LoTA.adapter import load_gptq, load_live
 from LoTA.adapter_folder import PREFIX, AdapterFolder, LotaConfig
 from LoTA.answer_loss import sum_answer_losses
 from LoTA.folders import GPTQFolder, MergedFolder
+from LoTA.prompts import read_chat_template
 
 BITS = 4
 

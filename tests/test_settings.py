@@ -576,10 +576,12 @@ def test_paged_adamw_needs_bitsandbytes(gptq, monkeypatch):
 # From the bottom to the top. A module may import those that stand before it, and no others of this project.
 ROOMS = {
     "names and mistakes": ["LoTA", "LoTA.export"],                  # LoTA.export itself is only the list of formats
-    "files and processes": ["LoTA.processes", "LoTA.storage", "LoTA.row_files", "LoTA.own_rows", "LoTA.scores"],
+    "files and processes": ["LoTA.processes", "LoTA.storage", "LoTA.row_files", "LoTA.own_rows", "LoTA.splits",
+                            "LoTA.scores"],
     "the method": ["LoTA.packing", "LoTA.packed", "LoTA.steps", "LoTA.ternary", "LoTA.kernels"],
     "folders": ["LoTA.adapter_folder", "LoTA.folders", "LoTA.settings", "LoTA.export.card", "LoTA.regroup",
                 "LoTA.lota_merge"],
+    "prompts": ["LoTA.prompts"],
     "models in memory": ["LoTA.layer", "LoTA.adapter", "LoTA.answer_loss", "LoTA.distill", "LoTA.sequences",
                          "LoTA.monitor", "LoTA.trainer"],
     "other engines": ["LoTA.export.shared", "LoTA.export.gptq", "LoTA.export.peft_adapter", "LoTA.export.dense",
