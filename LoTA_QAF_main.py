@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from data_print_save import check_cuda, params_print, scored_tasks, set_seed, training_sets
 from LoTA import UserError, processes, run_script, settings
-from LoTA.prompts import load_tokenizer, style_of
+from LoTA.prompts import PromptStyle, check_fit, load_tokenizer, style_of, template_date
 from LoTA.settings import METHODS, baseConfig, evalConfig, trainingConfig
 
 # Torch and the libraries are imported in the functions that need them, so that --help and mistakes answer at once.
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from evalGSV import Scorer
     from LoTA.adapter_folder import AdapterFolder
     from LoTA.folders import GPTQFolder, MergedFolder
-    from LoTA.prompts import PromptStyle
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[baseConfig, trainingConfig, evalConfig]:
@@ -48,7 +47,6 @@ def train(base: baseConfig, training: trainingConfig) -> Path:
     from LoTA.adapter import layers_by_name, load_for_training
     from LoTA.adapter_folder import check_resumable, config_of_checkpoint
     from LoTA.distill import load_distillation
-    from LoTA.prompts import check_fit, template_date
     from LoTA.sequences import make_collator
     from LoTA.trainer import (
         GridTrainer,
@@ -140,7 +138,7 @@ class Subject:
     name: str
     load: Callable
     tokenizer: list[str | None]
-    style: "PromptStyle"
+    style: PromptStyle
     exportable: "AdapterFolder | MergedFolder | None" = None
     extra: dict = field(default_factory=dict)
 

@@ -236,8 +236,7 @@ def load_rows(data_name: str, split: str, data_dir: str | None = None, form: Row
         raise UserError(f"the rows of '{data_name}' are your own: say where they are with --data_dir PLACE, or as "
                         f"{data_name}:PLACE")
     else:
-        splits = (_published_splits(data_name, split) if data_name in TASKS else
-                  hub_splits(data_name, split, form))
+        splits = _published_splits(data_name, split) if data_name in TASKS else hub_splits(data_name, split, form)
     source = data_dir or task.hub[0]
     wanted = "all" if set(splits) == {"all"} else split
     if wanted not in splits:

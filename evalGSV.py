@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_print_save import IGNORE_INDEX, find_measured, find_task, holds_texts, load_rows, read_messages, save_results
-from LoTA import UserError, processes
+from data_print_save import find_measured, find_task, holds_texts, load_rows, read_messages, save_results
+from LoTA import IGNORE_INDEX, UserError, processes
 from LoTA.answer_loss import sum_answer_losses
 from LoTA.own_rows import check_flags, folder_name
 from LoTA.prompts import (

