@@ -136,9 +136,10 @@ def merge(adapter: Place, output: Place, quantized_model_dir: Place | None = Non
     quantized_model_dir: the GPTQ model; None: the one that the adapter names.
     """
     from LoTA.adapter_folder import AdapterFolder
-    from LoTA.lota_merge import base_of, merge_folders
+    from LoTA.folders import open_base
+    from LoTA.lota_merge import merge_folders
     folder = AdapterFolder(adapter)
-    base = base_of(folder, quantized_model_dir, "quantized_model_dir")
+    base = open_base(folder.gptq_path(quantized_model_dir, "quantized_model_dir"))
     return MergedModel(Path(output), merge_folders(folder, base, output))
 
 

@@ -67,9 +67,7 @@ class LTA(Adapter):
         if is_merged(self.path):
             return self._load_checked(MergedFolder(self.path), check=check, **kwargs)
         adapter = AdapterFolder(self.path, self.threshold, self.residual)
-        base = base or adapter.config.quantized_model_dir
-        if base is None:
-            raise UserError(f"{self.path} does not name its GPTQ model; pass it as base")
+        base = adapter.gptq_path(base, "base")
         with temporary_folder() as folder:
             merged = folder / "merged"
             merge_folders(adapter, open_base(base), merged, verify=False)

@@ -407,6 +407,19 @@ class AdapterFolder:
     def modules(self) -> list[str]:
         return sorted(self._layer_in_file)
 
+    def gptq_path(self, given: str | Path | None = None, flag: str = "--gptq") -> str | Path:
+        """The folder of the model that the adapter was trained on: `given`, or else the one that the adapter names.
+
+        flag: how the caller's user gives it, for the message. Raises UserError where no folder is named, or none is
+        there.
+        """
+        path = given or self.config.quantized_model_dir
+        if path is None:
+            raise UserError(f"{self.path} does not name its GPTQ model; name it with {flag}")
+        if not Path(path).is_dir():
+            raise UserError(f"the GPTQ model {path} is no folder here: name the folder that has it with {flag}")
+        return path
+
     def _read_names(self) -> dict[str, set[str]]:
         """{layer as in the file: which tensors it has}. Raises UserError for a tensor that is none of TENSOR_NAME's."""
         kinds = defaultdict(set)

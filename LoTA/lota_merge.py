@@ -239,20 +239,6 @@ def verify_folders(adapter: "AdapterFolder", source: "GPTQFolder", merged: "Merg
             raise RuntimeError(f"{module}: an offset that the merge must not touch was changed")
 
 
-def base_of(adapter: "AdapterFolder", gptq: str | Path | None = None, flag: str = "--gptq") -> "GPTQFolder":
-    """The model that an adapter merges into. gptq: its folder; None: the one that the adapter names.
-
-    Raises UserError where it is no folder here. flag: what names another one.
-    """
-    from LoTA.folders import open_base
-    gptq = gptq or adapter.config.quantized_model_dir
-    if gptq is None:
-        raise UserError(f"{adapter.path} does not name its GPTQ model; name it with {flag}")
-    if not Path(gptq).is_dir():
-        raise UserError(f"the GPTQ model {gptq} is no folder here: name the folder that has it with {flag}")
-    return open_base(gptq)
-
-
 class Moved:
     """Counts the integers that a merge moves, by projection (the last part of a layer's name)."""
 
@@ -291,8 +277,9 @@ def main() -> None:
                              "[0.75 r]")
     args = parser.parse_args()
     from LoTA.adapter_folder import AdapterFolder
+    from LoTA.folders import open_base
     adapter = AdapterFolder(args.adapter, args.interval_point)
-    print_moved(merge_folders(adapter, base_of(adapter, args.gptq), args.output))
+    print_moved(merge_folders(adapter, open_base(adapter.gptq_path(args.gptq)), args.output))
     print(f"merged and verified: {args.output}")
 
 

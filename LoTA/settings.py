@@ -117,8 +117,8 @@ class baseConfig:
         "its name says the model's size, and --auto_gptq none evaluates it",
         shown="mode 2: the one that the adapter names")
     data_dir: str | None = setting(
-        "both", None, "the data on disk: a save_to_disk folder, one csv, json or jsonl file, or a folder with such "
-        "files named after their split", shown="the hub")
+        "both", None, "the data on disk: a save_to_disk folder, one file (csv, tsv, json, jsonl, parquet, or one of "
+        "these with .gz), or a folder with such files named after their split", shown="the hub")
     data_columns: str | None = setting(
         "both", None, "own rows: OURS=THEIRS for columns of other names, such as prompt=question,completion=answer",
         shown="the columns as they are")

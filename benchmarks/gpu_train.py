@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import LoTA_QAF_main
-from data_print_save import IGNORE_INDEX, read_messages, set_seed
+from data_print_save import read_messages, set_seed
+from LoTA import IGNORE_INDEX
 from LoTA.adapter import load_for_training, load_live, load_merged
 from LoTA.adapter_folder import AdapterFolder
 from LoTA.answer_loss import answer_loss, sum_answer_losses

@@ -27,7 +27,8 @@ from random_model import SHAPES, write_gptq_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_print_save import IGNORE_INDEX, load_rows, prepare_dataset, read_messages
+from data_print_save import load_rows, prepare_dataset, read_messages
+from LoTA import IGNORE_INDEX
 from LoTA.adapter import load_gptq
 from LoTA.answer_loss import answer_loss
 from LoTA.layer import register

@@ -125,10 +125,7 @@ def main() -> None:
                              "are flags of mode 1 that win, in one text")
     args = parser.parse_args()
     adapter, output = AdapterFolder(args.adapter), Path(args.output)
-    gptq = args.gptq or adapter.config.quantized_model_dir
-    if gptq is None:
-        raise UserError(f"{adapter.path} does not name its GPTQ model: give --gptq")
-    requantized = requantize(adapter, Path(gptq), output, args.quantize.split(),
+    requantized = requantize(adapter, Path(adapter.gptq_path(args.gptq)), output, args.quantize.split(),
                              getattr(torch, args.dtype) if args.dtype else None)
     print(f"requantized: {requantized}")
     if args.tune_scales is not None:

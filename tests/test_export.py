@@ -547,7 +547,7 @@ def test_folders_that_are_open_already(merged, quantize, tmp_path):
     assert record["source"] == str(merged(4).resolve())
 
 
-def test_the_command(merged, tmp_path):
+def test_the_command(merged, quantize, tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, "-m", "LoTA.export", *map(str, arguments)], cwd=ROOT, text=True,
                               capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
@@ -555,6 +555,15 @@ def test_the_command(merged, tmp_path):
     assert done.returncode == 0 and done.stdout == f"exported and verified: {tmp_path / 'out'}\n", done.stderr
     failed = run(tmp_path / "nowhere", "--format", "dense", "--output", tmp_path / "out2")
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    adapter = shutil.copytree(merged(4).parent / "adapter", tmp_path / "adapter")
+    LotaConfig(**{**vars(LotaConfig.load(adapter)), "quantized_model_dir": "gone"}).save(adapter)
+    moved = run(adapter, "--format", "dense", "--output", tmp_path / "out3")
+    assert moved.returncode == 1 and moved.stderr.splitlines()[-1] == (
+        "error: the GPTQ model gone is no folder here: name the folder that has it with --gptq")
+    found = run(adapter, "--format", "dense", "--output", tmp_path / "out3", "--gptq", quantize(4))
+    assert found.returncode == 0, found.stderr
+    export(merged(4), "dense", tmp_path / "out4")
+    assert sha256(tmp_path / "out3/model.safetensors") == sha256(tmp_path / "out4/model.safetensors")
 
 
 # --- LoRA and QA-LoRA adapters ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("source", metavar="MERGED", help="a merged folder, or an adapter folder")
     parser.add_argument("--format", required=True, choices=FORMATS, help="one of the formats above")
     parser.add_argument("--output", required=True, help="the folder to write")
+    parser.add_argument("--gptq", help="the GPTQ model of an adapter [the one that the adapter names]")
     parser.add_argument("--dtype", choices=DTYPES, help="the dtype of --format dense [the model's own]")
     parser.add_argument("--results", help="a results file of --ft_dataset_name, to be quoted in the model card")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare it, tensor by tensor")
@@ -31,7 +32,7 @@ def main() -> None:
     from LoTA.storage import read_json
     evaluation = read_json(args.results) if args.results else None
     export(args.source, args.format, args.output, getattr(torch, args.dtype) if args.dtype else None, evaluation,
-           args.verify)
+           args.verify, args.gptq)
     print(f"exported{' and verified' if args.verify else ''}: {args.output}")
 
 

@@ -50,9 +50,7 @@ def opened(source: str | Path | MergedFolder | AdapterFolder, format: str,
     if isinstance(source, MergedFolder):
         yield source
         return
-    adapter, gptq = source, gptq or source.config.quantized_model_dir
-    if gptq is None:
-        raise UserError(f"{adapter.path} does not name its GPTQ model; merge it first: python -m LoTA.lota_merge")
+    adapter, gptq = source, source.gptq_path(gptq)
     if adapter.config.method == "LoRA":
         if not FORMATS[format].holds_lora:
             able = " or ".join(name for name, entry in FORMATS.items() if entry.holds_lora)

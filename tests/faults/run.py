@@ -48,10 +48,12 @@ from harness import (  # noqa: E402
 )
 
 OLD = ROOT / "tests/fixtures/old"
-TRAIN = ("--mode", 1, "--method", "lota", "--recipe", "full", "--interval_point", 1, "--pretrained", "base",
-         "--data_dir", OLD / "data", "--training_data_name", "viggo", "--prompt_layout", "system", "--lora_r", 4,
-         "--train_batch_size", 8, "--debug_number", 40, "--dtype", "float32", "--device_map", "cpu",
-         "--gradient_checkpointing", False, "--max_steps", 2, "--save_number", 2, "--logging_steps", 1)
+LOTA = ("--method", "lota", "--recipe", "full", "--interval_point", 1)
+LRQAT = ("--method", "lrqat", "--recipe", "full")
+TRAIN = ("--mode", 1, "--pretrained", "base", "--data_dir", OLD / "data", "--training_data_name", "viggo",
+         "--prompt_layout", "system", "--lora_r", 4, "--train_batch_size", 8, "--debug_number", 40, "--dtype",
+         "float32", "--device_map", "cpu", "--gradient_checkpointing", False, "--max_steps", 2, "--save_number", 2,
+         "--logging_steps", 1)
 EVALUATE = ("--mode", 2, "--ft_dataset_name", "viggo", "--data_dir", OLD / "data", "--dtype", "float32",
             "--max_new_tokens", 4, "--eval_batch_size", 64)
 FORMATS = ("gptq", "peft", "dense", "gguf")
@@ -62,10 +64,10 @@ GOOD, BAD = ("refused", "harmless"), ("silent", "traceback", "left over")
 
 # --- what a user does -----------------------------------------------------------------------------------------------
 
-def train(gptq: Path, adapters: Path, *flags) -> Path:
+def train(gptq: Path, adapters: Path, *flags, method: tuple = LOTA) -> Path:
     """Mode 1. Returns the adapter's folder."""
     import LoTA_QAF_main
-    flags = map(str, (*TRAIN, "--quantized_model_dir", gptq, "--adapter_path", adapters, *flags))
+    flags = map(str, (*TRAIN, *method, "--quantized_model_dir", gptq, "--adapter_path", adapters, *flags))
     return LoTA_QAF_main.train(*LoTA_QAF_main.parse_args(list(flags))[:2])
 
 
@@ -148,9 +150,10 @@ class Bench:
                 for kind, adapter in (("full", full), ("plain", plain)):
                     merge(adapter, self.gptq, inputs / f"merged_{kind}{i}")
                     made[kind, i] = adapter
+            made["lrqat", 0] = train(self.gptq, inputs / "lrqat", method=LRQAT)
             return made
         self.adapters = self.must(make)
-        self.merged = {(kind, i): inputs / f"merged_{kind}{i}" for kind, i in self.adapters}
+        self.merged = {(kind, i): inputs / f"merged_{kind}{i}" for kind in ("full", "plain") for i in (0, 1)}
 
     def start(self, action: Callable, fault: Fault | None = None, name: str = "one") -> Trial:
         scratch = self.scratch / name
@@ -331,14 +334,14 @@ class Training:
         merge(folder, self.bench.gptq, output / "out")
         return weights(output / "out")
 
-    def resume(self, checkpoint: Path, gptq: Path | None = None) -> tuple:
+    def resume(self, checkpoint: Path, gptq: Path | None = None, method: tuple = LOTA) -> tuple:
         """Trains a checkpoint on to step 3: the checksum of its tensors, and its losses."""
         import LoTA.monitor
         LoTA.monitor.draw = lambda *_: None                 # the picture takes half of the time
         adapters = self.bench.scratch / "resumed"
         shutil.rmtree(adapters, ignore_errors=True)
         final = train(gptq or self.bench.gptq, adapters, "--adapter_ckpt", checkpoint, "--max_steps", 3,
-                      "--save_number", 1)
+                      "--save_number", 1, method=method)
         return weights(final)["adapter_model.safetensors"], losses(final)
 
     def leftovers(self, adapters: Path) -> tuple[str, str]:
@@ -429,7 +432,7 @@ def damages(file: Path, whole: bool) -> list[tuple[str, Callable[[bytes], bytes]
 
 def damage(bench: Bench) -> None:
     bench.family, training = "damage", Training.of(bench)
-    scratch, adapter = bench.scratch / "used", bench.adapters["full", 0]
+    scratch, adapter, lrqat = bench.scratch / "used", bench.adapters["full", 0], bench.adapters["lrqat", 0]
 
     def used(act: Callable[[Path, Path], object]) -> Callable[[Path], object]:
         """A use (folder, a folder for output) -> result, as a function (folder) -> result."""
@@ -448,13 +451,16 @@ def damage(bench: Bench) -> None:
         export(folder, "dense", output / "out")
         return snapshot(output / "out", UNREAD)
 
+    def live(folder):
+        return logits(bench.gptq, folder)
+
     kinds = {
         "GPTQ folder": (bench.gptq, [
-            used(evaluate_gptq), lambda folder: training.resume(bench.adapters["full", 0] / "checkpoint-1", folder)]),
-        "adapter": (adapter, [training.merged,
-                              used(lambda folder, _: logits(bench.gptq, folder))]),
-        "checkpoint": (adapter / "checkpoint-1", [
-            training.resume, training.merged]),
+            used(evaluate_gptq), lambda folder: training.resume(adapter / "checkpoint-1", folder)]),
+        "adapter": (adapter, [training.merged, live]),
+        "checkpoint": (adapter / "checkpoint-1", [training.resume, training.merged]),
+        "adapter, LR-QAT": (lrqat, [training.merged, live]),
+        "checkpoint, LR-QAT": (lrqat / "checkpoint-1", [partial(training.resume, method=LRQAT), training.merged]),
         "merged folder": (bench.merged["full", 0], [
             used(lambda folder, output: (answers(output, "--load_adapter", folder), logits(folder))),
             used(export_it)])}

@@ -37,7 +37,8 @@ def test_nothing_is_silently_wrong(figures):
 
 def test_every_fault_meets_every_folder(figures):
     whole = {"merge", *(f"export {format}" for format in ("gptq", "peft", "dense", "gguf")), "training"}
-    damaged = {"GPTQ folder", "adapter", "checkpoint", "merged folder", *whole - {"merge", "training"}}
+    damaged = {"GPTQ folder", "adapter", "checkpoint", "adapter, LR-QAT", "checkpoint, LR-QAT", "merged folder",
+               *whole - {"merge", "training"}}
     assert {(row["fault"], row["of"]) for row in figures["rows"]} == {
         *((fault, of) for fault in ("kill", "full disk", "two at once") for of in whole),
         *(("damage", of) for of in damaged)}
