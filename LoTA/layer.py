@@ -122,20 +122,15 @@ class CustomLoraLinear(nn.Module, LoraLayer):
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool = True) -> None:
         """With Threshold A is Kaiming normal, then ternary. With Rounding A is Kaiming uniform, as PEFT's LoRA has it.
 
-        Where the mean of dW goes into mu, each group has a random row of its own, which is added to all of its rows. So
-        mu learns at the rate of A and B: the mean of random rows would be near 0. Without a dither the rows of a group
-        begin equal, because their differences would move integers late, by few and large steps.
+        Where the mean of dW goes into mu, the rows of A are equal in each group, so that mu learns at the rate of A and
+        B. The mean of random rows would be near 0. The rows part as their gradients do.
         B is zero, so the first forward is the quantized model exactly. A learned mu and scale_change stay as they are.
         init_lora_weights is ignored.
         """
         if isinstance(self.rule, Rounding):
-            weight = self.lora_A[adapter_name].weight.data
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            weight = nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5)).data
             if self.rule.mean:
-                common = weight[:, self.groups().g_idx.to(weight.device)]
-                if self.dither != "none":
-                    common += nn.init.kaiming_uniform_(torch.empty_like(weight), a=math.sqrt(5))
-                weight.copy_(common)
+                weight.copy_(weight[:, self.groups().g_idx.to(weight.device)])
         else:
             nn.init.kaiming_normal_(self.lora_A[adapter_name].weight)
             ternarize_(self.lora_A[adapter_name].weight.data)

@@ -198,11 +198,6 @@ class Rounding:
         """The scales that dW is divided by, float32 [groups, out]. A group whose weights are all 0 may have scale 0."""
         return packed.base_scales.float().clamp(min=SMALLEST_SCALE)
 
-    @property
-    def has_dither(self) -> bool:
-        """Whether anything is added before the rounding."""
-        return self.seed is not None or self.dither is not None
-
     def dither_of(self, rows: Rows, packed: PackedLayer) -> torch.Tensor | None:
         """The dither of some rows, int8 [rows, out], or None."""
         if self.dither is not None:
@@ -232,12 +227,12 @@ class Rounding:
     def gradient_of_A(self, grad_A: torch.Tensor, groups: Groups) -> torch.Tensor:
         """What the optimizer gets of dL/dA [in, r], float32.
 
-        Where the mean goes into mu and there is no dither, the mean over a group of n rows stays, and what differs from
-        it is divided by sqrt(n). Random gradients of n rows are sqrt(n) times as large as their mean. AdamW's steps
-        have one size, whatever the gradient's, so it would hardly see the mean. But the mean acts on the output
-        exactly, and without a dither the differences act late, by few and large steps.
+        Where the mean goes into mu, the mean over a group of n rows stays, and what differs from it is divided by
+        sqrt(n). Random gradients of n rows are sqrt(n) times as large as their mean. AdamW's steps have one size,
+        whatever the gradient's, so it would hardly see the mean. But the mean acts on the output exactly, and
+        differences act by way of the rounding.
         """
-        if not self.mean or self.has_dither:
+        if not self.mean:
             return grad_A
         sizes = groups.sizes[:, None]
         mean = (groups.sum(grad_A) / sizes)[groups.g_idx]

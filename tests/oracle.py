@@ -195,7 +195,7 @@ def rounded_forward_and_gradients(x, grad_output, A, B, change, mu, scaling, wei
     weight = (scales.double() * (1 + change))[rows] * (weight_int.double() - zeros.double()[rows] + steps + mu[rows])
     y = x @ weight
     of_x, of_A, *others = torch.autograd.grad(y, leaves, grad_output.double())
-    if mean and dither is None:             # the mean of a group stays, the rest goes by the root of its rows
+    if mean:                                # the mean of a group stays, the rest goes by the root of its rows
         for group in range(scales.shape[0]):
             own = of_A[rows == group]
             of_A[rows == group] = own.mean(0) + (own - own.mean(0)) / len(own)**0.5
