@@ -233,10 +233,12 @@ def print_runs(lines: Lines) -> None:
 
 SMOLLM2_SETS = {"sql": "SQL", "viggo": "ViGGO"}
 KEPT, REQUANTIZED, TUNED_16 = "LoRA", "LoRA, requantized", "16-bit, tuned"
+SCALES_AFTER = "LR-QAT, scales, requantized"        # on the model of a run of REQUANTIZED; no stage plans it
 SMOLLM2_METHODS = {     # {method: (its label, what the merged model is where no line can say it)}, in the table's order
     BASE: ("the model", ""), TUNED_16: ("the model, tuned by LoRA", "16 bits"), "GPTQ": ("GPTQ", ""),
     KEPT: ("LoRA, its adapter kept", "cannot merge"),
     REQUANTIZED: ("LoRA, merged and quantized anew", "plain GPTQ"),
+    SCALES_AFTER: ("the same, then LR-QAT, scales, for as many steps more", "plain GPTQ"),
     **{name: (name, "") for name in ("QA-LoRA", "LoTA, published", "LoTA, scales", "LoTA, full", "LR-QAT, integers",
                                      "LR-QAT, mean", "LR-QAT, full")}}
 LEAST_LOSS_GAP = 0.01       # nats: a gap in the loss that is smaller has no share reported

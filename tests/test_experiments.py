@@ -504,8 +504,8 @@ def test_the_tables_of_smollm2_are_printed_from_any_file(tmp_path, capsys):
     run_main(tables, "--smollm2", tmp_path / "lines.jsonl")
     assert capsys.readouterr().out == (f"{tables.smollm2_table(SMOLLM2_LINES)}\n"
                                        f"{tables.smollm2_other_table(SMOLLM2_LINES)}\n")
-    assert set(tables.SMOLLM2_METHODS) == {tables.BASE, "GPTQ", plan_smollm2.TUNED_16, plan_smollm2.REQUANTIZED,
-                                           *plan_smollm2.METHODS_TRIED}
+    assert set(tables.SMOLLM2_METHODS) == {tables.BASE, "GPTQ", tables.SCALES_AFTER, plan_smollm2.TUNED_16,
+                                           plan_smollm2.REQUANTIZED, *plan_smollm2.METHODS_TRIED}
 
 
 def test_the_rows_of_smollm2_are_kept_apart(demo_data, tmp_path):
